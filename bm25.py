@@ -1,0 +1,134 @@
+"""BM25: the lexical baseline to beat, and the miner of the first hard negatives.
+
+    score(q, d) = sum over words w of q of   idf(w) * tf / (tf + k1 * (1 - b + b * |d| / mean |d|))
+    idf(w)      = log(1 + (N - df + 1/2) / (df + 1/2))
+
+This is the variant of today's Lucene: the idf is never negative, and the classic constant factor
+(k1 + 1), which changes no ranking, is left out. k1 = 1.2 and b = 0.75 are its defaults too.
+A word is a run of letters, marks and digits, lower-cased (so `np.linalg_norm` is three words);
+scripts written without spaces, and Hangul, become overlapping pairs of characters instead.
+The paper does not use BM25; its sec. 3.2 mines candidates with an embedder.
+
+    from bm25 import BM25
+    indices, scores = BM25(["a cat", "a dog"]).top_k(["dogs and a dog"], k=1)    # [[1]]
+"""
+
+import functools
+import re
+import unicodedata
+from array import array
+from collections import Counter
+
+import numpy as np
+
+# Thai, Lao, Tibetan, Burmese, Khmer; Hangul (words carry endings: pairs find the stem); kana, Han.
+NO_SPACES = (
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u1100-\u11ff\uac00-\ud7af"
+    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff"
+)
+
+
+@functools.cache
+def _word_pattern():
+    # `re` has no class for combining marks, and \w leaves them out: Hindi would fall to pieces.
+    marks = "".join(chr(c) for c in range(0x10000) if unicodedata.category(chr(c))[0] == "M")
+    return re.compile(f"(?P<run>[{NO_SPACES}]+)|(?:(?![{NO_SPACES}])[^\\W_][{marks}]*)+")
+
+
+def split_words(text):
+    """Split a text of any script into the words that BM25 counts.
+
+    >>> split_words("torch.nn.Conv2d pads_with zéros")
+    ['torch', 'nn', 'conv2d', 'pads', 'with', 'zéros']
+    >>> split_words("東京都の cat")
+    ['東京', '京都', '都の', 'cat']
+    """
+    words = []
+    for match in _word_pattern().finditer(text.lower()):
+        word = match.group()
+        if match.lastgroup == "run" and len(word) > 1:
+            words.extend(word[i : i + 2] for i in range(len(word) - 1))
+        else:
+            words.append(word)
+    return words
+
+
+class BM25:
+    """Index documents for BM25 search: one list of (document, impact) per word, nothing N x N.
+
+    documents: a sequence of N strings; a document without words is never found.
+    Raises TypeError for a single string, ValueError for k1 < 0 or b outside [0, 1].
+    """
+
+    def __init__(self, documents, k1=1.2, b=0.75):
+        if isinstance(documents, str):
+            raise TypeError("documents must be a sequence of strings, got one string")
+        if k1 < 0 or not 0 <= b <= 1:
+            raise ValueError(f"BM25 needs k1 >= 0 and 0 <= b <= 1, got k1={k1}, b={b}")
+        self.vocabulary, tokens, lengths = {}, array("i"), array("i")
+        for document in documents:
+            words = split_words(document)
+            for word in words:
+                tokens.append(self.vocabulary.setdefault(word, len(self.vocabulary)))
+            lengths.append(len(words))
+        self.n_documents, n_words = len(lengths), len(self.vocabulary)
+
+        lengths = np.asarray(lengths, dtype=np.int64)
+        owner = np.repeat(np.arange(self.n_documents), lengths)  # the document of each token
+        keys = np.asarray(tokens, dtype=np.int64) * self.n_documents + owner
+        keys, frequency = np.unique(keys, return_counts=True)  # by word, then by document
+        word, document = np.divmod(keys, max(self.n_documents, 1))
+        df = np.bincount(word, minlength=n_words)
+        idf = np.log1p((self.n_documents - df + 0.5) / (df + 0.5))
+        mean_length = lengths.mean() if keys.size else 1.0
+        damping = k1 * (1 - b + b * lengths / mean_length)
+        self._starts = np.concatenate([[0], np.cumsum(df)]).tolist()
+        self._documents = document.astype(np.int32)
+        self._impacts = (idf[word] * frequency / (frequency + damping[document])).astype(np.float32)
+
+    def scores(self, query):
+        """Score every document against one query -> (N,) float32; 0 where no word is shared.
+
+        A word that the query repeats counts each time.
+        """
+        scores = np.zeros(self.n_documents, dtype=np.float32)
+        for word, count in Counter(split_words(query)).items():
+            index = self.vocabulary.get(word)
+            if index is not None:
+                postings = slice(self._starts[index], self._starts[index + 1])
+                # A document occurs once in a word's list, so += on an index array loses nothing.
+                scores[self._documents[postings]] += count * self._impacts[postings]
+        return scores
+
+    def top_k(self, queries, k):
+        """Rank the documents of each query -> indices (Q, min(k, N)) int64, scores float32.
+
+        Best first; equal scores, those of documents without a shared word (0.0) included, go by
+        lower index, so the result is a pure function of the documents and the queries.
+        """
+        if isinstance(queries, str):
+            raise TypeError("queries must be a sequence of strings, got one string")
+        k = max(0, min(k, self.n_documents))
+        indices = np.zeros((len(queries), k), dtype=np.int64)
+        best = np.zeros((len(queries), k), dtype=np.float32)
+        for row, query in enumerate(queries):
+            scores = self.scores(query)
+            indices[row] = top_k_of(scores, k)
+            best[row] = scores[indices[row]]
+        return indices, best
+
+
+def top_k_of(scores, k):
+    """Take the k largest of (N,) scores -> (k,) indices, best first, ties by lower index.
+
+    >>> top_k_of(np.array([1.0, 3.0, 2.0, 3.0, 2.0]), 3).tolist()
+    [1, 3, 2]
+    """
+    if not 0 < k < len(scores):
+        return np.argsort(-scores, kind="stable")[:k]
+    threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
+    above = np.flatnonzero(scores > threshold)
+    level = np.flatnonzero(scores == threshold)[: k - len(above)]
+    chosen = np.concatenate([above, level])  # ties at the edge: lowest index first
+    return chosen[np.lexsort((chosen, -scores[chosen]))]

@@ -1,0 +1,5 @@
+stage = "sft"
+previous = "config/pretrain.py"
+steps = 40
+batch_size = 64
+learning_rate = 1e-3

@@ -1,0 +1,398 @@
+"""The embedded corpus: the documentation that is installed with this project's own dependencies.
+
+Real text that nobody wrote for this purpose, on every machine that can run the project, without a
+download: the docstrings of the standard library, torch, numpy, sympy, networkx, jinja2 ... and the
+language reference that pydoc carries. It stands in for the paper's data at laptop scale
+(PAPER Sec. 3.1.1, 3.1.2, Table 10, Table 11); every file is in a format that a user's own data has.
+
+    python corpus.py --out=out/installed_docs       # what train.py does by itself on the first run
+
+Nothing is imported to be read: Python sources are parsed with `ast`, and only the C modules of the
+standard library, which have no source, are asked for their docstrings. Whole docstrings are the
+pretraining text; (summary line -> body) are the pairs of SFT and the weak stage, and the dev and
+test collections; package labels and distances between qualified names give the other two tasks.
+"""
+import ast
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import random
+import re
+import sys
+import sysconfig
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+# What `pip install -r requirements.txt` brings, the standard library aside. A fixed list, so that
+# whatever else a reader has installed does not change the corpus.
+PACKAGES = ("torch", "numpy", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock",
+            "fsspec", "requests", "urllib3", "charset_normalizer", "idna", "tqdm", "tiktoken",
+            "pytest", "_pytest", "pluggy", "packaging", "pygments")
+SKIP_PARTS = {"test", "tests", "testing", "_vendor", "__pycache__", "site-packages", "idlelib",
+              "lib2to3", "ensurepip", "turtledemo", "benchmarks"}
+VERSION = 1                       # raise it when the files below change: old ones are rebuilt
+DEV_SIZE = TEST_SIZE = 1000       # documents of the dev and the test collection
+MAX_BODY_CHARS = 4000
+# What the pairs ask for; the retrieval queries of evaluation and search carry the same words.
+INSTRUCTION = "Find the documentation"
+
+
+# ---------------------------------------------------------------- reading what is installed
+
+def source_files():
+    """Yield (module name, path) of every Python source of the standard library and `PACKAGES`."""
+    roots = [("", Path(sysconfig.get_paths()["stdlib"]))]
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)      # finds without importing
+        if spec and spec.submodule_search_locations:
+            roots.append((package, Path(list(spec.submodule_search_locations)[0])))
+    for package, root in roots:
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            if SKIP_PARTS & set(parts) or any(p.startswith("test_") for p in parts):
+                continue
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            name = ".".join(((package,) if package else ()) + parts)
+            if name and path.stat().st_size < 2_000_000:
+                yield name, path
+
+
+def _literal(node):
+    """Return the text of a string literal, also as `r\"\"\"...\"\"\".format(...)`, or None."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        node = node.func.value
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = _literal(node.left), _literal(node.right)
+        return (left or "") + (right or "") or None
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def _attached_docstring(call):
+    """Read docstrings that packages attach to C functions by a call; (name, text) or None.
+
+    torch: `add_docstr(torch.linalg.det, "...")`; numpy: `add_newdoc(module, name, "...")`.
+    """
+    function = call.func.attr if isinstance(call.func, ast.Attribute) else \
+        getattr(call.func, "id", "")
+    args = call.args
+    if function.endswith("add_docstr") and len(args) >= 2 and isinstance(args[0], ast.Attribute):
+        text = _literal(args[1])
+        return (ast.unparse(args[0]), text) if text else None
+    if function.startswith("add_newdoc") and len(args) >= 3:
+        place, name = _literal(args[0]), _literal(args[1])
+        if isinstance(args[2], ast.Tuple) and len(args[2].elts) == 2:   # a method of a C class
+            name, text = f"{name}.{_literal(args[2].elts[0])}", _literal(args[2].elts[1])
+        else:
+            text = _literal(args[2])
+        if place and name and text:
+            return f"{place.split('.')[0]}.{name}", text
+    return None
+
+
+def read_source(item):
+    """Parse one source file; return [(qualified name, docstring)] of what it documents."""
+    module, path = item
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")           # invalid escapes in other people's strings
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):        # templates and Python 2 files in packages
+        return []
+    found = []
+
+    def visit(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                name = f"{prefix}.{child.name}"
+                text = ast.get_docstring(child)
+                if text:
+                    found.append((name, text))
+                if isinstance(child, ast.ClassDef):
+                    visit(child, name)
+            elif isinstance(child, (ast.Expr, ast.Assign)) and isinstance(child.value, ast.Call):
+                attached = _attached_docstring(child.value)
+                if attached and isinstance(child, ast.Assign):      # det = _add_docstr(_C.det, "")
+                    attached = (f"{prefix}.{ast.unparse(child.targets[0])}", attached[1])
+                if attached:
+                    found.append(attached)
+            elif isinstance(child, (ast.If, ast.Try)):
+                visit(child, prefix)
+
+    text = ast.get_docstring(tree)
+    if text:
+        found.append((module, text))
+    visit(tree, module)
+    return found
+
+
+def read_builtins():
+    """Return [(qualified name, docstring)] of the standard library's C modules."""
+    stdlib = sysconfig.get_paths()["stdlib"]
+    extensions = {p.name.split(".")[0] for p in Path(stdlib, "lib-dynload").glob("*.so")}
+    names = (set(sys.builtin_module_names) | extensions) & set(sys.stdlib_module_names)
+    found = []
+    for module in sorted(names - {"antigravity", "this"}):
+        if module.startswith(("_test", "_xx", "xx", "_ctypes_test", "_tkinter")):
+            continue
+        try:
+            loaded = importlib.import_module(module)
+        except ImportError:                           # a system library is missing here
+            continue
+        shown = module.lstrip("_") if module.startswith("_") else module
+        for attribute, value in sorted(vars(loaded).items()):
+            if attribute.startswith("__") or inspect.ismodule(value):
+                continue
+            if not (inspect.isroutine(value) or inspect.isclass(value)):
+                continue
+            found.append((f"{shown}.{attribute}", _own_doc(value)))
+            if inspect.isclass(value):
+                found += [(f"{shown}.{attribute}.{name}", _own_doc(member))
+                          for name, member in sorted(vars(value).items())
+                          if not name.startswith("__") and callable(member)]
+    return [(name, text) for name, text in found if text]
+
+
+def _own_doc(value):
+    text = getattr(value, "__doc__", None)
+    return inspect.cleandoc(text) if isinstance(text, str) else None
+
+
+def read_topics():
+    """Return [(topic, text)] of the language reference that pydoc carries."""
+    from pydoc_data.topics import topics
+    return [(f"python.{name}", text) for name, text in sorted(topics.items())]
+
+
+# ---------------------------------------------------------------- summary line and body
+
+SIGNATURE = re.compile(r"^[\w.\[\]]+\(.*|^.{0,120}\)\s*->\s*.*$")
+ROLE = re.compile(r":[a-z:]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`")     # :func:`torch.add` -> torch.add
+PLACEHOLDER = re.compile(r"\{\w+\}")                            # {input}, left by str.format
+
+
+def split_summary(text):
+    """Split a docstring into (summary, body); either is "" if the docstring has no such part.
+
+    >>> split_summary("det(A) -> Tensor\\n\\nComputes the determinant.\\n\\nMore about it.")
+    ('Computes the determinant.', 'More about it.')
+    """
+    text = ROLE.sub(r"\1", PLACEHOLDER.sub("", inspect.cleandoc(text))).replace("``", "`")
+    blocks = [b.strip() for b in re.split(r"\n\s*\n", text) if b.strip()]
+    while blocks and SIGNATURE.match(blocks[0].split("\n")[0]):
+        # a signature, alone or glued to what follows; a C docstring may be nothing else
+        lines = blocks[0].split("\n")
+        closed = next((i for i, l in enumerate(lines) if ")" in l), len(lines) - 1)
+        rest = "\n".join(lines[closed + 1:]).strip()
+        blocks = ([rest] if rest else []) + blocks[1:]
+    while blocks and re.match(r"^(\.\. |[=~*#-]{3,}|@)", blocks[0]):
+        blocks.pop(0)                                 # a directive or a ruler is no summary
+    if not blocks:
+        return "", ""
+    lines = blocks[0].split("\n")
+    if len(lines) > 1 and re.match(r"^[=~*-]{3,}$", lines[1].strip()):
+        lines = lines[:1] + lines[2:]                 # an underlined heading
+        cut = 1
+    else:                                             # up to the end of the first sentence
+        cut = next((i + 1 for i, l in enumerate(lines) if l.rstrip().endswith((".", ":"))),
+                   len(lines))
+    summary = " ".join(l.strip() for l in lines[:cut])
+    sentence = re.match(r"(.{20,}?[^.][.])\s+[A-Z`]", summary)
+    tail = ""
+    if sentence:                                      # the rest of the paragraph is body
+        summary, tail = sentence.group(1), summary[sentence.end(1):].strip()
+    body = [tail, "\n".join(lines[cut:]).strip(), *blocks[1:]]
+    return summary, "\n\n".join(b for b in body if b)[:MAX_BODY_CHARS].strip()
+
+
+def read_all(workers=None):
+    """Return the whole documentation as a sorted list of (qualified name, docstring)."""
+    items = list(source_files())
+    with ProcessPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
+        entries = [e for found in pool.map(read_source, items, chunksize=64) for e in found]
+    entries += read_builtins() + read_topics()
+    unique, seen = {}, set()
+    for name, text in sorted(set(entries), key=lambda e: (e[0].count("_"), len(e[0]), e)):
+        key = re.sub(r"\W+", "", text).lower()
+        if key and key not in seen and name not in unique and len(text) >= 20:
+            seen.add(key)                             # of two names for a text the shortest stays
+            unique[name] = text
+    return sorted(unique.items())
+
+
+# ---------------------------------------------------------------- the files
+
+def _share(name):
+    """Hash a qualified name to [0, 1): the split of an entry does not depend on the others."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
+
+
+def _key(text):
+    return re.sub(r"\W+", " ", text).strip().lower()
+
+
+def make_splits(entries):
+    """Split entries into {"train" | "dev" | "test": [row]}; row = {name, text, summary, body}.
+
+    Dev and test hold the `DEV_SIZE` and `TEST_SIZE` pairs with the smallest hashes of their names,
+    without equal summaries. A training row that repeats any of their texts is left out.
+    """
+    pairs, rest = [], []
+    for name, text in entries:
+        summary, body = split_summary(text)
+        row = {"name": name, "text": text, "summary": summary, "body": body}
+        good = 15 <= len(summary) <= 300 and len(body) >= 40
+        (pairs if good else rest).append(row)
+    times = Counter(_key(row["summary"]) for row in pairs)
+    pairs.sort(key=lambda row: _share(row["name"]))
+    single = [row for row in pairs if times[_key(row["summary"])] == 1]
+    dev, test = single[:DEV_SIZE], single[DEV_SIZE:DEV_SIZE + TEST_SIZE]
+    held = {row["name"] for row in dev + test}
+    seen = {_key(row[part]) for row in dev + test for part in ("summary", "body", "text")}
+    train = [row for row in pairs + rest if row["name"] not in held and
+             not {_key(row["summary"]), _key(row["body"]), _key(row["text"])} & seen]
+    return {"train": sorted(train, key=lambda row: row["name"]), "dev": dev, "test": test}
+
+
+def is_pair(row):
+    """Tell whether a row has a summary and a body worth retrieving."""
+    return 15 <= len(row["summary"]) <= 300 and len(row["body"]) >= 40
+
+
+def label_of(name):
+    """Name the part of the library that documents `name`: "torch.nn", "sympy.solvers", "email"."""
+    parts = name.lstrip("_").split(".")
+    deep = parts[0] in ("torch", "sympy", "numpy", "networkx", "mpmath") and len(parts) > 2
+    return ".".join(parts[:2] if deep else parts[:1]).replace("._", ".")
+
+
+def classification_rows(rows, least=25, seed=0):
+    """Yield {query, pos, neg}: a text, the label that fits it, and 15 labels that do not."""
+    labels = Counter(label_of(row["name"]) for row in rows)
+    kept = sorted(label for label, n in labels.items() if n >= least)
+    rng = random.Random(seed)
+    for row in rows:
+        label = label_of(row["name"])
+        if label in kept:
+            others = rng.sample([l for l in kept if l != label], min(15, len(kept) - 1))
+            yield {"query": row["text"][:400], "pos": [label], "neg": others}
+
+
+def relatedness(a, b):
+    """Grade two qualified names in [0, 1]: the share of their path that they have in common.
+
+    >>> relatedness("torch.nn.Linear.forward", "torch.nn.Linear.reset"), relatedness("os.a", "re.b")
+    (0.75, 0.0)
+    """
+    a, b = a.split("."), b.split(".")
+    common = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return 2 * common / (len(a) + len(b))
+
+
+def sts_rows(rows, n=6000, seed=0):
+    """Yield {sentence1, sentence2, score}: summaries graded by how near their names are.
+
+    Half of the pairs are neighbours in the sorted list of names, the others are drawn at random.
+    """
+    rng = random.Random(seed)
+    for i in range(n):
+        at = rng.randrange(len(rows))
+        near = at + rng.choice((-4, -3, -2, -1, 1, 2, 3, 4))
+        to = near % len(rows) if i % 2 else rng.randrange(len(rows))
+        if to != at:
+            a, b = rows[at], rows[to]
+            yield {"sentence1": a["summary"], "sentence2": b["summary"],
+                   "score": round(relatedness(a["name"], b["name"]), 4)}
+
+
+def _write_jsonl(path, rows):
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_collection(directory, rows):
+    """Write dev or test rows as a retrieval collection in BEIR's form: summary -> body."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_jsonl(directory / "corpus.jsonl",
+                 ({"id": row["name"], "title": "", "text": row["body"]} for row in rows))
+    _write_jsonl(directory / "queries.jsonl",
+                 ({"id": row["name"], "text": row["summary"]} for row in rows))
+    with open(directory / "qrels.tsv", "w", encoding="utf-8") as file:
+        file.write("query-id\tcorpus-id\tscore\n")
+        file.writelines(f"{row['name']}\t{row['name']}\t1\n" for row in rows)
+
+
+def fingerprint():
+    """Return what decides the corpus: this file's version, Python's and the packages' versions."""
+    from importlib import metadata
+    versions = {"corpus": VERSION, "python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:         # a part of another distribution: _pytest
+            continue
+    return versions
+
+
+def build(out):
+    """Write the embedded corpus into the folder `out` and return its manifest.
+
+    text.jsonl {text}, pairs.jsonl {instruction, input, output}, retrieval.jsonl {query, pos},
+    classification.jsonl {query, pos, neg}, sts.jsonl {sentence1, sentence2, score}; dev/ and test/
+    {corpus, queries, qrels}; search/corpus.jsonl with everything, for `embed.py --query`;
+    labelled_test.jsonl {text, label} for the evaluation. The manifest is written last.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    entries = read_all()
+    splits = make_splits(entries)
+    train = splits["train"]
+    pairs = [row for row in train if is_pair(row)]
+    _write_jsonl(out / "text.jsonl", ({"text": row["text"]} for row in train))
+    _write_jsonl(out / "pairs.jsonl", ({"instruction": INSTRUCTION, "input": row["summary"],
+                                        "output": row["body"]} for row in pairs))
+    _write_jsonl(out / "retrieval.jsonl", ({"query": row["summary"], "pos": [row["body"]],
+                                            "id": row["name"]} for row in pairs))
+    _write_jsonl(out / "classification.jsonl", classification_rows(train))
+    _write_jsonl(out / "sts.jsonl", sts_rows(pairs))
+    held = splits["test"] + splits["dev"]
+    _write_jsonl(out / "labelled_test.jsonl", ({"text": row["text"][:400],
+                                                "label": label_of(row["name"])} for row in held))
+    for split in ("dev", "test"):
+        write_collection(out / split, splits[split])
+    (out / "search").mkdir(exist_ok=True)
+    _write_jsonl(out / "search" / "corpus.jsonl",
+                 ({"id": name, "title": name, "text": text} for name, text in entries))
+    manifest = {"versions": fingerprint(), "entries": len(entries), "train": len(train),
+                "pairs": len(pairs), "dev": DEV_SIZE, "test": TEST_SIZE,
+                "characters": sum(len(text) for _, text in entries)}
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def ensure(out):
+    """Build the corpus unless `out` already holds the one of the installed versions."""
+    manifest = Path(out) / "manifest.json"
+    if manifest.is_file():
+        found = json.loads(manifest.read_text())
+        if found["versions"] == fingerprint():
+            return found
+    return build(out)
+
+
+def main():
+    """Build the corpus on the command line: python corpus.py --out=out/installed_docs"""
+    import argparse
+    parser = argparse.ArgumentParser(description="build the embedded corpus")
+    parser.add_argument("--out", default="out/installed_docs", help="folder to write")
+    manifest = build(parser.parse_args().out)
+    print(", ".join(f"{key} {value:,}" for key, value in manifest.items() if key != "versions"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Dynamic hard negative mining: negatives that got easy are replaced while training runs.
+
+PAPER Sec. 3.4, Eq. (5) and (6). S = cos(f(q), f(n)) comes free from the loss; S_0 is the score at a
+negative's first use. A negative leaves if S_0 < 0.4 at its first use, or if later 1.2 * S < S_0 and
+|S| < 0.7. A marked negative is replaced at once by the next of the query's ordered pool, that is
+before the query's next visit: with a single pass over the data nothing is ever used twice, so
+several epochs are needed for this to act at all.
+
+UNSPECIFIED: S_0 of a negative that was swapped in (here: its own first score, and the 0.4 rule
+holds for it too); an exhausted pool (here: keep the hardest one seen, and count it); the absolute
+value stands in the prose but not in the formula (`absolute=False` is the formula).
+`policy="v1"` is the rule of Conan-Embedding v1: every `every` updates of a query, 1.15 and 0.8, on
+the mean over the query's negatives, all of which are then replaced.
+"""
+import torch
+
+
+def should_replace(initial, current, *, floor=0.4, decay=1.2, ceiling=0.7, absolute=True):
+    """Tell which negatives have become easy: bool, of the inputs' broadcast shape.
+
+    Paper: Eq. (6); S_0 -> initial, S_i -> current, cosines. At a first use both are the same, and
+    only the floor can speak: decay * S < S needs a negative S, which the floor covers already.
+
+    >>> should_replace(torch.tensor([0.39, 0.6, 0.9]), torch.tensor([0.39, 0.49, 0.72]))
+    tensor([ True,  True, False])
+    """
+    level = current.abs() if absolute else current
+    return (initial < floor) | ((decay * current < initial) & (level < ceiling))
+
+
+class HardNegativePool:
+    """Each query's ordered candidates, which of them are in use, and their cached scores.
+
+    candidates: one list of candidate ids for each query, hardest first, of any lengths (also empty)
+    or a (Q, P) int64 tensor padded with -1. All state is CPU tensors: Q queries, P candidates,
+    N slots (negatives in use for each query).
+
+    >>> pool = HardNegativePool([[7, 8, 9]], n_negatives=2)
+    >>> pool.negatives([0])
+    tensor([[7, 8]])
+    >>> pool.update([0], torch.tensor([[0.5, 0.1]]))        # 0.1 < 0.4: too easy from the start
+    >>> pool.negatives([0])
+    tensor([[7, 9]])
+    """
+
+    def __init__(self, candidates, n_negatives=7, *, policy="v2", every=100, floor=0.4,
+                 decay=1.2, ceiling=0.7, absolute=True):
+        if n_negatives < 1:
+            raise ValueError(f"n_negatives must be at least 1, not {n_negatives}")
+        if policy not in ("v2", "v1", "fixed"):
+            raise ValueError(f"policy {policy!r} is unknown; choose v2, v1 or fixed")
+        self.policy, self.every = policy, every
+        self.rule = dict(floor=floor, decay=decay, ceiling=ceiling, absolute=absolute)
+        self.n_negatives = n_negatives
+        self.refill(candidates)
+
+    def refill(self, candidates):
+        """Start over with new candidates (`remine_every`): every slot and score is fresh."""
+        if not torch.is_tensor(candidates):
+            width = max([self.n_negatives, *map(len, candidates)])
+            table = torch.full((len(candidates), width), -1, dtype=torch.int64)
+            for row, ids in zip(table, candidates):
+                row[:len(ids)] = torch.as_tensor(list(ids), dtype=torch.int64)
+            candidates = table
+        self.candidates = candidates                                        # (Q, P) ids, -1 none
+        q, n = len(candidates), self.n_negatives
+        self.available = (candidates != -1).sum(1)                          # (Q,)
+        place = torch.arange(n).repeat(q, 1)
+        self.slots = torch.where(place < self.available[:, None], place, -1)    # (Q, N) places
+        self.next = self.available.clamp(max=n)                             # (Q,) first unused one
+        self.initial = torch.full((q, n), torch.nan)                        # (Q, N) S_0
+        self.last = torch.full(candidates.shape, torch.nan)                 # (Q, P) last score
+        self.visits = torch.zeros(q, dtype=torch.int64)
+        self.changes = torch.zeros(q, dtype=torch.int64)                    # replacements so far
+        self.exhausted = torch.zeros(q, dtype=torch.bool)
+        self._step = {"replaced": 0, "exhausted": 0, "S": 0.0, "S_0": 0.0}
+
+    def __len__(self):
+        return len(self.candidates)
+
+    def negatives(self, query_ids):
+        """Return the ids in use for these queries, (B, N) int64; -1 where the pool is too small."""
+        query_ids = torch.as_tensor(query_ids, dtype=torch.int64)
+        place = self.slots[query_ids]                                       # (B, N)
+        ids = self.candidates[query_ids].gather(1, place.clamp(min=0))
+        return torch.where(place < 0, -1, ids)
+
+    def update(self, query_ids, scores):
+        """Take the cosines (B, N) that the loss has just seen, and replace what got easy.
+
+        Every query id at most once. Raises ValueError for scores of another shape or not finite.
+        """
+        query_ids = torch.as_tensor(query_ids, dtype=torch.int64)
+        scores = scores.detach().float().cpu()
+        if scores.shape != (len(query_ids), self.n_negatives):
+            raise ValueError(f"scores {tuple(scores.shape)} do not fit {len(query_ids)} queries "
+                             f"with {self.n_negatives} negatives")
+        used = self.slots[query_ids] >= 0                                   # (B, N)
+        if not torch.isfinite(scores[used]).all():
+            raise ValueError("a negative's score is not a finite number")
+        first = self.initial[query_ids].isnan()
+        initial = torch.where(first, scores, self.initial[query_ids])       # S_0: the first score
+        self.initial[query_ids] = torch.where(used, initial, torch.nan)
+        self.visits[query_ids] += 1
+        for b, n in used.nonzero().tolist():
+            self.last[query_ids[b], self.slots[query_ids[b], n]] = scores[b, n]
+        marked = used & self._marked(query_ids, initial, scores, used)
+        replaced = sum(self._replace(int(query_ids[b]), n) for b, n in marked.nonzero().tolist())
+        count = max(int(used.sum()), 1)
+        self._step = {"replaced": replaced, "exhausted": int(self.exhausted.sum()),
+                      "S": float(scores[used].sum()) / count,
+                      "S_0": float(initial[used].sum()) / count}
+
+    def _marked(self, query_ids, initial, scores, used):
+        if self.policy == "fixed":
+            return torch.zeros_like(used)
+        if self.policy == "v2":
+            return should_replace(initial, scores, **self.rule)
+        # v1: looks every k visits, at the query's average, and changes all or nothing
+        count = used.sum(1, keepdim=True).clamp(min=1)
+        mean_0 = (initial * used).sum(1, keepdim=True) / count              # (B, 1)
+        mean = (scores * used).sum(1, keepdim=True) / count
+        due = self.visits[query_ids, None] % self.every == 0
+        return (due & (1.15 * mean < mean_0) & (mean.abs() < 0.8)).expand_as(used)
+
+    def _replace(self, query, slot):
+        """Put the next candidate into a slot; from an exhausted pool the hardest one seen."""
+        if self.next[query] < self.available[query]:
+            place = int(self.next[query])
+            self.next[query] += 1
+        else:
+            self.exhausted[query] = True
+            seen = self.last[query].nan_to_num(-torch.inf).clone()
+            others = self.slots[query][torch.arange(self.n_negatives) != slot]
+            seen[others[others >= 0]] = -torch.inf                          # in use elsewhere
+            place = int(seen.argmax())
+            if place == int(self.slots[query, slot]):
+                return 0                                                    # it is the hardest
+        self.slots[query, slot] = place
+        self.initial[query, slot] = torch.nan
+        self.changes[query] += 1
+        return 1
+
+    def stats(self):
+        """Return {"replaced", "exhausted", "S", "S_0"} of the last update, for the log line.
+
+        replaced: swaps in this step; exhausted: queries whose pool has run out so far; S and S_0:
+        mean current and first cosine of the negatives in this step.
+        """
+        return dict(self._step)
+
+    def histogram(self):
+        """Return {number of changes: queries} over the queries that were visited at all."""
+        values, counts = self.changes[self.visits > 0].unique(return_counts=True)
+        return dict(zip(values.tolist(), counts.tolist()))
+
+    STATE = ("candidates", "available", "slots", "next", "initial", "last", "visits", "changes",
+             "exhausted")
+
+    def state_dict(self):
+        """Return all state as tensors; with it a resumed run replaces what this one would have."""
+        return {name: getattr(self, name).clone() for name in self.STATE}
+
+    def load_state_dict(self, state):
+        """Take over a state. Raises ValueError if it belongs to another pool."""
+        missing = [name for name in self.STATE if name not in state]
+        if missing:
+            raise ValueError(f"the pool's state lacks {', '.join(missing)}")
+        if state["slots"].shape != self.slots.shape:
+            raise ValueError(f"the pool's state holds {tuple(state['slots'].shape)} (queries, "
+                             f"negatives), this pool {tuple(self.slots.shape)}")
+        for name in self.STATE:
+            setattr(self, name, state[name].clone())

@@ -1,0 +1,1 @@
+"""Machinery that a reader of the method can skip: devices and ranks, checkpoints."""

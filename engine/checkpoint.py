@@ -1,0 +1,264 @@
+"""Atomic, verified, resumable training state.
+
+    out/<run>/step_000100/model.pt        weights alone: all that an embedder reads
+                          trainer.pt      optimizer, RNG, data position, pool of hard negatives
+                          ...             the shards of other ranks, the tokenizer, the config
+                          manifest.json   size and SHA-256 of every file, written last
+
+A save fills `.tmp-step_000100`, syncs every file and renames the directory: whenever the process
+is killed or the disk is full, `latest` finds the previous or the new checkpoint, whole. Reading
+compares with the manifest first (torch loads a flipped bit silently) and unpickles with
+`weights_only=True`, so a hostile file runs no code. Ranks save together by means of `is_main` and
+`gather`; `torch.distributed` itself stays with the caller.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+
+MANIFEST = "manifest.json"
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # no separator: none leads outside
+STEP_NAME = re.compile(r"step_(\d{6,})(\.old)?")  # .old: see _publish
+
+
+class CorruptCheckpoint(ValueError):
+    """Say which file of a checkpoint is damaged or refused, and why."""
+
+
+def save(run_dir, step, files, keep_last=2, *, is_main=True, gather=lambda own: [own]):
+    """Write `files` as checkpoint `step`, keep the newest `keep_last` good ones, return the path.
+
+    `files` maps names to contents: `*.pt` to any nesting of tensors and plain Python values, other
+    names to bytes or str, written as they are. With many ranks each passes its own files under
+    names of its own, into one shared directory; `is_main` holds on one rank, and `gather(x)`
+    returns the x of every rank, as `all_gather_object` does. What fails on one rank raises on all.
+
+    Raises: OSError for a full or read-only disk (older checkpoints stay as they were), TypeError
+    for contents that could not be read back, ValueError for a wrong name or number.
+    """
+    run_dir = Path(run_dir)
+    final = run_dir / f"step_{step:06d}"
+    tmp = run_dir / f".tmp-{final.name}"
+
+    def on_all_ranks(work):
+        result = error = None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        outcomes = gather((result, error and f"{type(error).__name__}: {error}"))
+        failed = "; ".join(text for _, text in outcomes if text)
+        if not failed:
+            return [result for result, _ in outcomes]
+        if is_main:
+            shutil.rmtree(tmp, ignore_errors=True)
+        if error and not isinstance(error, (OSError, RuntimeError)):  # the caller's mistake
+            raise error
+        raise OSError(f"cannot save {final}, older checkpoints are untouched: {failed}") from error
+
+    def begin():
+        for name, value in files.items():
+            if not FILE_NAME.fullmatch(name) or name == MANIFEST:
+                raise ValueError(f"{name!r} cannot be a file of a checkpoint")
+            if name.endswith(".pt") == isinstance(value, (bytes, str)):
+                raise TypeError(f"{name}: *.pt alone is pickled, got {type(value).__name__}")
+        if step < 0 or keep_last < 1:
+            raise ValueError(f"step {step} must be at least 0 and keep_last {keep_last} at least 1")
+        if is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            for stale in run_dir.glob(".tmp-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            tmp.mkdir()
+
+    on_all_ranks(begin)
+    parts = on_all_ranks(lambda: {name: _write(tmp / name, files[name]) for name in files})
+    entries = {name: entry for part in parts for name, entry in part.items()}
+    on_all_ranks(lambda: _publish(tmp, final, entries) if is_main else None)
+    if is_main:
+        _prune(run_dir, final, keep_last)
+    return final
+
+
+def latest(run_dir):
+    """Return the newest checkpoint of `run_dir` that verifies, or None if there is none at all.
+
+    A damaged one is named in a warning and passed over. Raises: ValueError if all are damaged, as
+    a run that silently starts over is worse than one that stops.
+    """
+    reasons = []
+    for path in _checkpoints(run_dir):
+        try:
+            verify(path)
+            return path
+        except CorruptCheckpoint as error:
+            warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
+            reasons.append(str(error))
+    if reasons:
+        raise ValueError(f"no checkpoint of {run_dir} is whole: " + "; ".join(reasons))
+    return None
+
+
+def verify(path):
+    """Compare every file of the checkpoint `path` with its manifest; return the manifest's entries.
+
+    Raises: CorruptCheckpoint naming the file and what is wrong with it.
+    """
+    entries = _read_manifest(path)
+    for name, entry in entries.items():
+        with _open_verified(Path(path) / name, entry):
+            pass
+    return entries
+
+
+def load(path, name):
+    """Return the contents of file `name` of the checkpoint `path`: tensors on the CPU, or bytes.
+
+    Only this file is read and verified. Raises: CorruptCheckpoint if it is damaged or holds more
+    than tensors and plain Python values, ValueError if the checkpoint has no such file.
+    """
+    entries = _read_manifest(path)
+    if name not in entries:
+        raise ValueError(f"{path} has no {name}, only {', '.join(entries)}")
+    with _open_verified(Path(path) / name, entries[name]) as file:
+        if not name.endswith(".pt"):
+            return file.read()
+        try:
+            return _unpickle(file)
+        except MemoryError:
+            raise
+        except Exception as error:  # of any kind, depending on what the file pretends to be
+            raise CorruptCheckpoint(f"{Path(path) / name}: refused: {error}") from None
+
+
+class _HashingFile:
+    """What `torch.save` needs of a file, with the size and SHA-256 of all that was written."""
+
+    def __init__(self, file):
+        self.file, self.size, self.sha256, self.flush = file, 0, hashlib.sha256(), file.flush
+
+    def write(self, data):
+        self.size += self.file.write(data)
+        self.sha256.update(data)
+
+
+def _write(path, value):
+    with open(path, "xb") as file:  # x: two ranks writing one name is a mistake
+        sink = _HashingFile(file)
+        if isinstance(value, (bytes, str)):
+            sink.write(value.encode() if isinstance(value, str) else value)
+        else:
+            try:
+                torch.save(value, sink)
+            except RuntimeError as error:  # torch hides a full disk in "unexpected pos 46 vs 0"
+                raise error.__context__ or error
+        file.flush()
+        os.fsync(file.fileno())
+    if path.suffix == ".pt":  # mmap: tensors stay on disk, so this costs next to nothing
+        try:
+            _unpickle(path, mmap=True)
+        except TypeError as error:
+            raise TypeError(f"{path.name} could not be read back: {error}") from None
+    return {"size": sink.size, "sha256": sink.sha256.hexdigest()}
+
+
+def _unpickle(file, **options):
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, **options)
+    except pickle.UnpicklingError as error:  # its text recommends weights_only=False: not shown
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = named[1] if named else "no file of torch.save"
+        raise TypeError(f"more than tensors and plain Python values: {what}") from None
+
+
+def _publish(tmp, final, entries):
+    """Turn the written directory `tmp` into the checkpoint `final`."""
+    for name, entry in entries.items():  # fails here if the ranks do not share the disk
+        if (size := (tmp / name).stat().st_size) != entry["size"]:
+            raise OSError(f"{tmp / name} has {size} bytes, {entry['size']} were written")
+    _write(tmp / MANIFEST, _manifest_text(entries))
+    _sync_dir(tmp)
+    old = final.with_name(f"{final.name}.old")
+    if final.exists():  # the step was saved before; at no instant is there neither of the two
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+    os.rename(tmp, final)
+    _sync_dir(final.parent)
+
+
+def _prune(run_dir, new, keep_last):
+    """Delete what is older than `keep_last` good checkpoints; damaged ones among them stay."""
+    good, replaced = 1, new.with_name(f"{new.name}.old")
+    for path in _checkpoints(run_dir):
+        try:
+            if path != new and path != replaced and good < keep_last:
+                verify(path)
+                good += 1
+            elif path != new:  # renamed first: half deleted must not look like a checkpoint
+                shutil.rmtree(path.rename(path.with_name(f".tmp-{path.name}")))
+        except CorruptCheckpoint:
+            continue
+        except OSError as error:
+            warnings.warn(f"{new} is saved, but {path} could not be deleted: {error}", stacklevel=3)
+
+
+def _checkpoints(run_dir):
+    """Return the checkpoint directories of `run_dir`, newest first, without a look inside."""
+    found = [(STEP_NAME.fullmatch(path.name), path) for path in Path(run_dir).glob("step_*")]
+    found = [(int(match[1]), match[2] is None, path) for match, path in found if match]
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def _manifest_text(entries):
+    return json.dumps({"format": 1, "files": entries}, indent=1, sort_keys=True) + "\n"
+
+
+def _read_manifest(path):
+    file = Path(path) / MANIFEST
+    try:
+        text = file.read_bytes().decode()
+        entries = json.loads(text)["files"]
+        if text != _manifest_text(entries):  # so that no flipped byte of it goes unseen
+            raise ValueError("not as it was written")
+        for name, entry in entries.items():
+            if not FILE_NAME.fullmatch(name) or entry.keys() != {"size", "sha256"}:
+                raise ValueError(f"refused entry {name!r}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{file}: no valid manifest: {error}") from error
+    return entries
+
+
+@contextlib.contextmanager
+def _open_verified(path, entry):
+    """Give the file `path`, open at its start, after its bytes were compared with `entry`."""
+    try:
+        with open(path, "rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) != entry["size"]:
+                raise CorruptCheckpoint(f"{path}: {size} bytes, the manifest says {entry['size']}")
+            sha256 = hashlib.sha256()
+            while block := file.read(1 << 20):
+                sha256.update(block)
+            if sha256.hexdigest() != entry["sha256"]:
+                raise CorruptCheckpoint(f"{path}: SHA-256 differs from the manifest")
+            file.seek(0)
+            yield file
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path}: {error.strerror}") from error
+
+
+def _sync_dir(path):
+    """Make the names in a directory durable, as the fsync of a file does not."""
+    if os.name == "nt":  # has no such call
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,362 @@
+"""The model: a decoder with grouped-query attention that is an LM first and an embedder later.
+
+PAPER Sec. 4.2: 8 layers, width 3584, 32 heads, 8 KV heads, FFN 8192, vocabulary 150,000, context
+32,768. The defaults of `ConanConfig` are that model. RoPE (rotate-half), RMSNorm, SwiGLU, no
+biases, tied embeddings: the Llama tensor layout, so that an export is a copy.
+UNSPECIFIED: activation, norm and tying; SwiGLU + tied + head dim 112 gives 1,499.2M parameters, the
+one combination next to Table 5's 1503M.
+
+Texts come as one flat list of tokens and their lengths, so there is no padding to leak and none to
+pay for: linear layers see (S, D), attention sees groups of texts of like lengths. One `forward`
+serves the LM loss and the embedding, because DDP and FSDP hook nothing but `forward`.
+
+B texts, S tokens of all texts, T tokens of the longest text of a group, D width, H heads,
+K key/value heads, E head dim, F ffn dim, V vocabulary.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from losses import lm_cross_entropy
+from mask import FULL, mask_weights
+
+
+@dataclass(frozen=True)
+class ConanConfig:
+    """The shape of a model; the defaults are PAPER Sec. 4.2."""
+    vocab_size: int = 150_000
+    n_layer: int = 8
+    n_head: int = 32
+    n_kv_head: int = 8
+    n_embd: int = 3584
+    ffn_dim: int = 8192
+    block_size: int = 32_768       # longest text in tokens; longer ones are cut by the caller
+    rope_base: float = 10_000.0    # UNSPECIFIED
+    norm_eps: float = 1e-5
+    pooling: str = "mean"          # UNSPECIFIED: "mean" over tokens, or the "last" token
+
+    def __post_init__(self):
+        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim",
+                     "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            raise ValueError(f"n_embd {self.n_embd} must be n_head {self.n_head} times an even "
+                             "head dim")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head "
+                             f"{self.n_kv_head}")
+        if self.pooling not in ("mean", "last"):
+            raise ValueError(f"pooling {self.pooling!r} is unknown; choose mean or last")
+
+    @property
+    def head_dim(self):
+        """Return E, the width of one head."""
+        return self.n_embd // self.n_head
+
+
+# ---------------------------------------------------------------- texts of unequal length
+
+@dataclass
+class Group:
+    """Texts of like lengths that attention treats as one padded (B, T) block."""
+    lengths: torch.Tensor          # (B,) int64
+    index: torch.Tensor            # (B * T,) place of each token in the flat list; pads point at 0
+    tokens: torch.Tensor | None    # (B, T) bool, True = token; None when there are no pads
+    start: int                     # the group's texts are start .. end of the flat list
+    end: int
+    bias: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+
+    @property
+    def shape(self):
+        """Return (B, T)."""
+        return len(self.lengths), int(self.lengths.max())
+
+
+class Packing:
+    """Where each text lies in the flat list, and which texts attention takes together.
+
+    `order` sorts the texts by falling length, so that a group is a contiguous stretch of the flat
+    list; `Conan.forward` applies it on entry and undoes it on the embeddings.
+    """
+    WASTE = 0.85                   # the shortest text of a group has at least this share of T
+
+    def __init__(self, lengths, device):
+        lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
+        if lengths.dim() != 1 or not len(lengths) or int(lengths.min()) < 1:
+            raise ValueError("lengths must be a non-empty list of positive token counts")
+        self.given_starts = lengths.cumsum(0) - lengths
+        self.order = torch.argsort(lengths, descending=True, stable=True)
+        self.lengths = lengths[self.order]
+        starts = self.lengths.cumsum(0) - self.lengths
+        self.text = torch.repeat_interleave(torch.arange(len(lengths)), self.lengths)     # (S,)
+        self.position = torch.arange(int(lengths.sum())) - starts[self.text]              # (S,)
+        self.source = self.given_starts[self.order][self.text] + self.position            # (S,)
+        self.last = starts + self.lengths - 1                                             # (B,)
+        self.groups = list(self._groups(starts, device))
+        for name in ("order", "text", "position", "source", "last"):
+            setattr(self, name, getattr(self, name).to(device))
+        self.counts = self.lengths.to(device)
+
+    def _groups(self, starts, device):
+        sizes, first = self.lengths.tolist(), 0
+        for i in range(1, len(sizes) + 1):
+            if i < len(sizes) and sizes[i] >= self.WASTE * sizes[first] - 2:
+                continue
+            lengths, longest = self.lengths[first:i], sizes[first]
+            at = torch.arange(longest)
+            tokens = at[None, :] < lengths[:, None]                                       # (B, T)
+            index = torch.where(tokens, starts[first:i, None] + at, starts[first])
+            whole = bool(tokens.all())
+            yield Group(lengths.to(device), index.reshape(-1).to(device),
+                        None if whole else tokens.to(device),
+                        int(starts[first]), int(starts[i - 1]) + sizes[i - 1])
+            first = i
+
+    def set_mask(self, mask, dtype):
+        """Form each group's mask tensors once; every layer then shares them.
+
+        Causal and bidirectional groups without pads need none. Pads are on the right, so a causal
+        group needs none either. Soft: log M of each text's own length, (B, 1, T, T).
+        """
+        for group in self.groups:
+            group.bias = group.weights = None
+            b, t = group.shape
+            if group.tokens is not None and not mask.is_causal:
+                closed = torch.zeros(b, 1, 1, t, dtype=dtype, device=group.index.device)
+                group.bias = closed.masked_fill(~group.tokens[:, None, None], -torch.inf)
+            if not (mask.is_causal or mask.is_full):
+                at = torch.arange(t, device=group.index.device)
+                weights = mask_weights(at[:, None], at[None], group.lengths[:, None, None].float(),
+                                       mask.alpha, mask.axis)[:, None]           # (B, 1, T, T)
+                if mask.apply == "logits":
+                    group.weights = weights
+                else:
+                    bias = weights.log().to(dtype)
+                    group.bias = bias if group.bias is None else bias + group.bias
+                    if group.tokens is not None:     # rows of pads: never read, but not NaN
+                        group.bias = group.bias.masked_fill(~group.tokens[:, None, :, None], 0.0)
+
+
+# ---------------------------------------------------------------- attention
+
+def explicit_attention(q, k, v, bias=None, is_causal=False, weights=None):
+    """Return softmax(q k^T / sqrt(E) [* weights] + bias) v, every step written out.
+
+    q: (B, H, T, E), k, v: (B, K, T, E) with H a multiple of K; bias, weights: broadcastable to
+    (B, 1, T, T). The reference for every faster path, and on CPU the fastest one for short texts.
+    """
+    b, h, t, e = q.shape
+    kv = k.shape[1]
+    q = (q * (1.0 / math.sqrt(e))).reshape(b, kv, h // kv * t, e)           # heads share a key
+    logits = (q @ k.transpose(-2, -1)).view(b, kv, h // kv, t, t)           # (B, K, H/K, T, T)
+    if weights is not None:
+        logits = logits * weights[:, :, None]
+    if is_causal:
+        future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+        logits = logits.masked_fill(future, -torch.inf)
+    elif bias is not None:
+        logits = logits + bias[:, :, None]
+    probs = torch.softmax(logits, dim=-1, dtype=torch.float32).to(v.dtype)
+    return (probs.reshape(b, kv, h // kv * t, t) @ v).view(b, h, t, e)
+
+
+def attend(q, k, v, group, mask):
+    """Choose the attention kernel of one group; q (B, H, T, E), k, v (B, K, T, E) -> like q.
+
+    Measured on CPU: in bfloat16 below 256 tokens the plain matmuls beat SDPA 2 to 4 times.
+    Multiplied logits exist in the explicit form only.
+    """
+    short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256
+    if group.weights is not None or short:
+        return explicit_attention(q, k, v, group.bias, mask.is_causal, group.weights)
+    bias = group.bias
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True,
+                                          is_causal=mask.is_causal and q.shape[2] > 1)
+
+
+# ---------------------------------------------------------------- the layers
+
+class RMSNorm(nn.Module):
+    """Scale each vector to unit mean square in float32, then by a learned weight."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):                                                   # (..., D)
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
+
+
+def rope_cache(block_size, head_dim, base):
+    """Return cos and sin, each (T, E) float32, of the angles t / base^(2i / E)."""
+    frequency = base ** -(torch.arange(0, head_dim, 2).double() / head_dim)          # (E/2,)
+    angle = torch.arange(block_size).double()[:, None] * frequency                   # (T, E/2)
+    angle = torch.cat([angle, angle], dim=1)                                         # (T, E)
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rope(x, cos, sin):
+    """Rotate the halves of each head: x (S, H, E), cos and sin (S, 1, E)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share K key/value heads."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, e = config, config.head_dim
+        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, e
+        self.q_proj = nn.Linear(c.n_embd, c.n_head * e, bias=False)
+        self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * e, bias=False)
+        self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * e, bias=False)
+        self.o_proj = nn.Linear(c.n_head * e, c.n_embd, bias=False)
+
+    def forward(self, x, packing, cos, sin, mask):                          # (S, D)
+        s = len(x)
+        q = self.q_proj(x).view(s, self.n_head, self.head_dim)              # (S, H, E)
+        k = self.k_proj(x).view(s, self.n_kv_head, self.head_dim)           # (S, K, E)
+        v = self.v_proj(x).view(s, self.n_kv_head, self.head_dim)           # (S, K, E)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        qkv = torch.cat([q, k, v], dim=1)                                   # (S, H + 2K, E)
+        out = []
+        for group in packing.groups:
+            b, t = group.shape
+            part = qkv[group.start:group.end] if group.tokens is None else \
+                qkv.index_select(0, group.index)
+            part = part.view(b, t, -1, self.head_dim).transpose(1, 2)       # (B, H + 2K, T, E)
+            gq, gk, gv = part.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+            y = attend(gq, gk, gv, group, mask).transpose(1, 2)             # (B, T, H, E)
+            out.append(y.reshape(b * t, -1) if group.tokens is None else
+                       y.reshape(b, t, -1)[group.tokens])                   # pads fall away here
+        return self.o_proj(torch.cat(out))                                  # (S, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.n_embd, bias=False)
+
+    def forward(self, x):                                                   # (S, D)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x, packing, cos, sin, mask):                          # (S, D)
+        x = x + self.self_attn(self.input_layernorm(x), packing, cos, sin, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Conan(nn.Module):
+    """The language model and, after stage 3, the embedder."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.checkpointing = False     # recompute each block in backward: memory for time
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self._rope = {}                # per device; not a buffer, so nothing is broadcast
+
+    def init_weights(self, generator=None):
+        """Draw the weights: every matrix from N(0, 0.02), norms at 1.
+
+        The projections that write to the residual stream (o_proj, down_proj) are scaled by
+        1 / sqrt(2 * n_layer), so that its variance does not grow with depth.
+        """
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                nn.init.ones_(p)
+                continue
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+            nn.init.normal_(p, std=std, generator=generator)
+        return self
+
+    def count_params(self):
+        """Return the number of parameters; the tied output embedding counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, ids, lengths, mask=FULL, targets=None):
+        """Return the LM loss if `targets` are given, else one embedding per text.
+
+        ids: (S,) int64, all texts one after the other; lengths: B token counts that sum to S.
+        mask: the `MaskSpec` of every layer. targets: (S,) int64, -100 where nothing is predicted.
+        Returns a float32 scalar, or (B, D) float32, not normalised, in the order of the texts.
+        """
+        packing = Packing(lengths, ids.device)
+        if len(packing.source) != len(ids):
+            raise ValueError(f"lengths sum to {len(packing.source)} but there are {len(ids)} ids")
+        if int(packing.lengths[0]) > self.config.block_size:
+            raise ValueError(f"a text of {int(packing.lengths[0])} tokens exceeds block_size "
+                             f"{self.config.block_size}")
+        hidden = self.hidden(ids[packing.source], packing, mask)            # (S, D)
+        if targets is not None:
+            return lm_cross_entropy(hidden, self.embed_tokens.weight, targets[packing.source])
+        pooled = pool(hidden, packing, self.config.pooling)                 # (B, D)
+        return torch.empty_like(pooled).index_copy(0, packing.order, pooled)
+
+    def hidden(self, ids, packing, mask):
+        """Return the last hidden states (S, D) of sorted flat `ids`, after the final norm."""
+        x = self.embed_tokens(ids)                                          # (S, D)
+        dtype = torch.get_autocast_dtype(x.device.type) \
+            if torch.is_autocast_enabled(x.device.type) else x.dtype
+        packing.set_mask(mask, dtype)
+        cos, sin = (c[packing.position][:, None].to(dtype) for c in self._cos_sin(x.device))
+        for block in self.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, packing, cos, sin, mask, use_reentrant=False)
+            else:
+                x = block(x, packing, cos, sin, mask)
+        return self.norm(x).to(dtype)
+
+    def _cos_sin(self, device):
+        if device not in self._rope:
+            cos, sin = rope_cache(self.config.block_size, self.config.head_dim,
+                                  self.config.rope_base)
+            self._rope[device] = (cos.to(device), sin.to(device))
+        return self._rope[device]
+
+
+def pool(hidden, packing, how="mean"):
+    """Return (B, D) float32 from hidden states (S, D): mean over a text's tokens, or its last one.
+
+    UNSPECIFIED in the paper. At alpha = 0 the last token is the only one that has seen the text.
+    """
+    hidden = hidden.float()
+    if how == "last":
+        return hidden[packing.last]
+    total = hidden.new_zeros(len(packing.counts), hidden.shape[1])
+    return total.index_add(0, packing.text, hidden) / packing.counts[:, None]
+
+
+def flatten(ids, pad):
+    """Return (flat ids (S,), lengths (B,)) of padded `ids` (B, T); `pad` (B, T), True = token.
+
+    Padding may be on either side; what a pad holds cannot matter, as it is not there any more.
+    """
+    if ids.shape != pad.shape or pad.dtype != torch.bool:
+        raise ValueError(f"pad must be a bool tensor of the shape {tuple(ids.shape)} of ids")
+    return ids[pad], pad.sum(1).cpu()

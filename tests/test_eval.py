@@ -1,0 +1,536 @@
+"""Metrics and tasks by hand and against plain loops; files, splits, languages, the command line."""
+
+import dataclasses
+import doctest
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import metrics
+import tasks
+from data import PROMPTS, Collection
+from eval import (
+    average_precision,
+    evaluate,
+    evaluate_collection,
+    f1,
+    hit_at_k,
+    mean_average_precision,
+    mrr_at_k,
+    ndcg_at_k,
+    recall_at_k,
+    spearman,
+    v_measure,
+)
+
+
+class Vectors:
+    """An encoder that looks its vectors up (or draws one per text) and notes what it was asked."""
+
+    def __init__(self, known=None, width=8):
+        self.known, self.width, self.asked = known or {}, width, []
+
+    def encode(self, texts, batch_size=32, prompt=None, truncate_dim=None, normalize=True):
+        self.asked += [(prompt, text) for text in texts]
+        rows = [self.known.get(text, self._draw(text)) for text in texts]
+        vectors = np.array(rows, dtype=np.float32)[:, :truncate_dim]
+        if normalize:
+            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors
+
+    def _draw(self, text):
+        return np.random.default_rng(list(text.encode())).normal(size=self.width)
+
+
+def angle(degrees):
+    return [math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]
+
+
+def random_gains(seed, queries=30, ranks=12):
+    draw = np.random.default_rng(seed)
+    gains = draw.integers(0, 4, (queries, ranks)) * (draw.random((queries, ranks)) < 0.3)
+    judged = [[g for g in row if g] + [1] * int(draw.integers(0, 3)) for row in gains.tolist()]
+    return gains, judged
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def test_documentation_examples():
+    assert doctest.testmod(metrics).attempted >= 10
+    assert doctest.testmod(metrics).failed == doctest.testmod(evaluation).failed == 0
+
+
+def test_ndcg_of_graded_relevance_by_hand():
+    found = 1 / math.log2(2) + 3 / math.log2(4)  # gains 1, 0, 3 at ranks 1, 2, 3
+    best = 3 / math.log2(2) + 2 / math.log2(3) + 1 / math.log2(4)  # a gain of 2 was not found
+    assert ndcg_at_k([1, 0, 3], 3, judged=[1, 2, 3]) == pytest.approx(found / best)
+    best_two = 3 / math.log2(2) + 2 / math.log2(3)
+    assert ndcg_at_k([1, 0, 3], 2, judged=[1, 2, 3]) == pytest.approx(1 / best_two)
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, 12, 50])
+def test_ranking_metrics_equal_plain_loops(k):
+    gains, judged = random_gains(k)
+    recall, hit, mrr, ap = [], [], [], []
+    for row, relevant in zip(gains.tolist(), judged):
+        positions = [rank for rank, gain in enumerate(row[:k], 1) if gain]
+        recall.append(len(positions) / len(relevant) if relevant else 0)
+        hit.append(bool(positions))
+        mrr.append(1 / positions[0] if positions else 0)
+        precisions = [(i + 1) / rank for i, rank in enumerate(positions)]
+        ap.append(sum(precisions) / len(relevant) if relevant else 0)
+    assert recall_at_k(gains, k, judged) == pytest.approx(np.mean(recall))
+    assert hit_at_k(gains, k) == pytest.approx(np.mean(hit))
+    assert mrr_at_k(gains, k) == pytest.approx(np.mean(mrr))
+    assert mean_average_precision(gains, k, judged) == pytest.approx(np.mean(ap))
+
+
+def test_ranking_metrics_of_nothing():
+    for metric in (ndcg_at_k, recall_at_k, hit_at_k, mrr_at_k, mean_average_precision):
+        assert metric([]) == metric([[]]) == metric([0, 0, 0]) == 0.0
+        assert metric([[1], [0, 0]]) == 0.5  # lists of different lengths
+    with pytest.raises(ValueError, match="2 queries, judged has 1"):
+        recall_at_k([[1], [0]], 1, judged=[[1]])
+
+
+def test_average_precision_of_ties():
+    assert average_precision([1, 0], [0.3, 0.3]) == 0.5
+    # At 0.9: 1 of 1. The two at 0.5 are one step: 2 of 3.
+    assert average_precision([1, 0, 1], [0.9, 0.5, 0.5]) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    draw = np.random.default_rng(0)
+    labels, scores = draw.integers(0, 2, 50), draw.integers(0, 8, 50)
+    order = draw.permutation(50)
+    expected = pytest.approx(average_precision(labels, scores))
+    assert average_precision(labels[order], scores[order]) == expected
+    assert average_precision([], []) == average_precision([0, 0], [1, 2]) == 0.0
+
+
+def test_spearman_by_hand():
+    # Ranks 1.5, 1.5, 3 and 1, 2, 3: covariance 1.5, variances 1.5 and 2.
+    assert spearman([7, 7, 9], [1, 2, 3]) == pytest.approx(1.5 / math.sqrt(1.5 * 2))
+    x = np.random.default_rng(0).normal(size=40)
+    assert spearman(x, np.exp(x)) == pytest.approx(1)
+    assert spearman(x, -(x**3)) == pytest.approx(-1)
+    assert spearman(x, np.ones(40)) == spearman([], []) == spearman([1], [2]) == 0.0
+
+
+def test_scores_that_are_not_numbers_are_refused():
+    with pytest.raises(ValueError, match="1 of 3 scores are not finite"):
+        spearman([1, 2, 3], [1, float("nan"), 3])
+    with pytest.raises(ValueError, match="not finite"):
+        average_precision([1, 0], [float("inf"), 0])
+    with pytest.raises(ValueError, match=r"\(3,\) and \(2,\)"):
+        v_measure([1, 2, 3], [1, 2])
+
+
+def test_f1_by_hand():
+    labels, predictions = ["a", "a", "b"], ["a", "c", "b"]  # a: 2/3, b: 1, c: 0
+    assert f1(labels, predictions) == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert f1(labels, predictions, "weighted") == pytest.approx((2 * 2 / 3 + 1) / 3)
+    assert f1([], []) == 0.0
+    with pytest.raises(ValueError, match="micro"):
+        f1([1], [1], "micro")
+
+
+def test_v_measure_limits():
+    labels = [0, 0, 1, 1, 2]
+    assert v_measure(labels, ["x", "x", "z", "z", "y"]) == pytest.approx(1)
+    assert v_measure(labels, [0] * 5) == pytest.approx(0)
+    assert v_measure([0, 0, 1, 1], [0, 1, 0, 1]) == pytest.approx(0)
+    assert v_measure(labels, range(5)) == pytest.approx(v_measure(range(5), labels))
+    assert v_measure([], []) == 1.0
+
+
+# ---------------------------------------------------------------- encoding and search
+
+
+def test_cached_encoder_encodes_once_and_serves_prefixes():
+    inner = Vectors()
+    encoder = tasks.CachedEncoder(inner)
+    full = encoder.encode(["a", "b", "a"])
+    short = encoder.encode(["b", "c"], truncate_dim=3)
+    encoder.encode(["a"], prompt="P")
+    assert inner.asked == [(None, "a"), (None, "b"), (None, "c"), ("P", "a")]
+    assert (full[0] == full[2]).all()
+    cut = full[1, :3] / np.linalg.norm(full[1, :3])
+    assert short[0] == pytest.approx(cut) and short.shape == (2, 3)
+    with pytest.raises(ValueError, match=r"1..8, got 9"):
+        encoder.encode(["a"], truncate_dim=9)
+
+
+def test_cached_encoder_names_a_text_without_embedding():
+    encoder = tasks.CachedEncoder(Vectors({"broken": [np.nan, 1.0], "fine": [1.0, 0.0]}))
+    with pytest.raises(ValueError, match="'broken' is not finite"):
+        encoder.encode(["fine", "broken"])
+
+
+def test_search_in_chunks_is_a_stable_sort(monkeypatch):
+    draw = np.random.default_rng(0)  # halves: their dot products are exact, and often tie
+    names = [f"q{i}" for i in range(7)] + [f"d{i}" for i in range(30)]
+    encoder = Vectors({name: draw.choice([-0.5, 0.5], 4) for name in names})
+    cosine = encoder.encode(names[:7]) @ encoder.encode(names[7:]).T
+    expected = np.argsort(-cosine, axis=1, kind="stable")
+    for pairs_at_once in (1, 70, 10**6):
+        monkeypatch.setattr(tasks, "SCORES_AT_ONCE", pairs_at_once)
+        for k in (1, 5, 30, 99):
+            found = tasks.search(encoder, names[:7], names[7:], k)
+            assert found.tolist() == expected[:, :k].tolist()
+
+
+def test_bm25_finds_only_what_shares_a_word():
+    found = tasks.search(tasks.LexicalBaseline(), ["cat", "bird"], ["a dog", "a cat"], 2)
+    assert found.tolist() == [[1, -1], [-1, -1]]
+    scores = tasks.similarity(tasks.LexicalBaseline(), ["cat", "cat", "cow"], ["cat", "dog", "cow"])
+    assert scores[0] > 0 == scores[1] and scores[2] > 0
+
+
+# ---------------------------------------------------------------- tasks
+
+COLLECTION = Collection(
+    name="three",
+    corpus=[
+        {"id": "d0", "title": "T", "text": "zero", "lang": "en"},
+        {"id": "d1", "title": "", "text": "one", "lang": "en"},
+        {"id": "d2", "text": "deux", "lang": "fr"},
+    ],
+    queries=[
+        {"id": "q0", "text": "first", "lang": "en"},
+        {"id": "q1", "text": "second", "lang": "fr"},
+        {"id": "q2", "text": "unjudged", "lang": "en"},
+    ],
+    qrels={"q0": {"d0": 1.0, "d1": 0.0}, "q1": {"d1": 1.0, "d2": 1.0}, "q2": {"d0": 0.0}},
+)
+PLANE = Vectors(
+    {
+        "first": angle(0), "second": angle(80), "unjudged": angle(0),
+        "T zero": angle(30), "one": angle(10), "deux": angle(85),
+    }
+)  # fmt: skip
+
+
+def test_retrieval_by_hand():
+    # first: one, T zero, deux -> its d0 at rank 2. second: deux, T zero, one -> ranks 1 and 3.
+    scores = tasks.retrieval(PLANE, COLLECTION)
+    second = (1 + 1 / math.log2(4)) / (1 + 1 / math.log2(3))
+    assert scores["ndcg@10"] == pytest.approx((1 / math.log2(3) + second) / 2)
+    assert scores["recall@1"] == pytest.approx((0 + 1 / 2) / 2)
+    assert scores["hit@1"] == pytest.approx(1 / 2)
+    assert scores["recall@10"] == scores["recall@20"] == scores["recall@100"] == 1
+    assert scores["map"] == pytest.approx((1 / 2 + (1 + 2 / 3) / 2) / 2)
+    assert scores["mrr@10"] == pytest.approx((1 / 2 + 1) / 2)
+
+
+def test_retrieval_prompts_queries_and_not_documents():
+    encoder = Vectors()
+    tasks.retrieval(encoder, COLLECTION)
+    assert [text for prompt, text in encoder.asked if prompt] == ["first", "second"]
+    assert {prompt for prompt, _ in encoder.asked} == {PROMPTS["retrieval"], None}
+
+
+def test_retrieval_without_relevant_documents_is_an_error():
+    with pytest.raises(ValueError, match="no query"):
+        tasks.retrieval(PLANE, dataclasses.replace(COLLECTION, qrels={}))
+
+
+def test_language_matrix_restricts_candidates_and_answers():
+    results = evaluation.retrieval_by_language(PLANE, COLLECTION, "test")
+    assert results["test"] == tasks.retrieval(PLANE, COLLECTION)
+    assert results.keys() == {"test", "en-en", "fr-en", "fr-fr", "mean", "mean_same", "mean_cross"}
+    assert results["en-en"]["mrr@10"] == 1 / 2
+    assert results["fr-en"]["mrr@10"] == 1 / 2  # T zero before one; deux does not compete
+    assert results["fr-fr"]["mrr@10"] == 1
+    assert results["mean"]["mrr@10"] == pytest.approx(2 / 3)
+    assert results["mean_same"]["mrr@10"] == pytest.approx(3 / 4)
+    assert results["mean_cross"]["mrr@10"] == pytest.approx(1 / 2)
+
+
+def test_mkqa_means_over_the_languages_besides_english():
+    results = evaluation.mkqa(PLANE, COLLECTION)
+    assert results.keys() == {"en", "fr", "mean"}
+    assert results["mean"] == results["fr"] == {
+        "recall@20": 1.0, "recall@100": 1.0, "ndcg@10": pytest.approx(1 / math.log2(3)),
+    }  # fmt: skip
+    english = [row for row in COLLECTION.queries if row["lang"] == "en"]
+    with pytest.raises(ValueError, match="mkqa needs `lang`"):
+        evaluation.mkqa(PLANE, dataclasses.replace(COLLECTION, queries=english))
+
+
+def test_bitext_mining_has_two_directions():
+    encoder = Vectors({"a": angle(0), "b": angle(50), "A": angle(10), "B": angle(20)})
+    rows = [{"query": "a", "pos": "A"}, {"query": "b", "pos": "B"}]
+    # a -> A, b -> B; back: A -> a, B -> a (20 degrees against 30).
+    assert tasks.bitext_mining(encoder, rows) == {
+        "accuracy": 1.0, "f1": 1.0, "accuracy_reverse": 0.5, "f1_reverse": pytest.approx(1 / 3),
+    }  # fmt: skip
+
+
+def test_sts_and_its_dimensions():
+    known = {f"s{i}": [1.0, 0.0, 0.0] for i in range(3)}
+    known |= {"t0": [1.0, 0.1, 9.0], "t1": [1.0, 0.5, 0.0], "t2": [1.0, 0.9, 0.0]}
+    rows = [{"sentence1": f"s{i}", "sentence2": f"t{i}", "score": 3 - i} for i in range(3)]
+    assert tasks.sts(Vectors(known), rows)["spearman"] == pytest.approx(-0.5)
+    assert tasks.sts(Vectors(known), rows, dim=2)["spearman"] == pytest.approx(1)
+
+
+def test_pair_classification_tries_manhattan_too():
+    # 40 degrees apart across the axis, Manhattan 0.68; 36 apart around the diagonal, but 0.87.
+    known = {"s": angle(-20), "t": angle(20), "u": angle(27), "v": angle(63)}
+    rows = [
+        {"sentence1": "s", "sentence2": "t", "label": 1},
+        {"sentence1": "u", "sentence2": "v", "label": 0},
+    ]
+    assert tasks.pair_classification(Vectors(known), rows) == {"ap": 0.5, "max_ap": 1.0}
+    rows[0]["label"] = 2
+    with pytest.raises(ValueError, match=r"must be 0 or 1, got \[0, 2\]"):
+        tasks.pair_classification(Vectors(known), rows)
+
+
+def test_reranking_counts_a_tie_as_a_mistake():
+    rows = [
+        {"query": "q", "pos": ["near"], "neg": ["far", "middle"]},
+        {"query": "q", "pos": ["same"], "neg": ["equal"]},
+        {"query": "q", "pos": ["near"], "neg": []},  # left out
+    ]
+    known = {"q": angle(0), "near": angle(5), "far": angle(90), "middle": angle(20)}
+    known |= {"same": angle(7), "equal": angle(7)}
+    scores = tasks.reranking(Vectors(known), rows)
+    assert scores["map"] == scores["mrr@10"] == pytest.approx((1 + 1 / 2) / 2)
+    assert tasks.reranking(tasks.LexicalBaseline(), rows[1:2])["map"] == 0.5
+
+
+def test_summarization_takes_the_best_human_summary():
+    known = {"h0": angle(0), "h1": angle(90), "m0": angle(40), "m1": angle(80), "m2": angle(5)}
+    row = {"human_summaries": ["h0", "h1"], "machine_summaries": ["m0", "m1", "m2"]}
+    # Distances to the nearest human summary: 40, 10, 5 degrees.
+    rows = [row | {"relevance": [1, 2, 3]}, row | {"relevance": [1, 3, 2]}]
+    ungraded = row | {"relevance": [2, 2, 2]}  # left out
+    assert tasks.summarization(Vectors(known), [*rows, ungraded])["spearman"] == pytest.approx(0.75)
+    assert tasks.summarization(Vectors(known), [ungraded])["spearman"] == 0.0
+
+
+def labelled(n, labels=("x", "y", "z"), split=None):
+    """n texts per label around one direction each, and the encoder that says so."""
+    draw, known, rows = np.random.default_rng(0), {}, []
+    for i, label in enumerate(labels):
+        for j in range(n):
+            text = f"{label}{j}{split or ''}"
+            known[text] = np.eye(8)[i] * 4 + draw.normal(size=8)
+            rows.append({"text": text, "label": label} | ({"split": split} if split else {}))
+    return known, rows
+
+
+def test_classification_of_separable_labels():
+    known, train = labelled(20, split="train")
+    more, test = labelled(30, split="test")
+    encoder = tasks.CachedEncoder(Vectors(known | more))
+    assert tasks.classification(encoder, train + test)["accuracy"] > 0.95
+    for row in test:
+        row["label"] = "w"  # a label without training rows cannot be found
+    assert tasks.classification(encoder, train + test) == {"accuracy": 0.0, "f1": 0.0}
+    with pytest.raises(ValueError, match="60 rows to fit and 0 to score"):
+        tasks.classification(encoder, train)
+
+
+@pytest.mark.parametrize("n_labels", [1, 2, 4])
+def test_logistic_regression_is_at_the_optimum(n_labels):
+    draw = np.random.default_rng(n_labels)
+    x, y = draw.normal(size=(60, 5)), draw.permutation(60) % n_labels
+    predict = tasks.logistic_regression(x, y, c=0.5)
+    if n_labels == 1:
+        assert predict(x).tolist() == [0] * 60
+        return
+    weight = torch.zeros(5, n_labels if n_labels > 2 else 1, dtype=torch.float64)
+    bias = torch.zeros(weight.shape[1], dtype=torch.float64)
+    inputs, targets = torch.tensor(x), torch.tensor(y)
+    for _ in range(3000):  # plain gradient descent on the printed objective
+        weight.requires_grad_(), bias.requires_grad_()
+        logits = inputs @ weight + bias
+        if n_labels == 2:
+            logits = torch.cat([torch.zeros_like(logits), logits], 1)
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        loss = loss + weight.square().sum() / (2 * 0.5)
+        step = torch.autograd.grad(loss, (weight, bias))
+        weight, bias = weight.detach() - 0.01 * step[0], bias.detach() - 0.01 * step[1]
+    expected = logits.argmax(1).numpy()
+    assert (predict(x) == expected).all() and len(set(expected.tolist())) == n_labels
+
+
+def test_clustering_of_separate_labels_is_seeded():
+    known, rows = labelled(40)
+    encoder = tasks.CachedEncoder(Vectors(known))
+    assert tasks.clustering(encoder, rows)["v_measure"] > 0.9
+    encoder = tasks.CachedEncoder(Vectors())  # nothing to find
+    first = tasks.clustering(encoder, rows)
+    assert first["v_measure"] < 0.2
+    assert first == tasks.clustering(encoder, rows)
+    assert first != tasks.clustering(encoder, rows, seed=1)
+
+
+def test_k_means_of_fewer_places_than_clusters():
+    clusters = tasks.mini_batch_k_means(np.zeros((6, 2)), 3, np.random.default_rng(0))
+    assert clusters.shape == (6,)
+    two = np.repeat([[0.0, 0.0], [9.0, 9.0]], 5, axis=0)
+    clusters = tasks.mini_batch_k_means(two, 2, np.random.default_rng(0))
+    assert v_measure([0] * 5 + [1] * 5, clusters) == pytest.approx(1)
+
+
+def test_language_separation_tells_clusters_from_one_distribution(tmp_path):
+    draw, known, rows = np.random.default_rng(0), {}, []
+    for lang, centre in (("en", 0.0), ("de", 0.0), ("ja", 0.0)):
+        for i in range(60):
+            known[f"{lang}{i}"] = draw.normal(size=8) + centre
+            rows.append({"text": f"{lang}{i}", "lang": lang})
+    together = tasks.language_separation(Vectors(known), rows)
+    assert together["chance"] == pytest.approx(1 / 3)
+    assert together["language_accuracy"] < 0.55
+    for text in known:
+        known[text] = known[text] + 9 * np.eye(8)[["en", "de", "ja"].index(text[:2])]
+    apart = tasks.language_separation(Vectors(known), rows)
+    assert apart["language_accuracy"] > 0.95
+    assert apart["centroid_distance"] > 3 * together["centroid_distance"]
+    assert apart["spread"] < together["spread"]
+    with pytest.raises(ValueError, match=r"two languages, got \['en'\]"):
+        tasks.language_separation(Vectors(known), rows[:60])
+
+
+# ---------------------------------------------------------------- files, splits, the command line
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opened = gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w")
+    with opened as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return path
+
+
+def write_collection(folder, collection, suffix=""):
+    write_rows(folder / f"corpus.jsonl{suffix}", collection.corpus)
+    write_rows(folder / f"queries.jsonl{suffix}", collection.queries)
+    opened = gzip.open if suffix else open
+    with opened(folder / f"qrels.tsv{suffix}", "wt") as file:
+        file.write("query-id\tcorpus-id\tscore\n")
+        for query, gains in collection.qrels.items():
+            file.writelines(f"{query}\t{doc}\t{int(gain)}\n" for doc, gain in gains.items())
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_collection_keys_and_dims(tmp_path, suffix):
+    folder = write_collection(tmp_path / "my_docs" / "test", COLLECTION, suffix)
+    results = evaluate_collection(PLANE, folder, dims=(1,))
+    whole = tasks.retrieval(PLANE, COLLECTION)
+    assert results["retrieval/my_docs/test/ndcg@10"] == whole["ndcg@10"]
+    one = tasks.retrieval(tasks.CachedEncoder(PLANE), COLLECTION, dim=1)
+    assert results["retrieval/my_docs/test/mrr@10:1"] == one["mrr@10"]
+    assert all(isinstance(value, float) for value in results.values())
+    assert {key.split("/")[2] for key in results} >= {"en-en", "fr-en", "mean"}
+
+
+def test_the_held_out_split_is_chosen(tmp_path):
+    rows = [
+        {"sentence1": "a", "sentence2": "b", "score": i, "split": split}
+        for split in ("train", "dev") for i in range(3)
+    ]  # fmt: skip
+    assert evaluation.choose_split(rows, None, "f") == (rows[3:], "dev")
+    assert evaluation.choose_split(rows, "train", "f") == (rows[:3], "train")
+    assert evaluation.choose_split(rows[:3], None, "f") == (rows[:3], "all")
+    assert evaluation.choose_split(rows, None, "f", with_train=True) == (rows, "dev")
+    path = write_rows(tmp_path / "my_sts.jsonl", rows)
+    assert evaluate(Vectors(), "sts", path).keys() == {"sts/my_sts/dev/spearman"}
+    with pytest.raises(ValueError, match=r"my_sts.jsonl: no rows of split \['test'\], only"):
+        evaluate(Vectors(), "sts", path, split="test")
+
+
+def test_rows_per_language_and_their_mean(tmp_path):
+    rows = [
+        {"sentence1": f"s{i}", "sentence2": f"t{i}", "score": i, "lang": "zh" if i % 2 else "en"}
+        for i in range(10)
+    ]
+    path = write_rows(tmp_path / "stsb" / "data.jsonl.gz", rows)
+    results = evaluate(Vectors(), "sts", path)
+    assert results.keys() == {f"sts/stsb/{group}/spearman" for group in ("en", "zh", "mean")}
+    english = tasks.sts(Vectors(), rows[::2])["spearman"]
+    assert results["sts/stsb/en/spearman"] == pytest.approx(english)
+    both = results["sts/stsb/en/spearman"], results["sts/stsb/zh/spearman"]
+    assert results["sts/stsb/mean/spearman"] == pytest.approx(np.mean(both))
+
+
+def test_both_forms_of_bitext(tmp_path):
+    wide = [{"query": f"x{i}", "pos": f"e{i}", "lang_q": "xx", "lang_p": "en"} for i in range(5)]
+    long = [{"id": i, "lang": "xx", "text": f"x{i}"} for i in range(5)]
+    long += [{"id": i, "lang": "en", "text": f"e{i}"} for i in range(7)]
+    one = evaluate(Vectors(), "bitext", write_rows(tmp_path / "set" / "pairs.jsonl", wide))
+    two = evaluate(Vectors(), "bitext", write_rows(tmp_path / "set" / "sentences.jsonl", long))
+    assert one == two and "bitext/set/xx-en/accuracy_reverse" in one
+    with pytest.raises(ValueError, match="1 rows repeat"):
+        evaluate(Vectors(), "bitext", write_rows(tmp_path / "bad.jsonl", [*long, long[0]]))
+    with pytest.raises(ValueError, match="need texts query and pos, or"):
+        evaluate(Vectors(), "bitext", write_rows(tmp_path / "bad.jsonl", [{"query": "x"}]))
+    with pytest.raises(ValueError, match="no id occurs"):
+        evaluate(Vectors(), "bitext", write_rows(tmp_path / "bad.jsonl", long[:5]))
+
+
+def test_classification_keeps_the_training_rows(tmp_path):
+    known, train = labelled(12, split="train")
+    more, test = labelled(12, split="test")
+    for row in train + test:
+        row["lang"] = "en" if int(row["text"][1]) % 2 else "de"
+    path = write_rows(tmp_path / "topics.jsonl", train + test)
+    results = evaluate(Vectors(known | more), "classification", path)
+    assert results["classification/topics/mean/accuracy"] > 0.9
+    assert {key.split("/")[2] for key in results} == {"en", "de", "mean"}
+    path = write_rows(tmp_path / "untrained.jsonl", test)
+    with pytest.raises(ValueError, match=r"no rows of split \['train'\]"):
+        evaluate(Vectors(more), "classification", path)
+
+
+def test_a_bad_row_is_named_by_file_and_line(tmp_path):
+    rows = [{"text": "a", "label": "x"}, {"text": "b"}]
+    with pytest.raises(ValueError, match="topics.jsonl:2"):
+        evaluate(Vectors(), "clustering", write_rows(tmp_path / "topics.jsonl", rows))
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    folder = write_collection(tmp_path / "docs", COLLECTION)
+    out = tmp_path / "deep" / "scores.json"
+    argv = ["eval.py", "--bm25", f"--retrieval={folder}", f"--out={out}"]
+    monkeypatch.setattr("sys.argv", argv)
+    evaluation.main()
+    results = json.loads(out.read_text())
+    assert results["retrieval/docs/all/ndcg@10"] == 0.0  # not a word in common
+    shown = capsys.readouterr().out
+    assert "retrieval/docs" in shown and "mean_cross" in shown and str(out) in shown
+    monkeypatch.setattr("sys.argv", [*argv[:2], f"--retrieval={folder},{folder}", argv[3]])
+    with pytest.raises(ValueError, match="rename its folder"):
+        evaluation.main()
+    monkeypatch.setattr("sys.argv", [*argv[:2], f"--clustering={folder / 'corpus.jsonl'}"])
+    with pytest.raises(ValueError, match="label|no vectors"):
+        evaluation.main()
+
+
+def test_one_model_must_be_named():
+    with pytest.raises(ValueError, match="one of --checkpoint"):
+        evaluation.EvalConfig()
+    with pytest.raises(ValueError, match="one of --checkpoint"):
+        evaluation.EvalConfig(checkpoint="x", bm25=True)
+    with pytest.raises(ValueError, match=r"dims=\(64,\)"):
+        evaluation.EvalConfig(bm25=True, dims=(64,))
+
+
+def test_bm25_has_no_vectors():
+    with pytest.raises(ValueError, match="no vectors"):
+        tasks.clustering(tasks.LexicalBaseline(), labelled(2)[1])
+
+
+def test_table_lists_every_number():
+    shown = evaluation.table({"sts/a/en/spearman": 0.25, "sts/a/en/spearman:64": 0.125})
+    assert [line.split() for line in shown.strip().split("\n")] == [
+        ["sts/a", "spearman"], ["en", "0.2500"], ["en,", "64", "dims", "0.1250"],
+    ]  # fmt: skip

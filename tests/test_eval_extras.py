@@ -1,0 +1,333 @@
+"""Every metric equals scipy's or scikit-learn's, every task gives mteb's own score.
+
+    pip install scipy scikit-learn mteb && pytest -m extras tests/test_eval_extras.py
+"""
+
+import numpy as np
+import pytest
+
+import metrics
+import tasks
+from data import PROMPTS, Collection
+from eval import MtebModel
+
+pytestmark = pytest.mark.extras
+
+
+class Drawn:
+    """One random vector per text; texts of one topic ("topic:...") lie around a common one."""
+
+    def __init__(self, noise=1.0, width=24):
+        self.noise, self.width = noise, width
+
+    def encode(self, texts, batch_size=32, prompt=None, truncate_dim=None, normalize=True):
+        vectors = np.array([self._one(text) for text in texts], dtype=np.float32)[:, :truncate_dim]
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def _one(self, text):
+        topic, own = (np.random.default_rng(list(t.encode())) for t in (text.split(":")[0], text))
+        return topic.normal(size=self.width) + self.noise * own.normal(size=self.width)
+
+
+# ---------------------------------------------------------------- scipy and scikit-learn
+
+
+def drawn_scores(seed, ties):
+    draw = np.random.default_rng(seed)
+    x, y = draw.normal(size=(2, 200))
+    return (np.round(x), np.round(y + x)) if ties else (x, y + x)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_spearman_is_scipys(seed, ties):
+    stats = pytest.importorskip("scipy.stats")
+    x, y = drawn_scores(seed, ties)
+    assert metrics.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_average_precision_is_scikit_learns(seed, ties):
+    learn = pytest.importorskip("sklearn.metrics")
+    scores, other = drawn_scores(seed, ties)
+    labels = (other > 0).astype(int)
+    expected = learn.average_precision_score(labels, scores)
+    assert metrics.average_precision(labels, scores) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("n_labels, n_clusters", [(2, 2), (5, 9), (40, 3), (1, 4), (7, 1)])
+def test_label_metrics_are_scikit_learns(n_labels, n_clusters):
+    learn = pytest.importorskip("sklearn.metrics")
+    draw = np.random.default_rng(n_labels)
+    labels = [f"l{i}" for i in draw.integers(0, n_labels, 150)]
+    clusters = [f"l{i}" for i in draw.integers(0, n_clusters, 150)]
+    expected = learn.v_measure_score(labels, clusters)
+    assert metrics.v_measure(labels, clusters) == pytest.approx(expected, abs=1e-9)
+    assert metrics.accuracy(labels, clusters) == learn.accuracy_score(labels, clusters)
+    for average in ("macro", "weighted"):
+        expected = learn.f1_score(labels, clusters, average=average)
+        assert metrics.f1(labels, clusters, average) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("n_labels", [2, 3, 20])
+@pytest.mark.parametrize("c", [0.1, 1.0, 10.0])
+def test_logistic_regression_is_scikit_learns(n_labels, c):
+    linear = pytest.importorskip("sklearn.linear_model")
+    encoder, labels = Drawn(noise=2.0), np.arange(n_labels * 8) % n_labels
+    train = encoder.encode([f"t{label}:{i}" for i, label in enumerate(labels)])
+    test = encoder.encode([f"t{i % n_labels}:test{i}" for i in range(1000)])
+    reference = linear.LogisticRegression(C=c, max_iter=1000, tol=1e-8).fit(train, labels)
+    scores, predicted = reference.decision_function(test), reference.predict(test)
+    gap = np.abs(scores) if n_labels == 2 else -np.diff(np.sort(scores)[:, ::-1])[:, 0]
+    clear = gap > 1e-4  # where scikit-learn itself is not undecided
+    assert clear.mean() > 0.99
+    ours = tasks.logistic_regression(train, labels, c)(test)
+    assert (ours == predicted)[clear].all()
+
+
+@pytest.mark.parametrize("n_labels, noise", [(5, 1.0), (30, 1.0), (30, 2.0)])
+def test_k_means_is_as_good_as_scikit_learns(n_labels, noise):
+    cluster = pytest.importorskip("sklearn.cluster")
+    draw = np.random.default_rng(0)
+    labels = (n_labels * draw.random(1500) ** 2).astype(int)  # uneven groups
+    vectors = Drawn(noise).encode([f"t{label}:{i}" for i, label in enumerate(labels)])
+    ours, theirs = [], []
+    for seed in range(10):
+        found = tasks.mini_batch_k_means(vectors, n_labels, np.random.default_rng(seed))
+        ours.append(metrics.v_measure(labels, found))
+        reference = cluster.MiniBatchKMeans(n_labels, batch_size=512, n_init=1, random_state=seed)
+        theirs.append(metrics.v_measure(labels, reference.fit_predict(vectors)))
+    assert np.mean(ours) == pytest.approx(np.mean(theirs), abs=0.03)
+
+
+# ---------------------------------------------------------------- mteb
+
+
+def mteb_scores(mock, encoder, data):
+    """Run an mteb task on our data: the class of one of its offline mocks, the data replaced."""
+    task = mock()
+    task.load_data = lambda *args, **kwargs: None
+    task.dataset, task.data_loaded = data, True
+    scores = task.evaluate(MtebModel(encoder), split="test", encode_kwargs={"batch_size": 32})
+    return scores["default"]
+
+
+def table(rows):
+    import datasets
+
+    return datasets.Dataset.from_list(rows)
+
+
+@pytest.fixture
+def mocks():
+    pytest.importorskip("mteb", minversion="2")
+    from mteb.mocks import mock_tasks
+
+    return mock_tasks
+
+
+def drawn_collection(n_documents=1300, n_queries=40):
+    draw = np.random.default_rng(0)
+    corpus = [
+        {"id": f"d{i}", "title": f"t{i % 100}:" if i % 3 else "", "text": f"t{i % 100}:{i}"}
+        for i in range(n_documents)
+    ]
+    queries = [{"id": f"q{i}", "text": f"t{i}:query"} for i in range(n_queries)]
+    qrels = {}
+    for i, query in enumerate(queries[:-2]):  # two have no judgement
+        own = draw.choice(np.arange(i, n_documents, 100), size=1 + i % 7, replace=False)
+        other = draw.choice(n_documents, size=3, replace=False)
+        grades = {f"d{j}": int(draw.integers(1, 4)) for j in own} | {f"d{j}": 0 for j in other}
+        qrels[query["id"]] = grades if i else {f"d{other[0]}": 0}  # the first has none above 0
+    return Collection("drawn", corpus, queries, qrels)
+
+
+def test_retrieval_is_mtebs(mocks):
+    collection, encoder = drawn_collection(), Drawn(noise=1.5)
+    data = {
+        "corpus": table(collection.corpus),
+        "queries": table(collection.queries),
+        "relevant_docs": {
+            query: {doc: int(gain) for doc, gain in gains.items()}
+            for query, gains in collection.qrels.items() if any(gains.values())
+        },
+        "top_ranked": None,
+    }  # fmt: skip
+    data["queries"] = data["queries"].filter(lambda row: row["id"] in data["relevant_docs"])
+    expected = mteb_scores(mocks.MockRetrievalTask, encoder, {"default": {"test": data}})
+    ours = tasks.retrieval(encoder, collection)
+    names = {f"recall@{k}": f"recall_at_{k}" for k in (1, 10, 20, 100)}
+    names |= {"ndcg@10": "ndcg_at_10", "map": "map_at_1000", "mrr@10": "mrr_at_10"}
+    names |= {"hit@1": "hit_rate_at_1"}
+    assert ours.keys() == names.keys() and 0.05 < ours["ndcg@10"] < 0.95
+    for name, theirs in names.items():
+        assert ours[name] == pytest.approx(expected[theirs], abs=1e-5)  # mteb rounds to 5 digits
+
+
+def test_reranking_is_mtebs(mocks):
+    encoder, rows = Drawn(noise=2.0), []
+    for i in range(25):
+        pos = [f"t{i}:pos{j}" for j in range(1 + i % 3)]
+        rows.append({"query": f"t{i}:query", "pos": pos, "neg": [f"n{i}:{j}" for j in range(8)]})
+    corpus, relevant, ranked = [], {}, {}
+    for i, row in enumerate(rows):
+        for text in (*row["pos"], *row["neg"]):
+            corpus.append({"id": text, "title": "", "text": text})
+        relevant[f"q{i}"] = {text: 1 for text in row["pos"]} | {text: 0 for text in row["neg"]}
+        ranked[f"q{i}"] = [*row["pos"], *row["neg"]]
+    data = {
+        "corpus": table(corpus), "relevant_docs": relevant, "top_ranked": ranked,
+        "queries": table([{"id": f"q{i}", "text": row["query"]} for i, row in enumerate(rows)]),
+    }  # fmt: skip
+    expected = mteb_scores(mocks.MockRerankingTask, encoder, {"default": {"test": data}})
+    ours = tasks.reranking(encoder, rows)
+    names = {"map": "map_at_1000", "mrr@10": "mrr_at_10", "ndcg@10": "ndcg_at_10"}
+    for name, theirs in names.items():
+        assert ours[name] == pytest.approx(expected[theirs], abs=1e-5)
+
+
+def test_bitext_mining_is_mtebs(mocks):
+    encoder = Drawn(noise=1.5)
+    rows = [{"query": f"t{i}:a", "pos": f"t{i}:b"} for i in range(150)]
+    ours = tasks.bitext_mining(encoder, rows)
+    assert 0.1 < ours["accuracy"] < 0.9
+    for left, right, suffix in (("query", "pos", ""), ("pos", "query", "_reverse")):
+        data = table([{"sentence1": row[left], "sentence2": row[right]} for row in rows])
+        expected = mteb_scores(mocks.MockBitextMiningTask, encoder, {"test": data})
+        assert ours["accuracy" + suffix] == pytest.approx(expected["accuracy"])
+        assert ours["f1" + suffix] == pytest.approx(expected["f1"])
+
+
+def drawn_pairs(n=200):
+    draw = np.random.default_rng(1)
+    same = draw.integers(0, 2, n)
+    return [
+        {"sentence1": f"t{i}:a", "sentence2": f"t{i if same[i] else -i}:b", "label": int(same[i]),
+         "score": float(np.round(same[i] * 3 + draw.random() * 2, 1))}
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def test_sts_is_mtebs(mocks):
+    encoder, rows = Drawn(noise=2.0), drawn_pairs()
+    data = {"test": table(rows).select_columns(["sentence1", "sentence2", "score"])}
+    expected = mteb_scores(mocks.MockSTSTask, encoder, data)
+    ours = tasks.sts(encoder, rows)["spearman"]
+    assert ours == pytest.approx(expected["cosine_spearman"], abs=1e-4)
+
+
+def test_pair_classification_is_mtebs(mocks):
+    encoder, rows = Drawn(noise=2.0), drawn_pairs()
+    data = table(rows).rename_column("label", "labels").remove_columns("score")
+    expected = mteb_scores(mocks.MockPairClassificationTask, encoder, {"test": data})
+    ours = tasks.pair_classification(encoder, rows)
+    assert ours["ap"] == pytest.approx(expected["cosine_ap"], abs=1e-6)
+    assert ours["max_ap"] == pytest.approx(expected["max_ap"], abs=1e-6)
+
+
+def test_summarization_is_mtebs(mocks):
+    draw, encoder, rows = np.random.default_rng(2), Drawn(noise=2.0), []
+    for i in range(20):
+        machine = [f"t{i if j % 2 else -i}:machine{j}" for j in range(6)]
+        human = [f"t{i}:human{j}" for j in range(3)]
+        grades = draw.integers(0, 4, 6).tolist() if i else [2] * 6  # mteb leaves the first out
+        rows.append({"machine_summaries": machine, "human_summaries": human, "relevance": grades})
+    data = table([row | {"text": f"t{i}"} for i, row in enumerate(rows)])
+    expected = mteb_scores(mocks.MockSummarizationTask, encoder, {"test": data})
+    ours = tasks.summarization(encoder, rows)["spearman"]
+    assert ours == pytest.approx(expected["cosine_spearman"], abs=1e-6)
+
+
+@pytest.mark.parametrize("n_labels", [2, 6])
+def test_classification_is_mtebs(mocks, n_labels):
+    encoder = Drawn(noise=3.0)
+    rows = [
+        {"text": f"t{i % n_labels}:{split}{i}", "label": i % n_labels, "split": split}
+        for split, n in (("train", 130), ("test", 300)) for i in range(n)
+    ]  # fmt: skip
+    data = {
+        split: table([row for row in rows if row["split"] == split]).remove_columns("split")
+        for split in ("train", "test")
+    }
+    import datasets
+
+    expected = mteb_scores(mocks.MockClassificationTask, encoder, datasets.DatasetDict(data))
+    ours = tasks.classification(encoder, rows)
+    assert 0.2 < ours["accuracy"] < 0.98
+    assert ours["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-3)
+    assert ours["f1"] == pytest.approx(expected["f1"], abs=1e-3)
+
+
+def test_clustering_is_close_to_mtebs(mocks):
+    encoder = Drawn(noise=1.5)
+    rows = [{"text": f"t{i % 12}:{i}", "label": f"l{i % 12}"} for i in range(900)]
+    data = table([{"sentences": row["text"], "labels": row["label"]} for row in rows])
+
+    class Whole(mocks.clustering.LegacyMockClusteringFastTask):
+        max_fraction_of_documents_to_embed = max_document_to_embed = None
+        max_documents_per_cluster, n_clusters = len(rows), 10
+
+    expected = mteb_scores(Whole, encoder, {"test": data})
+    ours = tasks.clustering(encoder, rows)["v_measure"]
+    assert 0.2 < ours < 0.98
+    assert ours == pytest.approx(expected["v_measure"], abs=0.03)
+
+
+def test_the_bridge_passes_mtebs_own_check(mocks):
+    """mteb's mock run: its text tasks, tiny and offline, through the whole of mteb.evaluate."""
+    import mteb
+
+    results = mteb.mock_run(MtebModel(Drawn())).task_results
+    ran = {name: result for name, result in results.items() if result is not None}
+    failed = {name for name, result in ran.items() if hasattr(result, "exception")}
+    assert len(ran) > 20 and not failed
+
+
+def test_the_bridge_prompts_queries_and_names_the_model(mocks):
+    asked = []
+
+    class Asked(Drawn):
+        def encode(self, texts, prompt=None, **options):
+            asked.append((prompt, list(texts)))
+            return super().encode(texts)
+
+    rows = [{"id": "q", "text": "question"}], [{"id": "d", "title": "", "text": "document"}]
+    data = {
+        "queries": table(rows[0]), "corpus": table(rows[1]),
+        "relevant_docs": {"q": {"d": 1}}, "top_ranked": None,
+    }  # fmt: skip
+    mteb_scores(mocks.MockRetrievalTask, Asked(), {"default": {"test": data}})
+    assert (PROMPTS["retrieval"], ["question"]) in asked and (None, ["document"]) in asked
+    first, same, other = (MtebModel(Drawn(width=w)).mteb_model_meta for w in (8, 8, 9))
+    assert first.revision == same.revision != other.revision
+    assert first.name == "nanoconan/local" and first.embed_dim == 8
+
+
+def test_a_sentence_transformers_baseline_applies_its_own_prompts(tmp_path):
+    library = pytest.importorskip("sentence_transformers", minversion="6")
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(["[UNK]", "cat", "dog", "find"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    weights = np.eye(4, dtype=np.float32) + 0.01
+    module = StaticEmbedding(tokenizer, embedding_weights=weights)
+    model = library.SentenceTransformer(modules=[module], prompts={"query": "find "}, device="cpu")
+    model.save(str(tmp_path / "static"))
+
+    encoder = tasks.SentenceTransformerBaseline(str(tmp_path / "static"))
+    passage = encoder.encode(["cat"])
+    query = encoder.encode(["cat"], prompt=PROMPTS["retrieval"])
+    assert passage.argmax() == 1 and passage[0, 3] < 0.02 < 0.5 < query[0, 3]
+    assert np.linalg.norm(query) == pytest.approx(1)
+    short = tasks.CachedEncoder(encoder).encode(["cat", "dog"], truncate_dim=2)
+    assert short.shape == (2, 2) and short[0, 1] > 0.9
+
+
+def test_figure3_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [{"text": f"t{i}:{lang}", "lang": lang} for lang in ("de", "en") for i in range(5)]
+    tasks.draw_languages(Drawn(), rows, tmp_path / "figure3.png")
+    assert (tmp_path / "figure3.png").read_bytes()[1:4] == b"PNG"

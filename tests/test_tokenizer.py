@@ -1,0 +1,332 @@
+"""Byte-level BPE: worked by hand, equal to a naive trainer and a naive encoder, safe on any text."""
+
+import base64
+import os
+import random
+import subprocess
+import sys
+import time
+import unicodedata
+import warnings
+from collections import Counter
+
+import pytest
+import regex
+
+import tokenizer as module
+from tokenizer import EOS, PAD, PATTERN, Tokenizer
+
+SAMPLES = {
+    "english": "The matrix_rank of a Hermitian matrix isn't 12345, e.g. matrix.T @ matrix.",
+    "code": "def getItem(self, HTTPServer=None):\n    return self.__dict__['x']  # None\n\n\n\tpass\r\n",
+    "chinese": "使用numpy库计算矩阵的秩。第2章:线性代数",
+    "japanese": "行列のランクを計算する。データサイエンス、々",
+    "korean": "행렬의 계수를 계산합니다.",
+    "hindi": "आव्यूह की कोटि की गणना करें। हिन्दी",
+    "thai": "คำนวณอันดับของเมทริกซ์ ภาษาไทย",
+    "arabic": "احسب رُتبة المصفوفة، مرحبًا",
+    "hebrew": "חשב את דרגת המטריצה",
+    "russian": "Вычислить ранг матрицы, ЁЛКА",
+    "greek": "Υπολόγισε τον βαθμό του πίνακα",
+    "decomposed": unicodedata.normalize("NFD", "ÉCOLE déjà vu, Việt Nam"),
+    "emoji": "👩‍👩‍👧‍👦 ❤️ 🇩🇪 3️⃣ 👍🏽",
+    "odd": "\x00 a\x00b \u200b\ufeff \U0010ffff \x85\u2028 \t \x1c",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(list(SAMPLES.values()) * 2, 700)
+
+
+def naive_train(texts, n_merges):
+    """The definition: recount all pairs of all words, merge the best one everywhere, repeat."""
+    words = [[bytes([b]) for b in word.encode()] for t in texts for word in regex.findall(PATTERN, t)]
+    tokens = [bytes([b]) for b in range(256)]
+    while len(tokens) < 256 + n_merges:
+        pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
+        key = lambda pair: (-pairs[pair], tokens.index(pair[0]), tokens.index(pair[1]))  # noqa: E731
+        best = min(pairs, key=key, default=None)
+        if best is None or pairs[best] < 2:
+            break
+        if best[0] + best[1] not in tokens:
+            tokens.append(best[0] + best[1])
+        words = [naive_merge(word, best) for word in words]
+    return tokens
+
+
+def naive_merge(word, pair):
+    out = []
+    while word:
+        size = 2 if tuple(word[:2]) == pair else 1
+        out.append(b"".join(word[:size]))
+        word = word[size:]
+    return out
+
+
+def naive_encode(tokens, text):
+    """Join the neighbours whose token has the lowest id, the leftmost first, until none are left."""
+    ids = {token: index for index, token in enumerate(tokens)}
+    out = []
+    for word in regex.findall(PATTERN, text):
+        parts = [bytes([b]) for b in word.encode()]
+        while True:
+            joined = [(ids.get(a + b, 1 << 30), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
+            rank, at = min(joined, default=(1 << 30, 0))
+            if rank == 1 << 30:
+                break
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        out += [ids[part] for part in parts]
+    return out
+
+
+def tokens_of(tokenizer):
+    return [tokenizer.encoding.decode_single_token_bytes(i) for i in range(tokenizer.eos_id)]
+
+
+def words_of(text):
+    return regex.findall(PATTERN, text)
+
+
+def test_worked_example():
+    """`aaabdaaabac`, by hand; the lower pair of ids wins a tie, 'a' is 97 and 'b' 98.
+
+    aaabdaaabac    aa 4, ab 2 and the rest once              -> 256 = aa
+    Z a b d Z a b a c    (a b) 2, (Z a) 2; (97, 98) < (256, 97)  -> 257 = ab
+    Z Y d Z Y a c        (Z Y) 2                                 -> 258 = aaab
+    X d X a c            nothing occurs twice: stop, three merges of the ten asked for
+    """
+    with pytest.warns(UserWarning, match="261 learned"):
+        tokenizer = Tokenizer.train(["aaabdaaabac"], 268)
+    assert tokens_of(tokenizer)[256:] == [b"aa", b"ab", b"aaab"]
+    assert tokenizer.encode("aaabdaaabac") == [258, 100, 258, 97, 99]
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (259, 260, 261)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("getItem(x)", ["get", "Item", "(", "x", ")"]),
+        ("HTTP_URL HTTPServer", ["HTTP", "_", "URL", " HTTPServer"]),
+        ("a _matrix.matrix(matrix matrix", ["a", " _", "matrix", ".", "matrix", "(", "matrix", " matrix"]),
+        ("1234567 x2", ["123", "456", "7", " x", "2"]),
+        ("x:\n\n    return", ["x", ":", "\n\n", "    ", "return"]),
+        ("用numpy库", ["用", "numpy", "库"]),
+        ("हिन्दी भाषा", ["हिन्दी", " भाषा"]),
+        ("データ", ["データ"]),
+        (unicodedata.normalize("NFD", "École ÉCOLE"), ["E\u0301cole", " E\u0301COLE"]),
+        ("❤️ ok", ["❤️", " ok"]),
+    ],
+)
+def test_words(text, words):
+    assert words_of(text) == words
+
+
+def test_words_cover_every_character():
+    chars = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+    assert "".join(words_of("".join(chars))) == "".join(chars)
+
+
+def random_texts(rng, n_texts=8):
+    alphabet = rng.choice(["ab", "ab ", "abc AB.1\n", "aé日 न्"])
+    return ["".join(rng.choices(alphabet, k=rng.randrange(60))) for _ in range(n_texts)]
+
+
+@pytest.mark.filterwarnings("ignore:vocab_size")
+def test_training_equals_naive():
+    rng = random.Random(0)
+    for _ in range(60):
+        texts, n_merges = random_texts(rng), rng.randrange(60)
+        assert tokens_of(Tokenizer.train(texts, 258 + n_merges)) == naive_train(texts, n_merges)
+
+
+@pytest.mark.filterwarnings("ignore:vocab_size")
+def test_encoding_equals_naive(tokenizer):
+    rng = random.Random(1)
+    for text in SAMPLES.values():
+        assert tokenizer.encode(text) == naive_encode(tokens_of(tokenizer), text)
+    for _ in range(30):
+        texts = random_texts(rng)
+        trained = Tokenizer.train(texts, 320)
+        for text in [*texts, *random_texts(rng)]:
+            assert trained.encode(text) == naive_encode(tokens_of(trained), text)
+
+
+def test_a_full_vocabulary_gives_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer = Tokenizer.train(iter(list(SAMPLES.values()) * 2), 300)  # a one-pass iterable
+    assert tokenizer.vocab_size == 300
+    assert Tokenizer.train([], 258).vocab_size == 258
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_round_trip(tokenizer, name):
+    ids = tokenizer.encode(SAMPLES[name])
+    assert tokenizer.decode(ids) == SAMPLES[name]
+    assert len(ids) < len(SAMPLES[name].encode()) or name == "odd"
+
+
+def test_round_trip_of_random_unicode(tokenizer):
+    rng = random.Random(2)
+    for _ in range(300):
+        points = [rng.randrange(rng.choice([128, 0x3000, 0x110000])) for _ in range(40)]
+        text = "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_odd_texts(tokenizer):
+    assert tokenizer.encode("") == []
+    assert tokenizer.encode("\x00") == [0]
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+    assert tokenizer.decode(tokenizer.encode("\ud83d\ude00")) == "😀"  # two surrogates are one emoji
+    # Training sees the same repair: U+FFFD is ef bf bd, and (bf, bd) is below (ef, bf).
+    assert tokens_of(Tokenizer.train(["\ud800", "\udc00"], 259))[256] == b"\xbf\xbd"
+
+
+def test_special_tokens_are_not_injected(tokenizer):
+    ids = tokenizer.encode(f"{EOS}{PAD} {EOS}")
+    assert max(ids) < tokenizer.eos_id < tokenizer.pad_id == tokenizer.vocab_size - 1
+    assert tokenizer.decode(ids) == f"{EOS}{PAD} {EOS}"
+    assert tokenizer.decode([tokenizer.eos_id, tokenizer.pad_id]) == EOS + PAD
+
+
+@pytest.mark.parametrize("repeat", [1, 300])  # short texts in a loop, long ones on threads
+def test_batch_equals_single(tokenizer, repeat):
+    texts = ["", *(text * repeat for text in SAMPLES.values())]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch([]) == []
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.bpe"
+    tokenizer.save(path)
+    loaded = Tokenizer.load(path)
+    assert tokens_of(loaded) == tokens_of(tokenizer)
+    assert (loaded.eos_id, loaded.pad_id) == (tokenizer.eos_id, tokenizer.pad_id)
+    for text in SAMPLES.values():
+        assert loaded.encode(text) == tokenizer.encode(text)
+    again = tmp_path / "again.bpe"
+    loaded.save(again)
+    assert again.read_bytes() == path.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["again.bpe", "tokenizer.bpe"]  # no partial file
+
+
+def test_file_without_its_header_is_tiktokens(tokenizer, tmp_path):
+    from tiktoken.load import load_tiktoken_bpe
+
+    tokenizer.save(tmp_path / "ours")
+    lines = (tmp_path / "ours").read_bytes().splitlines(keepends=True)
+    (tmp_path / "theirs").write_bytes(b"".join(lines[1:]))
+    theirs = load_tiktoken_bpe(str(tmp_path / "theirs"))
+    assert theirs == {token: rank for rank, token in enumerate(tokens_of(tokenizer))}
+
+
+def test_the_pattern_of_the_file_is_used(tmp_path, monkeypatch):
+    old = Tokenizer.train(["a b a b"], 259)  # learns " b": words may begin with a space
+    assert old.encode("a b") == [97, 256]
+    old.save(tmp_path / "old")
+    monkeypatch.setattr(module, "PATTERN", r"\s|\S+")
+    assert Tokenizer.load(tmp_path / "old").encode("a b") == [97, 256]
+
+
+def line_of(token, rank):
+    return f"{base64.b64encode(token).decode()} {rank}"
+
+
+@pytest.mark.parametrize(
+    ("number", "replacement", "message"),
+    [
+        (1, None, ":1: expected a line #nanoconan-bpe"),
+        (1, "#nanoconan-bpe {}", ":1: broken header"),
+        (1, '#nanoconan-bpe {"pattern": "("}', ":1: broken header"),
+        (7, None, ":7: expected a token of rank 5, found"),
+        (7, "", ":7: broken line"),
+        (7, "!!!! 5", ":7: broken line"),
+        (7, "YQ== five", ":7: broken line"),
+        (7, line_of(b"\x05", 6), ":7: expected a token of rank 5, found"),
+        (7, line_of(b"\x04", 5), r":7: b'\\x04' is already rank 4"),
+        (7, line_of(b"new", 5), "the single byte 5 is missing"),
+    ],
+)
+def test_damaged_files(tokenizer, tmp_path, number, replacement, message):
+    path = tmp_path / "tokenizer.bpe"
+    tokenizer.save(path)
+    lines = path.read_text().splitlines()
+    lines[number - 1 : number] = [] if replacement is None else [replacement]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_errors(tokenizer):
+    with pytest.raises(ValueError, match="vocab_size=257"):
+        Tokenizer.train(["a"], 257)
+    with pytest.raises(ValueError, match="backend='magic'"):
+        Tokenizer.train(["a"], 300, backend="magic")
+    with pytest.raises(TypeError, match="texts is one str"):
+        Tokenizer.train("abc", 300)
+    with pytest.raises(TypeError, match=r"texts\[1\] is bytes"):
+        Tokenizer.train(["a", b"b"], 300)
+    with pytest.raises(TypeError, match="text is NoneType"):
+        tokenizer.encode(None)
+    with pytest.raises(TypeError, match=r"texts\[1\] is int"):
+        tokenizer.encode_batch(["a", 1])
+    with pytest.raises(TypeError, match="texts is one str"):
+        tokenizer.encode_batch("abc")
+    for index in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=f"id {index} is outside"):
+            tokenizer.decode([index])
+
+
+def test_hash_seed_does_not_matter():
+    program = (
+        "import random; from tokenizer import Tokenizer; rng = random.Random(0)\n"
+        "texts = [''.join(rng.choices('abc de', k=40)) for _ in range(50)]\n"
+        "t = Tokenizer.train(texts, 330)\n"
+        "print([t.encoding.decode_single_token_bytes(i) for i in range(328)])"
+    )
+    root = os.path.dirname(module.__file__)
+    outputs = set()
+    for seed in ("0", "1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": root}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=environment, capture_output=True, check=True, cwd=root)
+        outputs.add(done.stdout)
+    assert len(outputs) == 1
+
+
+@pytest.mark.filterwarnings("ignore:vocab_size")
+@pytest.mark.parametrize("char", ["a", " ", "\n", "=", "日", "ู", "é", "1", "ab \n\t"])
+def test_long_runs_take_linear_time(char):
+    text = char * 300_000
+    begin = time.perf_counter()
+    tokenizer = Tokenizer.train([text], 300)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.perf_counter() - begin < 20  # about 1 s; a quadratic step would take minutes
+
+
+def test_long_words_are_cut_in_training_only(monkeypatch):
+    monkeypatch.setattr(module, "MAX_WORD", 4)
+    monkeypatch.setattr(module, "_LONG_WORD", r"[\p{L}\p{M}]{4}")
+    counts = module._count_words(["abcdefghij, ab 12345 xyzt"])
+    assert counts == Counter(["abcd", "efgh", "ij", ",", " ab", " ", "123", "45", " xyzt"])
+
+
+@pytest.mark.extras
+def test_rustbpe_learns_the_same_merges():
+    pytest.importorskip("rustbpe")
+    rng = random.Random(3)
+    words = [word for text in SAMPLES.values() for word in words_of(text)]
+    texts = ["".join(rng.choices(words, k=50)) for _ in range(100)] + ["x" * 5000, "\ud800"]
+    ours, theirs = (Tokenizer.train(texts, 800, backend=b) for b in ("python", "rustbpe"))
+    assert ours.vocab_size == 800
+    assert tokens_of(ours) == tokens_of(theirs)
+
+
+@pytest.mark.extras
+def test_rustbpe_missing_names_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rustbpe", None)
+    with pytest.raises(ImportError, match="pip install rustbpe"):
+        Tokenizer.train(["a"], 300, backend="rustbpe")

@@ -1,0 +1,670 @@
+"""Train the four stages of Conan-Embedding-v2: one loop, one config file for each stage.
+
+    stage        data                        loss                    mask             PAPER
+    pretrain     text                        next token              causal           Sec. 3.1.1
+    sft          pairs, as instruction text  next token              causal           Sec. 3.1.1
+    embed_weak   the same pairs              InfoNCE, in-batch       soft, 0 -> 1     Sec. 3.1.2, 3.2
+    embed_sup    retrieval, CLR, classes,    InfoNCE + 7 negatives,  bidirectional    Sec. 3.1.2,
+                 STS                         CoSENT; MRL, DHNM                        3.3, 3.4
+
+    python train.py config/embed_sup.py                         # a laptop: all four, ten minutes
+    torchrun train.py config/embed_sup.py                       # the same
+    torchrun --nproc_per_node=8 train.py config/full/sft.py     # 1.4B, App. A
+    python train.py config/embed_sup.py --dhnm=fixed --seed=1 --out=out/fixed
+
+A stage starts from the checkpoint of the stage before it, which is trained first if it is missing
+(at full size that is an error naming the command). An interrupted stage goes on where it was.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import corpus
+import data
+from configurator import ConfigError, load_config, split_args
+from dhnm import HardNegativePool
+from embed import Embedder, build_model
+from engine import checkpoint, distributed
+from eval import evaluate_collection
+from tasks import LexicalBaseline
+from losses import cached_backward, cosent_loss, info_nce, matryoshka
+from mask import MaskSpec, alpha
+from model import Conan, ConanConfig
+from tokenizer import Tokenizer
+
+STAGES = ("pretrain", "sft", "embed_weak", "embed_sup")
+RUN_WIDE = {"out", "docs", "text", "pairs", "evaluate", "skip_bad_lines", "vocab_size", "n_layer",
+            "n_head", "n_kv_head", "n_embd", "ffn_dim", "block_size", "rope_base", "pooling",
+            "seed", "device", "dtype", "log_every", "keep_last", "checkpointing"}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a run; the defaults are the laptop's."""
+    # --- the run
+    stage: Literal["pretrain", "sft", "embed_weak", "embed_sup"] = "embed_sup"
+    previous: str = ""             # config file of the stage before; empty: random weights
+    train_missing: bool = True     # train the stage before if it has no checkpoint
+    out: str = "out"               # the stage writes to OUT/STAGE
+    resume: bool = True            # go on where an interrupted run of the stage was
+    seed: int = 0                  # of weights, order and task draw
+    # --- data: files of data.py's formats; empty: the embedded documentation corpus
+    docs: str = "out/installed_docs"         # where the embedded corpus is built
+    text: tuple[str, ...] = ()     # pretraining, and the tokenizer's training text
+    pairs: tuple[str, ...] = ()    # sft and embed_weak
+    retrieval: tuple[str, ...] = ()        # embed_sup, with DHNM
+    clr: tuple[str, ...] = ()              # embed_sup, with DHNM: rows made by clr.py
+    classification: tuple[str, ...] = ()   # embed_sup, with DHNM: labels are the passages
+    sts: tuple[str, ...] = ()              # embed_sup, CoSENT
+    evaluate: tuple[str, ...] = ()         # collections scored at the end; empty: the test split
+    skip_bad_lines: bool = False   # count bad lines instead of stopping at them
+    query_len: int = 48            # tokens of a query at most; longer ones are cut and counted
+    passage_len: int = 96          # tokens of a passage, of an SFT example, and of `encode`
+    # --- model (ConanConfig)
+    vocab_size: int = 16384
+    n_layer: int = 2
+    n_head: int = 8
+    n_kv_head: int = 4
+    n_embd: int = 512
+    ffn_dim: int = 1024
+    block_size: int = 1024
+    rope_base: float = 10_000.0
+    pooling: Literal["mean", "last"] = "mean"
+    # --- losses
+    temperature: float = 0.05      # InfoNCE; 1.0 is the printed formula
+    sts_temperature: float = 0.05  # CoSENT
+    dims: tuple[int, ...] = ()     # MRL dims of embed_sup; empty: the full width only
+    task_weights: dict[str, float] = dataclasses.field(default_factory=lambda: {
+        "retrieval": 3.0, "clr": 3.0, "classification": 2.8, "sts": 1.8})  # Table 11, million rows
+    # --- soft mask (embed_weak)
+    schedule: Literal["linear", "accelerating", "decelerating", "hard"] = "linear"
+    mask_axis: Literal["row", "col"] = "row"
+    mask_apply: Literal["weights", "logits"] = "weights"
+    # --- DHNM (embed_sup)
+    dhnm: Literal["v2", "v1", "fixed"] = "v2"  # Eq. (6), the rule of v1, or never replace
+    n_negatives: int = 7           # hard negatives of a query
+    pool_size: int = 50            # candidates of a query
+    remine_every: int = 0          # refill the pools with the current model; 0: never
+    negative_cap: float | None = None  # drop candidates above cap * the positive's score
+    # --- optimisation: AdamW
+    steps: int = 100
+    batch_size: int = 64           # examples a step, all ranks together
+    sts_batch_size: int = 64       # the same, for STS
+    micro_batch_size: int = 0      # texts in one pass, 0: all; the result is the same
+    learning_rate: float = 1e-3
+    warmup: float = 0.05           # share of the steps
+    final_lr: float = 0.1          # share of learning_rate that the cosine ends at; UNSPECIFIED
+    weight_decay: float = 0.001
+    beta2: float = 0.98
+    grad_clip: float = 1.0
+    # --- machine
+    device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
+    checkpointing: bool = False    # recompute blocks in backward: memory for time
+    log_every: int = 10
+    save_every: int = 200
+    keep_last: int = 2             # checkpoints to keep
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "sts_batch_size", "log_every", "save_every",
+                     "query_len", "passage_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if max(self.query_len, self.passage_len) > self.block_size:
+            raise ValueError(f"query_len {self.query_len} and passage_len {self.passage_len} must "
+                             f"not exceed block_size {self.block_size}")
+        if any(not 1 <= d <= self.n_embd for d in self.dims):
+            raise ValueError(f"dims {self.dims} must lie in 1 .. n_embd {self.n_embd}")
+        unknown = set(self.task_weights) - {"retrieval", "clr", "classification", "sts"}
+        if unknown or any(w < 0 for w in self.task_weights.values()):
+            raise ValueError(f"task_weights {self.task_weights}: unknown task or negative weight")
+        self.model_config()                        # raises for a shape that cannot be
+
+    def model_config(self):
+        """Return the shape of the model."""
+        return ConanConfig(**{f.name: getattr(self, f.name)
+                              for f in dataclasses.fields(ConanConfig) if hasattr(self, f.name)})
+
+    @property
+    def run_dir(self):
+        """Return the stage's folder."""
+        return Path(self.out) / self.stage
+
+
+# ---------------------------------------------------------------- the centre: one step's loss
+
+def stage_mask(cfg, step):
+    """Return the mask of a step: causal, soft (PAPER Sec. 3.2, weak stage only), bidirectional.
+
+    The first weak step has alpha 0 and the last one exactly 1; "hard" is 1 from the first on.
+    """
+    if cfg.stage in ("pretrain", "sft"):
+        return MaskSpec(alpha=0.0)
+    if cfg.stage == "embed_sup" or cfg.schedule == "hard":
+        return MaskSpec(alpha=1.0)
+    return MaskSpec(alpha(step, cfg.steps - 1, cfg.schedule), cfg.mask_axis, cfg.mask_apply)
+
+
+def stage_loss(model, batch, cfg, step, no_sync=contextlib.nullcontext):
+    """Backpropagate one step's loss; return (loss, scores of hard negatives or None, stats).
+
+    Texts go through the model in one call, or in chunks of `micro_batch_size` with the same result:
+    LM losses add up over chunks, contrastive ones are cached (losses.cached_backward).
+    """
+    mask = stage_mask(cfg, step)
+    chunks = list(batch.chunks(cfg.micro_batch_size))
+
+    if batch.targets is not None:                          # stages 1 and 2: next token
+        total, count = 0.0, int((batch.targets != -100).sum())
+        for i, (ids, lengths, targets) in enumerate(chunks):
+            with no_sync() if i < len(chunks) - 1 else contextlib.nullcontext():
+                loss = model(ids, lengths, mask, targets)
+                loss = loss * (int((targets != -100).sum()) / max(count, 1))
+                loss.backward()
+            total += loss.detach()
+        return total, None, {}
+
+    def loss_of(x):                                        # (texts, D) embeddings
+        if batch.scores is not None:                       # PAPER Eq. 2: STS
+            cosent = partial(cosent_loss, score=batch.scores, temperature=cfg.sts_temperature)
+            return matryoshka(lambda a, b: cosent((a * b).sum(-1)), x.chunk(2), dims)
+        b = len(batch.query_ids)
+        query, positive, rest = x.split([b, b, len(x) - 2 * b])
+        negatives = None
+        if batch.negative_ids is not None:                 # absent ones (-1) stay zero, unused
+            negatives = x.new_zeros(*batch.negative_ids.shape, x.shape[1])      # (B, N, D)
+            negatives[batch.negative_ids >= 0] = rest
+        nce = partial(info_nce, temperature=cfg.temperature, query_ids=batch.query_ids,
+                      positive_ids=batch.positive_ids, negative_ids=batch.negative_ids,
+                      return_stats=True)
+        return matryoshka(nce, (query, positive, negatives), dims)              # PAPER Eq. 1
+
+    dims = cfg.dims if cfg.stage == "embed_sup" and cfg.dims else (cfg.n_embd,)
+    loss, *rest = cached_backward(lambda chunk: model(chunk[0], chunk[1], mask), chunks, loss_of,
+                                  no_sync)
+    return (loss, *rest) if rest else (loss, None, {})
+
+
+def lr_at(step, cfg):
+    """Return the learning rate: linear warm-up over `warmup` of the steps, then a cosine."""
+    warm = max(1, round(cfg.warmup * cfg.steps))
+    if step < warm:
+        return cfg.learning_rate * (step + 1) / warm
+    x = (step - warm) / max(1, cfg.steps - warm)
+    return cfg.learning_rate * (cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(
+        math.pi * x)))
+
+
+def build_optimizer(model, cfg):
+    """Return AdamW; matrices decay, norm weights do not."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
+                              {"params": vectors, "weight_decay": 0.0}],
+                             lr=cfg.learning_rate, betas=(0.9, cfg.beta2), fused=True)
+
+
+# ---------------------------------------------------------------- data of a stage
+
+def sources(cfg, kind):
+    """Return the files of a kind: those given, else the embedded corpus's."""
+    given = getattr(cfg, kind)
+    if given:
+        return given
+    path = Path(cfg.docs) / f"{kind}.jsonl"
+    return (str(path),) if uses_docs(cfg) and path.is_file() else ()
+
+
+def uses_docs(cfg):
+    """Tell whether a run reads the embedded corpus: if it names no data of its own."""
+    return not (cfg.text or cfg.pairs or cfg.retrieval or cfg.clr or cfg.classification or cfg.sts)
+
+
+def load_tokenizer(cfg, world):
+    """Return the tokenizer of the run; train it on the pretraining text if it does not exist."""
+    path = Path(cfg.out) / "tokenizer.tiktoken"
+
+    def make():
+        if not path.is_file():
+            rows = data.Rows(sources(cfg, "text") or sources(cfg, "pairs"),
+                             "text" if sources(cfg, "text") else "pairs", skip_bad=True)
+            texts = (row if isinstance(row, str) else f"{row['query']}\n{row['pos'][0]}"
+                     for row in (rows[i] for i in range(len(rows))))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Tokenizer.train(tqdm(texts, total=len(rows), desc="tokenizer", unit="text"),
+                            cfg.vocab_size).save(path)
+        return Tokenizer.load(path)
+
+    tokenizer = world.main_first(make)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise ValueError(f"{path}: {tokenizer.vocab_size} entries, more than vocab_size "
+                         f"{cfg.vocab_size}")
+    return tokenizer
+
+
+class Task:
+    """One kind of example and how its batches are made; `pool` is there where DHNM works."""
+
+    def __init__(self, kind, cfg, tokenizer, world):
+        self.kind, self.cfg, self.tokenizer, self.world = kind, cfg, tokenizer, world
+        self.rows = world.main_first(lambda: data.Rows(sources(cfg, kind), kind,
+                                                       skip_bad=cfg.skip_bad_lines))
+        self.size = cfg.sts_batch_size if kind == "sts" else cfg.batch_size
+        self.prompt = data.PROMPTS["retrieval" if kind == "pairs" else kind] \
+            if kind != "text" else None
+        self.pool = self.passages = self.stream = None
+        if kind == "text":
+            path = Path(cfg.out) / f"tokens-{self._hash()}.bin"
+            self.stream = world.main_first(
+                lambda: data.TokenStream(self.rows, tokenizer, path, cfg.seed))
+        elif len(self.rows) < self.size:
+            raise ValueError(f"{kind}: {len(self.rows)} rows are too few for a batch of "
+                             f"{self.size}")
+        if self.size % world.size:
+            raise ValueError(f"a batch of {self.size} cannot be dealt to {world.size} ranks")
+
+    def _hash(self):
+        names = [f"{file.path} {len(file)}" for file in self.rows.files]
+        return f"{data.text_id(' '.join(names)):016x}"
+
+    def batch(self, k):
+        """Return this rank's share of the task's k-th batch, a pure function of (seed, k).
+
+        Batches do not straddle epochs, so that no query comes twice in one.
+        """
+        cfg, world, n = self.cfg, self.world, len(self.rows)
+        share = self.size // world.size
+        if self.stream:
+            start = k * self.size + world.rank * share
+            return data.lm_batch(self.stream, np.arange(start, start + share), cfg.passage_len)
+        epoch, place = divmod(k, n // self.size)
+        first = epoch * n + place * self.size + world.rank * share
+        indices = data.shuffled(np.arange(first, first + share), n, cfg.seed)
+        if self.kind == "sts":
+            return data.sts_batch(self.rows, indices, self.tokenizer, cfg.query_len, self.prompt)
+        if cfg.stage == "sft":
+            return data.sft_batch(self.rows, indices, self.tokenizer, cfg.passage_len, self.prompt)
+        negatives = self.pool.negatives(indices).numpy() if self.pool else None
+        return data.contrastive_batch(self.kind, self.rows, indices, self.tokenizer, cfg.query_len,
+                                      cfg.passage_len, self.prompt, negatives, self.passages)
+
+
+def fill_pool(task, embedder):
+    """Fill (or refill) a task's hard-negative pool with the model at hand.
+
+    A row's own negatives are its candidates if it has any: label texts in classification. Else
+    they are mined: nearest passages by cosine together with BM25's, hardest first.
+    """
+    cfg = task.cfg
+    if task.passages is None:
+        task.passages = data.Passages(task.rows)
+    p = task.passages
+    if all(p.given):
+        pools = [given[:cfg.pool_size] for given in p.given]
+    else:
+        rows = [task.rows[q] for q in range(len(task.rows))]
+        texts = [p.text(i) for i in range(len(p))]
+        prompt = task.prompt
+        queries = embedder.encode([data.format_query(r["query"], prompt if r["prompt"] is None
+                                                     else r["prompt"]) for r in rows],
+                                  show_progress_bar=task.world.is_main)
+        vectors = embedder.encode(texts, show_progress_bar=task.world.is_main)
+        pools = data.mine(queries, vectors, p.positives, p.ids, cfg.pool_size, cfg.negative_cap)
+        pools = torch.from_numpy(pools)
+    if task.pool is None:
+        task.pool = HardNegativePool(pools, cfg.n_negatives, policy=cfg.dhnm)
+    else:
+        task.pool.refill(pools)
+
+
+def build_tasks(cfg, tokenizer, world):
+    """Return [(task, weight)] of a stage: one task, or the supervised mixture."""
+    if cfg.stage == "pretrain":
+        return [(Task("text", cfg, tokenizer, world), 1.0)]
+    if cfg.stage in ("sft", "embed_weak"):
+        return [(Task("pairs", cfg, tokenizer, world), 1.0)]
+    kinds = [k for k, w in cfg.task_weights.items() if w > 0 and sources(cfg, k)]
+    if not kinds:
+        raise ValueError("embed_sup needs data: --retrieval=, --clr=, --classification= or --sts=")
+    return [(Task(k, cfg, tokenizer, world), cfg.task_weights[k]) for k in kinds]
+
+
+# ---------------------------------------------------------------- starting, saving, going on
+
+class Interrupted(Exception):
+    """A SIGTERM or SIGINT arrived; the run has been saved."""
+
+
+def initial_weights(cfg, argv, world):
+    """Return the state dict that a stage starts from, or None for random weights."""
+    if not cfg.previous:
+        return None
+    files, flags = split_args(argv)
+    before = load_config(TrainConfig, [cfg.previous, *(f for k, f in flags.items()
+                                                       if k in RUN_WIDE)])
+    where = finished(before)
+    if where is None:
+        command = f"python train.py {cfg.previous} --out={cfg.out}"
+        if not cfg.train_missing:
+            raise ValueError(f"{before.run_dir}: stage {cfg.stage} starts from stage "
+                             f"{before.stage}, which has no finished checkpoint; run: {command}")
+        train(before, [cfg.previous, *(f for k, f in flags.items() if k in RUN_WIDE)], world)
+        where = finished(before)
+    shape = json.loads(checkpoint.load(where, "config.json"))["model"]
+    if shape != dataclasses.asdict(cfg.model_config()):
+        raise ValueError(f"{where}: its model is {shape}, this stage asks for "
+                         f"{dataclasses.asdict(cfg.model_config())}")
+    return checkpoint.load(where, "model.pt")
+
+
+def finished(cfg):
+    """Return the checkpoint of a stage that has run to its end, else None."""
+    where = checkpoint.latest(cfg.run_dir) if cfg.run_dir.is_dir() else None
+    if where is None:
+        return None
+    meta = json.loads(checkpoint.load(where, "config.json"))
+    check_same(cfg, meta["train"], where)
+    return where if meta["step"] >= meta["train"]["steps"] else None
+
+
+FREE = {"resume", "train_missing", "log_every", "save_every", "keep_last", "device", "evaluate",
+        "micro_batch_size", "checkpointing"}       # what may differ when a run goes on
+
+
+def check_same(cfg, saved, where):
+    """Raise ValueError if a checkpoint was made by another configuration, naming the keys."""
+    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    other = [f"{k}={saved.get(k)} there, {now[k]} now" for k in now
+             if k not in FREE and saved.get(k) != now[k]]
+    if other:
+        raise ValueError(f"{where} was trained with {'; '.join(other)}. Choose another --out, or "
+                         "start this stage afresh with --resume=false")
+
+
+def save(cfg, world, step, model, optimizer, tasks, tokenizer_path, counters):
+    """Write a checkpoint: all that a run needs to go on, and all that `Embedder` needs."""
+    files = {}
+    if world.is_main:
+        plain = getattr(model, "module", model)
+        mask = stage_mask(cfg, min(step, cfg.steps - 1))
+        files = {
+            "model.pt": plain.state_dict(),
+            "trainer.pt": {"step": step, "optimizer": optimizer.state_dict(), "counters": counters,
+                           "rng": distributed.rng_state(world),
+                           "pools": {t.kind: t.pool.state_dict() for t, _ in tasks if t.pool}},
+            "tokenizer.tiktoken": tokenizer_path.read_bytes(),
+            "config.json": json.dumps({
+                "model": dataclasses.asdict(plain.config), "train": dataclasses.asdict(cfg),
+                "mask": dataclasses.asdict(mask), "passage_len": cfg.passage_len, "step": step,
+                "prompts": data.PROMPTS, "versions": versions()}, indent=1)}
+    return checkpoint.save(cfg.run_dir, step, files, cfg.keep_last, is_main=world.is_main,
+                           gather=world.gather_objects)
+
+
+def versions():
+    """Return the versions and the git commit that a run was made with."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                            capture_output=True).stdout.strip()
+    return {"git": commit or None, "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__}
+
+
+# ---------------------------------------------------------------- the loop
+
+def train(cfg, argv, world):
+    """Run one stage to its end (the stage before it first, if need be); return its checkpoint."""
+    done = finished(cfg) if cfg.resume else None
+    if done:
+        return done
+    if uses_docs(cfg):
+        world.main_first(lambda: corpus.ensure(cfg.docs))
+    weights = initial_weights(cfg, argv, world)
+    dtype = cfg.dtype if cfg.dtype != "auto" else \
+        "bfloat16" if distributed.has_fast_bf16(world.device.type) else "float32"
+    distributed.seed_everything(cfg.seed)
+    tokenizer = load_tokenizer(cfg, world)
+    model = Conan(cfg.model_config())
+    model.load_state_dict(weights) if weights else model.init_weights()
+    model.to(world.device).checkpointing = cfg.checkpointing
+    tasks = build_tasks(cfg, tokenizer, world)
+    embedder = Embedder.of(model, tokenizer, world.device, dtype, MaskSpec(), cfg.passage_len)
+    where = checkpoint.latest(cfg.run_dir) if cfg.resume and cfg.run_dir.is_dir() else None
+    state = None
+    if where:
+        check_same(cfg, json.loads(checkpoint.load(where, "config.json"))["train"], where)
+        model.load_state_dict(checkpoint.load(where, "model.pt"))
+        state = checkpoint.load(where, "trainer.pt")
+    for task, _ in tasks:
+        if cfg.stage == "embed_sup" and task.kind != "sts":
+            if state:
+                task.passages = data.Passages(task.rows)
+                task.pool = HardNegativePool(state["pools"][task.kind]["candidates"],
+                                             cfg.n_negatives, policy=cfg.dhnm)
+                task.pool.load_state_dict(state["pools"][task.kind])
+            else:
+                fill_pool(task, embedder)
+    optimizer = build_optimizer(model, cfg)
+    wrapped = distributed.parallelize(model, world)
+    step, counters = 0, {"tokens": 0, "truncated": 0, "skipped": 0, "in_a_row": 0}
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        step, counters = state["step"], state["counters"]
+        distributed.set_rng_state(world, state["rng"])
+    keep = partial(save, cfg, world, model=model, optimizer=optimizer, tasks=tasks,
+                   tokenizer_path=Path(cfg.out) / "tokenizer.tiktoken", counters=counters)
+    run_steps(cfg, world, step, wrapped, optimizer, tasks, counters, keep, dtype, embedder)
+    done = keep(cfg.steps)
+    report_stage(cfg, world, tasks, embedder)
+    return done
+
+
+def run_steps(cfg, world, step, model, optimizer, tasks, counters, keep, dtype, embedder):
+    """Take the steps that are left, logging, saving and stopping cleanly on a signal."""
+    order = data.task_of_step(np.arange(cfg.steps), [w for _, w in tasks], cfg.seed)
+    taken = np.bincount(order[:step], minlength=len(tasks))
+    no_sync = getattr(model, "no_sync", contextlib.nullcontext)
+    stop = StopSignal()
+    log = Log(cfg, world, step)
+    log.candidates(tasks)
+    for step in range(step, cfg.steps):
+        if cfg.remine_every and step and step % cfg.remine_every == 0:
+            for task, _ in tasks:
+                if task.pool:
+                    fill_pool(task, embedder)
+        task = tasks[order[step]][0]
+        began = time.perf_counter()
+        batch = task.batch(int(taken[order[step]])).to(world.device)
+        data_seconds = time.perf_counter() - began
+        taken[order[step]] += 1
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, cfg)
+        with world.autocast(dtype):
+            loss, scores, stats = stage_loss(model, batch, cfg, step, no_sync)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        if world.any(not math.isfinite(float(loss) + float(norm))):
+            skip_step(cfg, world, step, batch, counters, float(loss), float(norm))
+        else:
+            optimizer.step()
+            counters["in_a_row"] = 0
+            if task.pool and scores is not None:
+                task.pool.update(world.gather(torch.from_numpy(batch.rows)),
+                                 world.gather(scores.cpu()))
+                stats |= task.pool.stats()
+        optimizer.zero_grad(set_to_none=True)
+        counters["tokens"] += len(batch.ids) * world.size
+        counters["truncated"] += batch.truncated
+        log.step(step, batch, float(loss), float(norm), stats, data_seconds, counters)
+        if world.any(stop.raised) if (step + 1) % 10 == 0 or world.size == 1 else False:
+            keep(step + 1)
+            raise Interrupted(stop.number)
+        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+            keep(step + 1)
+    log.close()
+    stop.restore()
+
+
+def skip_step(cfg, world, step, batch, counters, loss, norm, most=10):
+    """Leave a step with a non-finite loss or gradient out, on all ranks alike; stop after `most`.
+
+    The batch is written to the run's folder, so that the step can be looked at again.
+    """
+    counters["skipped"] += 1
+    counters["in_a_row"] += 1
+    path = cfg.run_dir / f"nonfinite_step{step}_rank{world.rank}.pt"
+    torch.save(dataclasses.asdict(batch) | {"rows": batch.rows.tolist()}, path)
+    text = (f"step {step}, task {batch.task}: loss {loss}, gradient norm {norm}; skipped, the "
+            f"batch is in {path}")
+    if counters["in_a_row"] >= most:
+        raise FloatingPointError(f"{text}; {most} such steps in a row")
+    tqdm.write(text)
+
+
+class StopSignal:
+    """Remember that SIGTERM or SIGINT came; the loop looks at it between two steps."""
+
+    def __init__(self):
+        self.raised, self.number = False, 0
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number, frame):
+        if self.raised:                            # a second one does not wait
+            raise KeyboardInterrupt
+        self.raised, self.number = True, number
+
+    def restore(self):
+        """Give the signals back to whoever had them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """The progress bar, and OUT/STAGE/log.jsonl with the same keys (README: glossary)."""
+
+    def __init__(self, cfg, world, step):
+        self.cfg, self.world = cfg, world
+        cfg.run_dir.mkdir(parents=True, exist_ok=True)
+        self.file = open(cfg.run_dir / "log.jsonl", "a") if world.is_main else None
+        self.bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step",
+                        disable=not world.is_main, mininterval=1.0)
+        self.since, self.tokens, self.data = time.perf_counter(), 0, 0.0
+
+    def candidates(self, tasks):
+        """Say once how many candidates each query sees: accumulation would not add any."""
+        if self.world.is_main and self.cfg.stage.startswith("embed"):
+            for task, _ in tasks:
+                if task.kind != "sts":
+                    each = 1 + (self.cfg.n_negatives if task.pool else 0)
+                    tqdm.write(f"{task.kind}: {len(task.rows):,} rows, {task.size * each} "
+                               f"candidates a query, {self.cfg.steps} steps of {task.size}")
+
+    def step(self, step, batch, loss, norm, stats, data_seconds, counters):
+        """Take one step's numbers; every `log_every` steps write them."""
+        self.tokens += len(batch.ids) * self.world.size
+        self.data += data_seconds
+        self.bar.update()
+        cfg = self.cfg
+        if (step + 1) % cfg.log_every and step + 1 < cfg.steps:
+            return
+        seconds = time.perf_counter() - self.since
+        row = {"loss": loss, **stats}
+        row = self.world.mean(row)
+        row = {"step": step + 1, "task": batch.task, **row, "alpha": stage_mask(cfg, step).alpha,
+               "lr": lr_at(step, cfg), "grad_norm": norm,
+               "tokens_per_second": self.tokens / seconds, "data_share": self.data / seconds,
+               "tokens": counters["tokens"], "truncated": counters["truncated"],
+               "skipped": counters["skipped"]}
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} "
+                                     "tokens/s")
+        self.since, self.tokens, self.data = time.perf_counter(), 0, 0.0
+
+    def close(self):
+        """Finish the bar and the file."""
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+
+# ---------------------------------------------------------------- what a stage is worth
+
+def report_stage(cfg, world, tasks, embedder):
+    """Score the stage on its collections (all ranks do), write OUT/STAGE/eval.json."""
+    embedder.mask = stage_mask(cfg, cfg.steps - 1)
+    results = {}
+    names = cfg.evaluate or ((str(Path(cfg.docs) / "test"),) if uses_docs(cfg) else ())
+    for name in names:
+        dims = cfg.dims if cfg.stage == "embed_sup" else ()
+        results |= evaluate_collection(embedder, name, dims)
+    for task, _ in tasks:
+        if task.pool:
+            results |= {f"dhnm/{task.kind}/changes_of_a_query/{changes}": queries
+                        for changes, queries in task.pool.histogram().items()}
+    if world.is_main and results:
+        (cfg.run_dir / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def summary(cfg):
+    """Print the table of all stages, BM25 beside it, and the line to search with."""
+    metrics = ("ndcg@10", "recall@1", "recall@10")
+    rows = []
+    if uses_docs(cfg):
+        rows = [("BM25", evaluate_collection(LexicalBaseline(), Path(cfg.docs) / "test"))]
+    for stage in STAGES:
+        path = Path(cfg.out) / stage / "eval.json"
+        if path.is_file():
+            rows.append((stage, json.loads(path.read_text())))
+    sets = sorted({key.rsplit("/", 1)[0] for _, r in rows for key in r if key.endswith("ndcg@10")})
+    for name in sets:
+        print(f"\n{name:<40}" + "".join(f"{m:>11}" for m in metrics))
+        for label, results in rows:
+            for dim in ["", *(f":{d}" for d in cfg.dims if label == "embed_sup")]:
+                values = [results.get(f"{name}/{m}{dim}") for m in metrics]
+                if None not in values:
+                    shown = f"{label}, first {dim[1:]} dims" if dim else label
+                    print(f"{shown:<40}" + "".join(f"{v:>11.3f}" for v in values))
+    print(f"\ncheckpoint: {checkpoint.latest(cfg.run_dir)}")
+    if cfg.stage.startswith("embed"):
+        where = "" if cfg.run_dir == Path("out/embed_sup") else f" --checkpoint={cfg.run_dir}"
+        print(f"search:     python embed.py{where} --query \"how do I compute the determinant of a "
+              "matrix\"")
+
+
+def main(argv=None):
+    """Train the stage that the command line asks for, and print what came out."""
+    given = sys.argv[1:] if argv is None else argv
+    cfg = load_config(TrainConfig, argv)
+    world = distributed.start(cfg.device)
+    try:
+        train(cfg, given, world)
+        if world.is_main:
+            summary(cfg)
+    except Interrupted as stopped:
+        if world.is_main:
+            print(f"stopped by a signal and saved in {cfg.out}; the same command goes on")
+        sys.exit(128 + int(str(stopped)))
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"train.py: error: {error}")
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
