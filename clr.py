@@ -23,9 +23,11 @@ import urllib.error
 import urllib.request
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache, partial
+from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -35,6 +37,7 @@ from tqdm import tqdm
 
 from configurator import load_config
 from data import read_jsonl
+from lexicon import LexiconTranslator
 
 LANGUAGES = {
     "en": "English", "zh": "Chinese", "es": "Spanish", "fr": "French", "ja": "Japanese",
@@ -157,132 +160,6 @@ def score_gate(encoder, least):
     return gate
 
 
-# ---------------------------------------------------------------- translator: the lexicon
-
-FUNCTION_WORDS = frozenset("""
-I a about above according across after against all along also although always am an and any are around
-as at be because been before being below between both but by can could did do does doing during each
-either else etc even every few for from given had has have having he here how however i if in into is
-it its itself just like many may me might more most much must my neither no non not of off on once
-one ones only onto or other otherwise our out over own per rather same she should since so some
-something still such than that the their them themselves then there these they this those through
-thus to too toward towards under until up upon us very via was we were what when where whereas
-whether which while who whose why will with within without would yet you your""".split())
-ATTRIBUTIVE = frozenset("between for in of on".split())   # what follows describes what precedes
-PHRASE_ENDS = frozenset("""and as at before after by from if into or per so than that through to
-using via when where whether which while with without within""".split()) | ATTRIBUTIVE
-VERBS = frozenset("""
-add allocate allow append apply attach broadcast build calculate call cancel change check close
-collect combine compare compile complete compose compress compute concatenate construct contain
-control convert copy correspond count create decode decompress define delete depend describe
-determine disable dispatch display distribute divide download draw enable encode encrypt estimate
-evaluate exclude execute exist exit expand export extend extract fail fill find fix flatten follow
-fuse gather generate get give handle hold ignore implement import include indicate initialize insert
-install integrate interpolate iterate join keep learn load look make measure merge modify move
-multiply need normalize open override pad parse pass perform prepare print produce provide quantize
-raise reach read receive reduce release remove repeat replace represent require reset restore
-retrieve return reverse rewrite rotate round run save search see select send share shift show
-simplify skip solve sort specify split start stop store subtract support swap take test track
-transform translate transpose truncate try update use validate verify wait work wrap write""".split())
-IRREGULAR = {"axes": "axis", "built": "build", "children": "child", "found": "find", "got": "get",
-             "held": "hold", "indices": "index", "kept": "keep", "leaves": "leaf", "made": "make",
-             "matrices": "matrix", "sent": "send", "taken": "take", "using": "use",
-             "vertices": "vertex", "written": "write"}
-HEAD_FIRST = frozenset("ar es fr he it km ms pt th vi".split())   # matrix of adjacency
-HEAD_LAST = frozenset("bn fi hi hu ja ko tr zh".split())          # the matrix's determinant
-VERB_LAST = frozenset("bn hi ja ko tr".split())
-UNSPACED = frozenset("ja km th zh".split())
-
-
-def fold(word, known):
-    """Return the form of `word` that is in `known`: itself, or without plural, -ed, -ing; or None.
-
-    >>> [fold(w, {"class", "matrix", "copy", "map", "use"}) for w in
-    ...  "classes matrices copied mapping using this".split()]
-    ['class', 'matrix', 'copy', 'map', 'use', None]
-    """
-    forms = [word, IRREGULAR.get(word)]
-    if word.endswith("s") and not word.endswith(("ss", "us", "is")):
-        forms += [word[:-1], word[:-2], word[:-3] + "y"]
-    for ending in ("ed", "ing"):
-        if word.endswith(ending) and len(word) > len(ending) + 2:
-            stem = word.removesuffix(ending)
-            forms += [stem + "e", stem, stem[:-1] + "y" if stem.endswith("i") else None,
-                      stem[:-1] if stem[-2] == stem[-1] else None]
-    return next((form for form in forms if form in known), None)
-
-
-class LexiconTranslator:
-    """Translate word by word: classic dictionary-based cross-lingual retrieval, no translation.
-
-    Function words are dropped, inflections folded, and words that are not in the table stay, as
-    technical terms do. Word order follows the language in three rules: heads first or last, verb
-    last, no spaces. path: a TSV whose header names the languages, "en" first.
-    """
-
-    def __init__(self, path=Path(__file__).with_name("lexicon.tsv")):
-        with open(path, encoding="utf-8") as file:
-            header, *rows = [line.rstrip("\r\n").split("\t") for line in file]
-        for number, row in enumerate(rows, 2):
-            if len(row) != len(header) or not all(cell.strip() for cell in row):
-                raise ValueError(f"{path}:{number}: {len(header)} cells with text are needed, not "
-                                 f"{row}")
-        self.table = {lang: dict(zip((row[0] for row in rows), column))
-                      for lang, column in zip(header, zip(*rows))}
-
-    def __call__(self, text, lang):
-        """Return the words of `text` in `lang`, in its order; ValueError for unknown languages."""
-        if lang not in self.table:
-            raise ValueError(f"no language {lang!r} in the lexicon: {', '.join(self.table)}")
-        words = [word for verb, nouns in order_phrases(split_phrases(text, self.table["en"]), lang)
-                 for word in (nouns + verb if lang in VERB_LAST else verb + nouns)]
-        words = [self.table[lang].get(lemma, word) for word, lemma in words]
-        if lang not in UNSPACED:
-            return " ".join(words)
-        joined = ""
-        for word in words:
-            native = joined and {script_of(joined[-1]), script_of(word[0])} & {"LATIN", ""} == set()
-            joined += word if native or not joined else " " + word
-        return joined
-
-
-def split_phrases(text, known):
-    """Return [(does it describe the phrase before, [verb], [other words])]; a word is (word, lemma).
-
-    >>> split_phrases("Computes the inverse of a matrix.", {"compute", "inverse", "matrix"})
-    [(False, [('Computes', 'compute')], [('inverse', 'inverse')]), (True, [], [('matrix', 'matrix')])]
-    """
-    phrases = [(False, [], [])]
-    for token in re.findall(r"[^\s,;:()\[\]\"]+|[,;:]", text.removeprefix("A ")):
-        word = token.strip("`~'!?").rstrip(".`'")
-        for part in word.split("-") if word.replace("-", "").isalpha() else [word]:
-            plain = part.lower() if part[1:].islower() else part      # "Sum", not "SUM" nor "A"
-            _, verb, others = phrases[-1]
-            if plain in PHRASE_ENDS or token in ",;:":
-                if verb or others:
-                    phrases.append((plain in ATTRIBUTIVE, [], []))
-            elif plain not in FUNCTION_WORDS and any(map(str.isalnum, plain)):
-                lemma = fold(plain, known) if plain.isalpha() else None
-                opens = lemma in VERBS and not verb and not others
-                (verb if opens else others).append((part, lemma))
-    return phrases
-
-
-def order_phrases(phrases, lang):
-    """Return [([verb], [other words])] in the order of `lang`: "of" phrases in front or behind."""
-    runs = []
-    for describes, verb, others in phrases:
-        others = others[::-1] if lang in HEAD_FIRST else others
-        if runs and describes and not verb:
-            before = runs[-1][1]
-            runs[-1][1] = others + before if lang in HEAD_LAST else before + others
-        elif runs and not verb and lang in VERB_LAST:
-            runs[-1][1] = runs[-1][1] + others                        # the verb waits for them
-        else:
-            runs.append([verb, others])
-    return runs
-
-
 # ---------------------------------------------------------------- translators: table and endpoint
 
 class TableTranslator:
@@ -315,7 +192,7 @@ class EndpointTranslator:
         self.headers = {"Content-Type": "application/json"}
         if os.environ.get(api_key_env):
             self.headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
-        self.known, self.failed_in_a_row, self.refused = {}, 0, None
+        self.known, self.failed_in_a_row = {}, 0
         self.lock, self.stop, self.journal = threading.Lock(), threading.Event(), None
         if journal:
             self._open(Path(journal))
@@ -360,5 +237,137 @@ class EndpointTranslator:
             try:
                 answer = self._ask(text, lang)
                 break
-            except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+            except urllib.error.HTTPError as error:
+                if error.code in (401, 403, 404):              # no other text will fare better
+                    raise ConnectionError(f"{self.url}: {error}: {error.read(300)!r}") from None
                 reason = error
+            except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+                reason = error
+            delay = self.backoff * 2 ** attempt * random.uniform(0.5, 1.5)
+            if attempt + 1 == self.tries or self.stop.wait(delay):
+                return self._fail(text, reason)
+        with self.lock:
+            self.known[key], self.failed_in_a_row = answer, 0
+            if self.journal:
+                row = {"key": key, "text": text, "lang": lang, "translation": answer}
+                self.journal.write(to_line(row))
+                self.journal.flush()
+        return answer
+
+    def _ask(self, text, lang):
+        """Return the answer of one request; whatever is wrong with it raises."""
+        prompt = PROMPT.format(language=LANGUAGES.get(lang, lang), text=text)
+        body = {"model": self.model, "temperature": 0,
+                "messages": [{"role": "user", "content": prompt}]}
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
+        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            choice = json.load(response)["choices"][0]
+        answer = str.strip(choice["message"]["content"])
+        if not answer or choice.get("finish_reason") == "length":
+            raise ValueError(f"the answer is empty or cut off: {answer[:80]!r}")
+        return answer
+
+    def _fail(self, text, reason):
+        with self.lock:
+            self.failed_in_a_row += not self.stop.is_set()
+            if self.failed_in_a_row >= self.GIVE_UP:
+                raise ConnectionError(f"{self.url}: {self.failed_in_a_row} texts in a row failed, "
+                                      f"the last one, {text[:80]!r}, with {reason!r}")
+
+
+# ---------------------------------------------------------------- command line
+
+@dataclass(frozen=True)
+class ClrConfig:
+    """The settings of `python clr.py`."""
+    input: tuple[str, ...]                     # JSONL(.gz) files of rows with a query
+    out: str                                   # JSONL file to write
+    translator: Literal["lexicon", "endpoint", "table"] = "lexicon"
+    lexicon: str = "lexicon.tsv"               # words by language
+    table: str | None = None                   # rows {"text", "lang", "translation"}
+    endpoint: str | None = None                # for example http://localhost:8000/v1
+    model: str = "Qwen2.5-7B-Instruct"         # what the endpoint calls it; the paper's
+    journal: str | None = None                 # the endpoint's answers; default: OUT.journal
+    in_flight: int = 16                        # requests at a time
+    timeout: float = 60.0                      # seconds that a request may stall
+    tries: int = 5                             # requests for a text, with growing pauses between
+    api_key_env: str = "OPENAI_API_KEY"        # environment variable with the API key, if any
+    key: str = "query"                         # what is translated; text in a queries.jsonl
+    source_lang: str = "en"                    # language of the input; its share stays as it is
+    shares: dict[str, float] = field(default_factory=lambda: dict(TABLE_7))    # en:25,zh:12,...
+    seed: int = 0                              # of the allotment of rows to languages
+    min_script: float = 0.2                    # least share of letters in the language's script
+    length_ratio: tuple[float, float] = (0.1, 4.0)     # characters, translation / source
+    drop_copies: bool = True                   # drop translations without any new word
+    min_score: float | None = None             # least cosine of translation and source
+    scorer: str = "out/embed_sup"              # checkpoint that min_score is measured with
+
+    def __post_init__(self):
+        if self.translator != "lexicon" and getattr(self, self.translator) is None:
+            raise ValueError(f"translator {self.translator!r} needs --{self.translator}=VALUE")
+        if self.translator == "lexicon" and self.source_lang != "en":
+            raise ValueError(f"the lexicon translates from en, not {self.source_lang!r}")
+        if min(self.in_flight, self.tries, self.timeout) <= 0:
+            raise ValueError(f"in_flight {self.in_flight}, tries {self.tries} and timeout "
+                             f"{self.timeout} must be positive")
+
+
+def make_translator(cfg):
+    """Return the translator that the settings name."""
+    if cfg.translator == "table":
+        return TableTranslator(cfg.table)
+    if cfg.translator == "endpoint":
+        return EndpointTranslator(cfg.endpoint, cfg.model, cfg.journal or f"{cfg.out}.journal",
+                                  cfg.in_flight, cfg.timeout, cfg.tries,
+                                  api_key_env=cfg.api_key_env)
+    local = Path(cfg.lexicon)
+    return LexiconTranslator(local if local.is_file() else Path(__file__).with_name(cfg.lexicon))
+
+
+def make_gates(cfg):
+    """Return the quality gates that the settings ask for, the cheap ones first."""
+    gates = [script_gate(cfg.min_script), length_gate(*cfg.length_ratio)]
+    gates += [copy_gate] if cfg.drop_copies else []
+    if cfg.min_score is not None:
+        from embed import Embedder                  # only here: everything else needs no model
+        gates.append(score_gate(Embedder(cfg.scorer), cfg.min_score))
+    return gates
+
+
+def to_line(row):
+    """Return a row as a line of JSONL; a lone surrogate is kept as JSON's own escape."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def main(argv=None):
+    """Translate the queries of some files; see the module docstring."""
+    cfg, langs, dropped = load_config(ClrConfig, argv), Counter(), Counter()
+    rows = [row for path in cfg.input for row in read_jsonl(path, {cfg.key: str})]
+    made = build_clr(rows, make_translator(cfg), cfg.shares, cfg.seed, cfg.source_lang, cfg.key,
+                     make_gates(cfg), dropped,
+                     partial(tqdm, total=len(rows), desc="clr", unit="row", disable=None))
+    part = Path(f"{cfg.out}.{os.getpid()}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(part, "wb") as file, closing(made):
+            for row in made:
+                langs[row["lang"]] += 1
+                file.write(to_line(row))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, cfg.out)
+    finally:
+        part.unlink(missing_ok=True)
+    print(f"{cfg.out}: {langs.total():,} of {len(rows):,} rows")
+    for name, counts in (("languages", langs), ("dropped", dropped)):
+        print(f"{name}: " + (", ".join(f"{k} {n:,}" for k, n in counts.most_common()) or "none"))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"clr.py: error: {error}")
+    except KeyboardInterrupt:
+        print("clr.py: stopped; the same command goes on from the journal", file=sys.stderr)
+        sys.exit(130)

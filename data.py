@@ -500,9 +500,9 @@ def sft_batch(rows, indices, tokenizer, max_len, default_prompt):
         for e in examples])
     outputs = tokenizer.encode_batch([e["pos"][0] for e in examples])
     for prompt, output in zip(prompts, outputs):
+        truncated += len(prompt) > max_len // 2 or len(prompt) + len(output) > max_len
         prompt = prompt[:max_len // 2]                 # the output keeps at least half of the room
         whole = (prompt + output + [tokenizer.eos_id])[:max_len + 1]
-        truncated += len(prompt) + len(output) > max_len
         ids += whole[:-1]
         targets += [-100] * (len(prompt) - 1) + whole[len(prompt):]
         lengths.append(len(whole) - 1)

@@ -383,7 +383,7 @@ def finished(cfg):
     return where if meta["step"] >= meta["train"]["steps"] else None
 
 
-FREE = {"resume", "train_missing", "log_every", "save_every", "keep_last", "device", "evaluate",
+FREE = {"out", "docs", "resume", "train_missing", "log_every", "save_every", "keep_last", "device", "evaluate",
         "micro_batch_size", "checkpointing"}       # what may differ when a run goes on
 
 

@@ -1,0 +1,30 @@
+"""Stage 3 at full size: weakly supervised contrastive training under the soft mask (Sec. 3.2).
+
+    torchrun --nproc_per_node=8 --nnodes=2 train.py config/full/embed_weak.py --pairs=pairs.jsonl
+
+The paper: the pairs of stage 2, those scored below 0.4 left out; 16 x Ascend 910B, 97 hours.
+"""
+stage = "embed_weak"
+previous = "config/full/sft.py"
+out = "out/full"
+passage_len = 32_768
+query_len = 512
+batch_size = 64
+steps = 600_000_000 // 64
+learning_rate = 1e-4
+warmup = 0.05
+weight_decay = 0.001
+beta2 = 0.999
+temperature = 0.05                 # UNSPECIFIED
+schedule = "linear"                # Eq. 3; App. C has two more
+save_every = 1000
+
+vocab_size = 150_000               # Sec. 3.1.1, 4.2
+n_layer = 8
+n_head = 32
+n_kv_head = 8
+n_embd = 3584
+ffn_dim = 8192
+block_size = 32_768
+train_missing = False              # at this size a missing stage is an error, not a week of work
+checkpointing = True

@@ -1,0 +1,27 @@
+"""Stage 1 at full size: LLM pretraining (PAPER Sec. 3.1.1, App. A).
+
+    torchrun --nproc_per_node=8 --nnodes=8 train.py config/full/pretrain.py --text=a.jsonl,b.jsonl
+
+The paper: ~3T tokens, 64 x Ascend 910B, 219 hours (more than those chips can do: README, limits).
+"""
+stage = "pretrain"
+out = "out/full"
+passage_len = 32_768               # tokens of a window
+query_len = 512
+batch_size = 256
+steps = 3_000_000_000_000 // (256 * 32_768)
+learning_rate = 1e-4
+warmup = 0.05
+weight_decay = 0.001
+beta2 = 0.999                      # AdamW's own default; App. A names no other
+save_every = 1000
+
+vocab_size = 150_000               # Sec. 3.1.1, 4.2
+n_layer = 8
+n_head = 32
+n_kv_head = 8
+n_embd = 3584
+ffn_dim = 8192
+block_size = 32_768
+train_missing = False              # at this size a missing stage is an error, not a week of work
+checkpointing = True

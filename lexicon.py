@@ -1,0 +1,139 @@
+"""A dictionary of 600 words in 26 languages, and queries put through it word by word.
+
+    LexiconTranslator()("the determinant of a matrix", "es")         # "determinante matriz"
+
+lexicon.tsv holds the most frequent content words of the embedded corpus's summary lines, one row a
+word. This is the oldest way of cross-lingual retrieval, a dictionary and no grammar, and it is no
+translation: function words are dropped, inflections folded, words that are not in the table stay as
+technical terms do, one sense stands for all. Word order follows the language in three rules.
+Offline, it lets `clr.py` teach a model many languages (PAPER Sec. 3.3; DEVIATES from its LLM).
+"""
+import re
+from pathlib import Path
+
+FUNCTION_WORDS = frozenset("""
+I a about above according across after against all along also although always am an and
+any are around as at be because been before being below between both but by can could did
+do does doing during each either else etc even every few for from given had has have
+having he here how however i if in into is it its itself just like many may me might more
+most much must my neither no non not of off on once one ones only onto or other otherwise
+our out over own per rather same she should since so some something still such than that
+the their them themselves then there these they this those through thus to too toward
+towards under until up upon us very via was we were what when where whereas whether which
+while who whose why will with within without would yet you your""".split())
+ATTRIBUTIVE = frozenset("between for in of on".split())   # what follows describes what precedes
+PHRASE_ENDS = ATTRIBUTIVE | frozenset("""
+and as at before after by from if into or per so than that through to using via when where whether
+which while with without within""".split())
+VERBS = frozenset("""
+add allocate allow append apply attach break broadcast build calculate call cancel
+capture change check close collect combine compare compile complete compose compress
+compute concatenate construct contain control convert copy correspond count create decode
+decompress define delete depend describe detect determine disable dispatch display
+distribute divide download draw enable encode encrypt escape estimate evaluate exclude
+execute exist exit expand export extend extract fail fill find fix flatten follow fuse
+gather generate get give handle hold ignore implement import include indicate initialize
+insert install integrate interpolate iterate join keep learn load look make match measure
+merge modify move multiply need normalize open override pad parse pass perform prepare
+print produce provide quantize raise reach read receive reduce register release remove
+repeat replace represent require reset restore retrieve return reverse rewrite rotate
+round run save search see select send share shift show simplify skip solve sort specify
+split start stop store subtract support swap take test track transform translate
+transpose truncate try update use validate verify wait work wrap write""".split())
+IRREGULAR = {"axes": "axis", "built": "build", "children": "child", "found": "find", "got": "get",
+             "held": "hold", "indices": "index", "kept": "keep", "leaves": "leaf", "made": "make",
+             "matrices": "matrix", "sent": "send", "taken": "take", "used": "use",
+             "using": "use", "vertices": "vertex", "written": "write"}
+HEAD_FIRST = frozenset("ar es fr he it km ms pt th vi".split())   # matrix of adjacency
+HEAD_LAST = frozenset("bn fi hi hu ja ko tr zh".split())          # the matrix's determinant
+VERB_LAST = frozenset("bn hi ja ko tr".split())
+UNSPACED = frozenset("ja km th zh".split())
+
+
+def fold(word, known):
+    """Return the form of `word` that is in `known`: itself, or without plural, -ed, -ing; or None.
+
+    >>> [fold(w, {"class", "matrix", "copy", "map", "use"}) for w in
+    ...  "classes matrices copied mapping using this".split()]
+    ['class', 'matrix', 'copy', 'map', 'use', None]
+    """
+    forms = [word, IRREGULAR.get(word)]
+    if word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        forms += [word[:-1], word[:-2], word[:-3] + "y"]
+    for ending in ("ed", "ing"):
+        if word.endswith(ending) and len(word) > len(ending) + 2:
+            stem = word.removesuffix(ending)
+            forms += [stem + "e", stem, stem[:-1] + "y" if stem.endswith("i") else None,
+                      stem[:-1] if stem[-2] == stem[-1] else None]
+    return next((form for form in forms if form in known), None)
+
+
+class LexiconTranslator:
+    """Put texts into another language word by word; the table is read once.
+
+    path: a TSV whose header names the languages, "en" first; ValueError by line if a cell is empty.
+    """
+
+    def __init__(self, path=Path(__file__).with_name("lexicon.tsv")):
+        with open(path, encoding="utf-8") as file:
+            header, *rows = [line.rstrip("\r\n").split("\t") for line in file]
+        for number, row in enumerate(rows, 2):
+            if len(row) != len(header) or not all(cell.strip() for cell in row):
+                raise ValueError(f"{path}:{number}: {len(header)} words are needed, not {row}")
+        self.table = {lang: dict(zip((row[0] for row in rows), column))
+                      for lang, column in zip(header, zip(*rows))}
+
+    def __call__(self, text, lang):
+        """Return the words of `text` in `lang`, in its order; ValueError for unknown languages."""
+        if lang not in self.table:
+            raise ValueError(f"no language {lang!r} in the lexicon: {', '.join(self.table)}")
+        words = []
+        for verb, others in order_phrases(split_phrases(text, self.table["en"]), lang):
+            words += others + verb if lang in VERB_LAST else verb + others
+        words = [self.table[lang].get(lemma, word) for word, lemma in words]
+        if lang not in UNSPACED:
+            return " ".join(words)
+        joined = ""
+        for word in words:
+            foreign = joined and (joined[-1].isascii() or word[0].isascii())
+            joined += " " + word if foreign else word
+        return joined
+
+
+def split_phrases(text, known):
+    """Return phrases (does it describe the one before, [verb], [other words]).
+
+    A word is (as it was, its form in `known` or None); the verb is one that opens its phrase.
+
+    >>> split_phrases("Find roots of a polynomial.", {"find", "root"})
+    [(False, [('Find', 'find')], [('roots', 'root')]), (True, [], [('polynomial', None)])]
+    """
+    phrases = [(False, [], [])]
+    for token in re.findall(r"[^\s,;:()\[\]\"]+|[,;:]", text.removeprefix("A ")):
+        word = token.strip("`~'!?").rstrip(".`'")
+        for part in word.split("-") if word.replace("-", "").isalpha() else [word]:
+            plain = part.lower() if part[1:].islower() else part      # "Sum", not "SUM" nor "A"
+            _, verb, others = phrases[-1]
+            if plain in PHRASE_ENDS or token in ",;:":
+                if verb or others:
+                    phrases.append((plain in ATTRIBUTIVE, [], []))
+            elif plain not in FUNCTION_WORDS and any(map(str.isalnum, plain)):
+                lemma = fold(plain, known) if plain.isalpha() else None
+                opens = lemma in VERBS and not verb and not others
+                (verb if opens else others).append((part, lemma))
+    return phrases
+
+
+def order_phrases(phrases, lang):
+    """Return [[verb], [other words]] lists, each in the order that `lang` asks for."""
+    runs = []
+    for describes, verb, others in phrases:
+        others = others[::-1] if lang in HEAD_FIRST else others
+        if runs and describes and not verb:
+            before = runs[-1][1]
+            runs[-1][1] = others + before if lang in HEAD_LAST else before + others
+        elif runs and not verb and lang in VERB_LAST:
+            runs[-1][1] = runs[-1][1] + others                        # the verb waits for them
+        else:
+            runs.append([verb, others])
+    return runs
