@@ -209,15 +209,24 @@ class EndpointTranslator:
 
     def _key(self, text, lang):
         """Hash what decides an answer; the prompt is its own version number."""
-        return hashlib.sha256("\0".join((self.model, PROMPT, lang, text)).encode()).hexdigest()[:32]
+        parts = "\0".join((self.model, PROMPT, lang, text)).encode("utf-8", "backslashreplace")
+        return hashlib.sha256(parts).hexdigest()[:32]
 
     def many(self, jobs):
         """Yield the translation of each (text, lang), in order; a text asked twice is sent once."""
         pool, window, asked = ThreadPoolExecutor(self.in_flight), deque(), WeakValueDictionary()
+
+        def ask(job):
+            try:
+                return None if self.stop.is_set() else self(*job)
+            except ConnectionError:
+                self.stop.set()                                  # the others need not try
+                raise
+
         try:
             for job in jobs:
                 if (future := asked.get(job)) is None:
-                    asked[job] = future = pool.submit(self, *job)
+                    asked[job] = future = pool.submit(ask, job)
                 window.append(future)
                 if len(window) >= 16 * self.in_flight:         # a slow answer holds up no others
                     yield window.popleft().result()

@@ -309,18 +309,21 @@ def sts_rows(rows, n=6000, seed=0):
                    "score": round(relatedness(a["name"], b["name"]), 4)}
 
 
-def _write_jsonl(path, rows):
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
+def write_jsonl(path, rows):
+    """Write rows as JSONL, aside first, so that a file that is there is whole."""
+    part = Path(f"{path}.{os.getpid()}")
+    with open(part, "w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(part, path)
 
 
 def write_collection(directory, rows):
     """Write dev or test rows as a retrieval collection in BEIR's form: summary -> body."""
     directory.mkdir(parents=True, exist_ok=True)
-    _write_jsonl(directory / "corpus.jsonl",
+    write_jsonl(directory / "corpus.jsonl",
                  ({"id": row["name"], "title": "", "text": row["body"]} for row in rows))
-    _write_jsonl(directory / "queries.jsonl",
+    write_jsonl(directory / "queries.jsonl",
                  ({"id": row["name"], "text": row["summary"]} for row in rows))
     with open(directory / "qrels.tsv", "w", encoding="utf-8") as file:
         file.write("query-id\tcorpus-id\tscore\n")
@@ -353,20 +356,20 @@ def build(out):
     splits = make_splits(entries)
     train = splits["train"]
     pairs = [row for row in train if is_pair(row)]
-    _write_jsonl(out / "text.jsonl", ({"text": row["text"]} for row in train))
-    _write_jsonl(out / "pairs.jsonl", ({"instruction": INSTRUCTION, "input": row["summary"],
+    write_jsonl(out / "text.jsonl", ({"text": row["text"]} for row in train))
+    write_jsonl(out / "pairs.jsonl", ({"instruction": INSTRUCTION, "input": row["summary"],
                                         "output": row["body"]} for row in pairs))
-    _write_jsonl(out / "retrieval.jsonl", ({"query": row["summary"], "pos": [row["body"]],
+    write_jsonl(out / "retrieval.jsonl", ({"query": row["summary"], "pos": [row["body"]],
                                             "id": row["name"]} for row in pairs))
-    _write_jsonl(out / "classification.jsonl", classification_rows(train))
-    _write_jsonl(out / "sts.jsonl", sts_rows(pairs))
+    write_jsonl(out / "classification.jsonl", classification_rows(train))
+    write_jsonl(out / "sts.jsonl", sts_rows(pairs))
     held = splits["test"] + splits["dev"]
-    _write_jsonl(out / "labelled_test.jsonl", ({"text": row["text"][:400],
+    write_jsonl(out / "labelled_test.jsonl", ({"text": row["text"][:400],
                                                 "label": label_of(row["name"])} for row in held))
     for split in ("dev", "test"):
         write_collection(out / split, splits[split])
     (out / "search").mkdir(exist_ok=True)
-    _write_jsonl(out / "search" / "corpus.jsonl",
+    write_jsonl(out / "search" / "corpus.jsonl",
                  ({"id": name, "title": name, "text": text} for name, text in entries))
     manifest = {"versions": fingerprint(), "entries": len(entries), "train": len(train),
                 "pairs": len(pairs), "dev": DEV_SIZE, "test": TEST_SIZE,

@@ -88,22 +88,26 @@ class HardNegativePool:
     def update(self, query_ids, scores):
         """Take the cosines (B, N) that the loss has just seen, and replace what got easy.
 
-        Every query id at most once. Raises ValueError for scores of another shape or not finite.
+        Raises ValueError for scores of another shape or not finite, or a query that comes twice.
+        Scores of empty places are ignored.
         """
         query_ids = torch.as_tensor(query_ids, dtype=torch.int64)
         scores = scores.detach().float().cpu()
         if scores.shape != (len(query_ids), self.n_negatives):
             raise ValueError(f"scores {tuple(scores.shape)} do not fit {len(query_ids)} queries "
                              f"with {self.n_negatives} negatives")
+        if len(query_ids.unique()) != len(query_ids):
+            raise ValueError(f"a query comes twice in {query_ids.tolist()}")
         used = self.slots[query_ids] >= 0                                   # (B, N)
         if not torch.isfinite(scores[used]).all():
             raise ValueError("a negative's score is not a finite number")
+        scores = scores.masked_fill(~used, 0.0)
         first = self.initial[query_ids].isnan()
         initial = torch.where(first, scores, self.initial[query_ids])       # S_0: the first score
         self.initial[query_ids] = torch.where(used, initial, torch.nan)
         self.visits[query_ids] += 1
-        for b, n in used.nonzero().tolist():
-            self.last[query_ids[b], self.slots[query_ids[b], n]] = scores[b, n]
+        b, n = used.nonzero(as_tuple=True)
+        self.last[query_ids[b], self.slots[query_ids[b], n]] = scores[b, n]
         marked = used & self._marked(query_ids, initial, scores, used)
         replaced = sum(self._replace(int(query_ids[b]), n) for b, n in marked.nonzero().tolist())
         count = max(int(used.sum()), 1)

@@ -29,6 +29,7 @@ from mask import MaskSpec
 from model import Conan, ConanConfig
 from tokenizer import Tokenizer
 
+EXPORTED = "nanoconan.json"         # marks a directory that export.py wrote
 TEXTS_AT_A_TIME = 20_000           # tokenised and sorted together: memory stays bounded
 TOKENS_AT_A_TIME = 4096            # short texts fill a batch up to this
 
@@ -36,19 +37,18 @@ TOKENS_AT_A_TIME = 4096            # short texts fill a batch up to this
 class Embedder:
     """A trained model as a function from texts to vectors.
 
-    path: a folder of train.py (its newest good checkpoint is taken) or one checkpoint in it.
+    path: a folder of train.py (its newest good checkpoint is taken), one checkpoint in it, or a
+    directory that export.py wrote.
     device: "cpu", "cuda", "npu"; None takes the best one here. Computes in float32 on a CPU and in
     bfloat16 on an accelerator unless `dtype` says otherwise. Raises FileNotFoundError or ValueError
     with the path if there is no checkpoint or it is damaged.
     """
 
     def __init__(self, path, device=None, dtype=None):
-        where = find_checkpoint(path)
-        meta = json.loads(checkpoint.load(where, "config.json"))
-        text = where / "tokenizer.tiktoken"
-        checkpoint.load(where, text.name)                    # verified before it is read
-        model = build_model(meta["model"], checkpoint.load(where, "model.pt"), where)
-        self._set(model, Tokenizer.load(text), device or accelerator(), dtype,
+        load = _load_exported if (Path(path) / EXPORTED).is_file() else _load_checkpoint
+        where, meta, weights = load(path)
+        self._set(build_model(meta["model"], weights, where),
+                  Tokenizer.load(where / "tokenizer.tiktoken"), device or accelerator(), dtype,
                   MaskSpec(**meta["mask"]), meta["passage_len"])
         self.checkpoint, self.meta = where, meta
 
@@ -73,7 +73,8 @@ class Embedder:
 
     def fingerprint(self):
         """Return a hash of what decides the vectors: weights, shape, mask and tokenizer."""
-        entries = json.loads((self.checkpoint / "manifest.json").read_text())
+        name = EXPORTED if (self.checkpoint / EXPORTED).is_file() else "manifest.json"
+        entries = json.loads((self.checkpoint / name).read_text(encoding="utf-8"))
         return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:16]
 
     def encode(self, texts, batch_size=32, prompt=None, truncate_dim=None, normalize=True,
@@ -141,6 +142,41 @@ def find_checkpoint(path):
         raise FileNotFoundError(f"{path}: no checkpoint here; train one with "
                                 f"`python train.py config/{path.name}.py`")
     return found
+
+
+def _load_checkpoint(path):
+    """Return (folder, config, weights) of a checkpoint; every file is verified before it is read."""
+    where = find_checkpoint(path)
+    checkpoint.load(where, "tokenizer.tiktoken")
+    return where, json.loads(checkpoint.load(where, "config.json")), checkpoint.load(where, "model.pt")
+
+
+def _load_exported(path):
+    """Return the same of a directory that export.py wrote."""
+    where = Path(path)
+    try:
+        meta = json.loads((where / EXPORTED).read_text(encoding="utf-8"))
+        for name, sha256 in meta["files"].items():
+            if hashlib.sha256(np.fromfile(where / name, np.uint8)).hexdigest() != sha256:
+                raise ValueError(f"{where / name}: SHA-256 differs from {EXPORTED}")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise ValueError(f"{where / EXPORTED}: not as export.py wrote it: {error!r}") from None
+    weights = read_safetensors(where / "model.safetensors")
+    return where, meta, {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+
+def read_safetensors(path):
+    """Return {name: tensor} of a file: the header's length (8 bytes), a JSON header, the data."""
+    raw = np.fromfile(path, np.uint8)
+    start = 8 + int(raw[:8].view("<u8")[0])
+    header = json.loads(raw[8:start].tobytes())
+    data, tensors = torch.from_numpy(raw[start:]), {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            dtype = getattr(torch, SAFETENSORS[entry["dtype"]])
+            first, end = entry["data_offsets"]
+            tensors[name] = data[first:end].view(dtype).view(entry["shape"])
+    return tensors
 
 
 def build_model(shape, weights, where):

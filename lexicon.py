@@ -110,7 +110,7 @@ def split_phrases(text, known):
     """
     phrases = [(False, [], [])]
     for token in re.findall(r"[^\s,;:()\[\]\"]+|[,;:]", text.removeprefix("A ")):
-        word = token.strip("`~'!?").rstrip(".`'")
+        word = token.strip("`~'!?").rstrip(".`'").removesuffix("'s")
         for part in word.split("-") if word.replace("-", "").isalpha() else [word]:
             plain = part.lower() if part[1:].islower() else part      # "Sum", not "SUM" nor "A"
             _, verb, others = phrases[-1]

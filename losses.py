@@ -28,7 +28,7 @@ class _GatherWithGrad(torch.autograd.Function):
     def backward(ctx, grad):
         # Each rank's loss used my rows, so my gradient is the sum over the ranks' gradients. DDP's
         # mean over ranks then turns the W local means into the mean over all W * B queries: exact.
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)    # others may read this one
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -67,7 +67,7 @@ def info_nce(query, positive, negatives=None, *, temperature, query_ids=None, po
     With `return_stats` a third value: {"accuracy@1", "positive", "hardest_negative"}, means.
     Raises ValueError for a temperature that is not positive or shapes that do not fit.
     """
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
     if query.shape != positive.shape or query.dim() != 2:
         raise ValueError(f"query {tuple(query.shape)} and positive {tuple(positive.shape)} must "
@@ -106,16 +106,16 @@ def info_nce(query, positive, negatives=None, *, temperature, query_ids=None, po
 def _false_negatives(scores, label, query_ids, positive_ids, negative_ids):
     """Return (B, M) bool: candidates that must not count as negatives of the row's query."""
     excluded = torch.zeros_like(scores, dtype=torch.bool)
+    n_pos = len(label) * (dist.get_world_size() if dist.is_initialized() else 1)     # W*B
+    if query_ids is not None:
+        excluded[:, :n_pos] |= query_ids[:, None] == _gather_ids(query_ids)[None, :]
     if positive_ids is not None:
-        everyone = _gather_ids(positive_ids)                                # (W*B,)
-        n_pos = len(everyone)
-        excluded[:, :n_pos] |= positive_ids[:, None] == everyone[None, :]
-        if query_ids is not None:
-            excluded[:, :n_pos] |= query_ids[:, None] == _gather_ids(query_ids)[None, :]
-        if negative_ids is not None:
-            other = _gather_ids(negative_ids.reshape(-1))                   # (W*B*N,)
+        excluded[:, :n_pos] |= positive_ids[:, None] == _gather_ids(positive_ids)[None, :]
+    if negative_ids is not None:
+        other = _gather_ids(negative_ids.reshape(-1))                       # (W*B*N,)
+        excluded[:, n_pos:] |= (other == -1)[None, :]
+        if positive_ids is not None:
             excluded[:, n_pos:] |= positive_ids[:, None] == other[None, :]
-            excluded[:, n_pos:] |= (other == -1)[None, :]
     return excluded.scatter(1, label[:, None], False)       # the positive itself always counts
 
 
@@ -135,7 +135,7 @@ def cosent_loss(cosine, score, *, temperature):
     if cosine.shape != score.shape or cosine.dim() != 1:
         raise ValueError(f"cosine {tuple(cosine.shape)} and score {tuple(score.shape)} must both "
                          "be (B,)")
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
     if not torch.isfinite(score).all():
         raise ValueError("a score is not a finite number")
@@ -220,11 +220,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = (h @ cast.T).float()                                   # (chunk, V)
             keep = t != -100
             norm = torch.logsumexp(logits, dim=1, keepdim=True)             # (chunk, 1)
-            picked = logits.gather(1, t.clamp(min=0)[:, None])              # (chunk, 1)
+            at = torch.where(keep, t, 0)[:, None]           # any other negative id is an error
+            picked = logits.gather(1, at)                                   # (chunk, 1)
             total += ((norm - picked)[:, 0] * keep).sum()
             # d loss / d logits = (softmax - one-hot) / count; formed in place of the logits
             logits.sub_(norm).exp_()
-            logits.scatter_add_(1, t.clamp(min=0)[:, None], -torch.ones_like(picked))
+            logits.scatter_add_(1, at, -torch.ones_like(picked))
             logits.mul_(keep[:, None] / count)
             g = logits.to(hidden.dtype)
             part.copy_(g @ cast)

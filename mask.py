@@ -16,6 +16,7 @@ DEVIATES: the formula divides by the row i, the prose speaks of columns: `axis="
 import argparse
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -56,7 +57,7 @@ def soft_mask(seq_len, alpha, axis="row"):
     """Return M, (T, T) float64 in [0, 1], for one text of `seq_len` tokens.
 
     Paper: Eq. (4); l -> seq_len. M_ij is how much query token i sees of key token j.
-    Raises ValueError unless 0 <= alpha <= 1.
+    Raises ValueError unless 0 <= alpha <= 1 and seq_len >= 1.
 
     >>> soft_mask(3, 0.5)                              # row 1: min(0.5 * 3 / 1, 1) = 1
     tensor([[1.0000, 1.0000, 1.0000],
@@ -65,6 +66,8 @@ def soft_mask(seq_len, alpha, axis="row"):
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
+    if seq_len < 1:
+        raise ValueError(f"seq_len must be at least 1, not {seq_len}")
     at = torch.arange(seq_len, dtype=torch.float64)
     return mask_weights(at[:, None], at[None, :], torch.tensor(float(seq_len)).double(), alpha,
                         axis)
@@ -175,7 +178,7 @@ def draw(path, seq_len=64):
                                 layout="constrained")
     for ax, a in zip(axes, (0.0, 0.1, 0.25, 0.5, 1.0)):
         m = soft_mask(seq_len, a)
-        ax.imshow(m, vmin=0, vmax=1, cmap="viridis")
+        ax.imshow(m.numpy(), vmin=0, vmax=1, cmap="viridis")
         ax.set(xticks=[], yticks=[], title=f"alpha {a:g}, rank {mask_rank(m)}")
     axes[0].set(xlabel="key token j", ylabel="query token i")
     steps = range(seq_len + 1)
@@ -184,6 +187,7 @@ def draw(path, seq_len=64):
         axes[-1].plot(steps, ranks, style, label=kind)
     axes[-1].set(xlabel="step", ylabel=f"rank of M (N = {seq_len})")
     axes[-1].legend(frameon=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -65,24 +65,19 @@ class ConanConfig:
 class Group:
     """Texts of like lengths that attention treats as one padded (B, T) block."""
     lengths: torch.Tensor          # (B,) int64
-    index: torch.Tensor            # (B * T,) place of each token in the flat list; pads point at 0
     tokens: torch.Tensor | None    # (B, T) bool, True = token; None when there are no pads
-    start: int                     # the group's texts are start .. end of the flat list
-    end: int
+    shape: tuple                   # (B, T)
     bias: torch.Tensor | None = None
     weights: torch.Tensor | None = None
-
-    @property
-    def shape(self):
-        """Return (B, T)."""
-        return len(self.lengths), int(self.lengths.max())
 
 
 class Packing:
     """Where each text lies in the flat list, and which texts attention takes together.
 
     `order` sorts the texts by falling length, so that a group is a contiguous stretch of the flat
-    list; `Conan.forward` applies it on entry and undoes it on the embeddings.
+    list; `Conan.forward` applies it on entry and undoes it on the embeddings. `padded` holds, for
+    all groups one after the other, the flat place of each of their B * T places (P in all; a pad
+    repeats a token), `flat` the place among those P of each flat token, `real` which are tokens.
     """
     WASTE = 0.85                   # the shortest text of a group has at least this share of T
 
@@ -90,33 +85,38 @@ class Packing:
         lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
         if lengths.dim() != 1 or not len(lengths) or int(lengths.min()) < 1:
             raise ValueError("lengths must be a non-empty list of positive token counts")
-        self.given_starts = lengths.cumsum(0) - lengths
         self.order = torch.argsort(lengths, descending=True, stable=True)
         self.lengths = lengths[self.order]
         starts = self.lengths.cumsum(0) - self.lengths
+        given = (lengths.cumsum(0) - lengths)[self.order]
         self.text = torch.repeat_interleave(torch.arange(len(lengths)), self.lengths)     # (S,)
         self.position = torch.arange(int(lengths.sum())) - starts[self.text]              # (S,)
-        self.source = self.given_starts[self.order][self.text] + self.position            # (S,)
+        self.source = given[self.text] + self.position                                    # (S,)
         self.last = starts + self.lengths - 1                                             # (B,)
-        self.groups = list(self._groups(starts, device))
-        for name in ("order", "text", "position", "source", "last"):
+        self.groups, padded, real = [], [], []
+        for first, end in self._ranges():
+            inside = self.lengths[first:end]
+            at = torch.arange(int(inside[0]))
+            tokens = at[None, :] < inside[:, None]                                        # (B, T)
+            padded.append(torch.where(tokens, starts[first:end, None] + at, starts[first]))
+            real.append(tokens.reshape(-1))
+            self.groups.append(Group(inside.to(device), None if bool(tokens.all()) else
+                                     tokens.to(device), tuple(tokens.shape)))
+        self.real = torch.cat(real)                                                       # (P,)
+        self.padded = torch.cat([p.reshape(-1) for p in padded])                          # (P,)
+        self.flat = self.real.nonzero()[:, 0]                                             # (S,)
+        self.is_dense = len(self.flat) == len(self.padded)
+        for name in ("order", "text", "position", "source", "last", "padded", "real", "flat"):
             setattr(self, name, getattr(self, name).to(device))
         self.counts = self.lengths.to(device)
 
-    def _groups(self, starts, device):
+    def _ranges(self):
+        """Yield (first, end) of each group of the sorted texts."""
         sizes, first = self.lengths.tolist(), 0
         for i in range(1, len(sizes) + 1):
-            if i < len(sizes) and sizes[i] >= self.WASTE * sizes[first] - 2:
-                continue
-            lengths, longest = self.lengths[first:i], sizes[first]
-            at = torch.arange(longest)
-            tokens = at[None, :] < lengths[:, None]                                       # (B, T)
-            index = torch.where(tokens, starts[first:i, None] + at, starts[first])
-            whole = bool(tokens.all())
-            yield Group(lengths.to(device), index.reshape(-1).to(device),
-                        None if whole else tokens.to(device),
-                        int(starts[first]), int(starts[i - 1]) + sizes[i - 1])
-            first = i
+            if i == len(sizes) or sizes[i] < self.WASTE * sizes[first] - 2:
+                yield first, i
+                first = i
 
     def set_mask(self, mask, dtype):
         """Form each group's mask tensors once; every layer then shares them.
@@ -128,10 +128,10 @@ class Packing:
             group.bias = group.weights = None
             b, t = group.shape
             if group.tokens is not None and not mask.is_causal:
-                closed = torch.zeros(b, 1, 1, t, dtype=dtype, device=group.index.device)
+                closed = torch.zeros(b, 1, 1, t, dtype=dtype, device=group.lengths.device)
                 group.bias = closed.masked_fill(~group.tokens[:, None, None], -torch.inf)
             if not (mask.is_causal or mask.is_full):
-                at = torch.arange(t, device=group.index.device)
+                at = torch.arange(t, device=group.lengths.device)
                 weights = mask_weights(at[:, None], at[None], group.lengths[:, None, None].float(),
                                        mask.alpha, mask.axis)[:, None]           # (B, 1, T, T)
                 if mask.apply == "logits":
@@ -141,6 +141,36 @@ class Packing:
                     group.bias = bias if group.bias is None else bias + group.bias
                     if group.tokens is not None:     # rows of pads: never read, but not NaN
                         group.bias = group.bias.masked_fill(~group.tokens[:, None, :, None], 0.0)
+
+
+class _Pad(torch.autograd.Function):
+    """Lay flat tokens (S, ...) out as the groups' padded places (P, ...).
+
+    What a pad holds never reaches a loss, so the gradient is a plain look-up, not a scatter.
+    """
+
+    @staticmethod
+    def forward(ctx, x, packing):
+        ctx.packing = packing
+        return x.index_select(0, packing.padded)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.packing.flat), None
+
+
+class _Unpad(torch.autograd.Function):
+    """Take the tokens (S, D) out of the padded places (P, D); the gradient of a pad is zero."""
+
+    @staticmethod
+    def forward(ctx, x, packing):
+        ctx.packing = packing
+        return x.index_select(0, packing.flat)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.index_select(0, ctx.packing.padded)
+        return grad.masked_fill_(~ctx.packing.real[:, None], 0), None
 
 
 # ---------------------------------------------------------------- attention
@@ -191,7 +221,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):                                                   # (..., D)
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
+        y = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
+        return y.to(x.dtype)
 
 
 def rope_cache(block_size, head_dim, base):
@@ -221,23 +252,22 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.n_head * e, c.n_embd, bias=False)
 
     def forward(self, x, packing, cos, sin, mask):                          # (S, D)
-        s = len(x)
-        q = self.q_proj(x).view(s, self.n_head, self.head_dim)              # (S, H, E)
-        k = self.k_proj(x).view(s, self.n_kv_head, self.head_dim)           # (S, K, E)
-        v = self.v_proj(x).view(s, self.n_kv_head, self.head_dim)           # (S, K, E)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        qkv = torch.cat([q, k, v], dim=1)                                   # (S, H + 2K, E)
+        h, kv, e = self.n_head, self.n_kv_head, self.head_dim
+        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        qkv = F.linear(x, weight).view(len(x), h + 2 * kv, e)               # one matmul for three
+        qk, v = qkv.split([h + kv, kv], dim=1)
+        qkv = torch.cat([apply_rope(qk, cos, sin), v], dim=1)               # (S, H + 2K, E)
+        if not packing.is_dense:
+            qkv = _Pad.apply(qkv, packing)                                  # (P, H + 2K, E)
         out = []
-        for group in packing.groups:
-            b, t = group.shape
-            part = qkv[group.start:group.end] if group.tokens is None else \
-                qkv.index_select(0, group.index)
-            part = part.view(b, t, -1, self.head_dim).transpose(1, 2)       # (B, H + 2K, T, E)
-            gq, gk, gv = part.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
-            y = attend(gq, gk, gv, group, mask).transpose(1, 2)             # (B, T, H, E)
-            out.append(y.reshape(b * t, -1) if group.tokens is None else
-                       y.reshape(b, t, -1)[group.tokens])                   # pads fall away here
-        return self.o_proj(torch.cat(out))                                  # (S, D)
+        sizes = [b * t for b, t in (group.shape for group in packing.groups)]
+        for group, part in zip(packing.groups, qkv.split(sizes)):
+            part = part.view(*group.shape, -1, e).transpose(1, 2)           # (B, H + 2K, T, E)
+            q, k, v = part.split([h, kv, kv], dim=1)
+            y = attend(q, k, v, group, mask)                                # (B, H, T, E)
+            out.append(y.transpose(1, 2).reshape(-1, h * e))                # (B * T, D)
+        y = torch.cat(out)
+        return self.o_proj(y if packing.is_dense else _Unpad.apply(y, packing))     # (S, D)
 
 
 class FeedForward(nn.Module):
@@ -250,7 +280,9 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.ffn_dim, config.n_embd, bias=False)
 
     def forward(self, x):                                                   # (S, D)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        weight = torch.cat([self.gate_proj.weight, self.up_proj.weight])
+        gate, up = F.linear(x, weight).chunk(2, dim=-1)                     # (S, F) each
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):

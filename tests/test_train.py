@@ -22,7 +22,7 @@ SMALL = ["--n_embd=32", "--n_head=4", "--n_kv_head=2", "--n_layer=1", "--ffn_dim
 STAGE = """steps = 6
 passage_len = 32
 query_len = 16
-batch_size = sts_batch_size = 8
+batch_size = 8
 n_negatives = 3
 pool_size = 6
 """
@@ -210,7 +210,7 @@ def test_non_finite_losses_are_skipped_and_then_stop_the_run(files, tmp_path, mo
     (["--passage_len=65"], "must not exceed block_size 64"),
     (["--dims=16,64"], r"dims \(16, 64\) must lie in 1 .. n_embd 32"),
     (["--n_kv_head=3"], "n_head 4 must be a multiple of n_kv_head 3"),
-    (["--task_weights=retrieval:1,cls:2"], "unknown task"),
+    (["--task_weights=retrieval:1,cls:2"], "tasks are classification"),
     (["--text=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--train_missing=false"], "run: python train.py .*embed_weak.py"),
     (["--batch_size=65", "--previous="], "64 rows are too few for a batch of 65"),

@@ -1,0 +1,71 @@
+"""What a run shows and hears: the progress bar, the log file, and the signals that stop it."""
+import json
+import signal
+import time
+
+from tqdm import tqdm
+
+
+class StopSignal:
+    """Remember that SIGTERM or SIGINT came; the loop looks at it between two steps."""
+
+    def __init__(self):
+        self.raised, self.number = False, 0
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number, frame):
+        if self.raised:                            # a second one does not wait
+            raise KeyboardInterrupt
+        self.raised, self.number = True, number
+
+    def restore(self):
+        """Give the signals back to whoever had them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """The progress bar, and OUT/STAGE/log.jsonl with the same keys (README: glossary)."""
+
+    def __init__(self, cfg, world, step):
+        self.cfg, self.world = cfg, world
+        cfg.run_dir.mkdir(parents=True, exist_ok=True)
+        self.file = open(cfg.run_dir / "log.jsonl", "a") if world.is_main else None
+        self.bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step",
+                        disable=not world.is_main, mininterval=1.0)
+        self.since, self.tokens, self.data = time.perf_counter(), 0, 0.0
+
+    def candidates(self, tasks):
+        """Say once how many candidates each query sees: accumulation would not add any."""
+        if self.world.is_main and self.cfg.stage.startswith("embed"):
+            for task, _ in tasks:
+                if task.kind != "sts":
+                    each = 1 + (self.cfg.n_negatives if task.pool else 0)
+                    tqdm.write(f"{task.kind}: {len(task.rows):,} rows, {task.size * each} "
+                               f"candidates a query, {self.cfg.steps} steps of {task.size}")
+
+    def step(self, step, batch, measured, data_seconds, known):
+        """Take one step's numbers; every `log_every` steps write them.
+
+        measured: this rank's, to be averaged over ranks; known: the same on all ranks.
+        """
+        self.tokens += len(batch.ids) * self.world.size
+        self.data += data_seconds
+        self.bar.update()
+        if (step + 1) % self.cfg.log_every and step + 1 < self.cfg.steps:
+            return
+        seconds = time.perf_counter() - self.since
+        row = {"step": step + 1, "task": batch.task, **self.world.mean(measured), **known,
+               "tokens_per_second": self.tokens / seconds, "data_share": self.data / seconds}
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} "
+                                     "tokens/s")
+        self.since, self.tokens, self.data = time.perf_counter(), 0, 0.0
+
+    def close(self):
+        """Finish the bar and the file."""
+        self.bar.close()
+        if self.file:
+            self.file.close()
