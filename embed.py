@@ -29,7 +29,8 @@ from mask import MaskSpec
 from model import Conan, ConanConfig
 from tokenizer import Tokenizer
 
-EXPORTED = "nanoconan.json"         # marks a directory that export.py wrote
+EXPORTED = "nanoconan.json"        # marks a directory that export.py wrote
+SAFETENSORS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 TEXTS_AT_A_TIME = 20_000           # tokenised and sorted together: memory stays bounded
 TOKENS_AT_A_TIME = 4096            # short texts fill a batch up to this
 
@@ -145,10 +146,11 @@ def find_checkpoint(path):
 
 
 def _load_checkpoint(path):
-    """Return (folder, config, weights) of a checkpoint; every file is verified before it is read."""
+    """Return (folder, config, weights) of a checkpoint; files are verified before they are read."""
     where = find_checkpoint(path)
     checkpoint.load(where, "tokenizer.tiktoken")
-    return where, json.loads(checkpoint.load(where, "config.json")), checkpoint.load(where, "model.pt")
+    meta = json.loads(checkpoint.load(where, "config.json"))
+    return where, meta, checkpoint.load(where, "model.pt")
 
 
 def _load_exported(path):
@@ -173,9 +175,8 @@ def read_safetensors(path):
     data, tensors = torch.from_numpy(raw[start:]), {}
     for name, entry in header.items():
         if name != "__metadata__":
-            dtype = getattr(torch, SAFETENSORS[entry["dtype"]])
             first, end = entry["data_offsets"]
-            tensors[name] = data[first:end].view(dtype).view(entry["shape"])
+            tensors[name] = data[first:end].view(SAFETENSORS[entry["dtype"]]).view(entry["shape"])
     return tensors
 
 
@@ -194,8 +195,8 @@ def build_model(shape, weights, where):
 def load_index(embedder, corpus):
     """Return (rows, vectors) of a collection's documents; the vectors are cached.
 
-    The cache lies beside the checkpoint and carries the hashes of checkpoint and corpus in its
-    name: when either changes, it is built anew.
+    The cache lies beside the checkpoint (in an exported directory: in it) and carries the hashes
+    of checkpoint and corpus in its name: when either changes, it is built anew.
     """
     path = next((p for p in (Path(corpus) / "corpus.jsonl", Path(corpus) / "corpus.jsonl.gz",
                              Path(corpus)) if p.is_file()), None)
@@ -204,7 +205,9 @@ def load_index(embedder, corpus):
                                 "documentation to out/installed_docs")
     rows = list(read_jsonl(path, {"id": str, "text": str}))
     content = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    cache = embedder.checkpoint.parent / f"index-{embedder.fingerprint()}-{content}.npy"
+    where = embedder.checkpoint
+    folder = where if (where / EXPORTED).is_file() else where.parent
+    cache = folder / f"index-{embedder.fingerprint()}-{content}.npy"
     if cache.is_file():
         return rows, np.load(cache, mmap_mode="r")
     if embedder.device.type == "cpu" and has_fast_bf16("cpu"):

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -411,53 +412,84 @@ def report_stage(cfg, world, tasks, embedder):
     """Score the stage on its collections (all ranks do), write OUT/STAGE/eval.json."""
     embedder.mask = stage_mask(cfg, cfg.steps - 1)
     results = {}
-    names = cfg.evaluate or ((str(Path(cfg.docs) / "test"),) if uses_docs(cfg) else ())
-    for name in names:
+    for name in collections(cfg):
         dims = cfg.dims if cfg.stage == "embed_sup" else ()
         results |= evaluate_collection(embedder, name, dims)
     for task, _ in tasks:
         if task.pool:
-            results |= {f"dhnm/{task.kind}/changes_of_a_query/{changes}": queries
+            results |= {f"dhnm/{task.kind}/queries_changed_{changes}_times": queries
                         for changes, queries in task.pool.histogram().items()}
     if world.is_main and results:
         (cfg.run_dir / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
-def summary(cfg):
-    """Print the table of all stages, BM25 beside it, and the line to search with."""
-    metrics = ("ndcg@10", "recall@1", "recall@10")
-    rows = []
+def collections(cfg):
+    """Return the folders that a stage is scored on."""
+    if cfg.evaluate or not uses_docs(cfg):
+        return [Path(name) for name in cfg.evaluate]
+    return [Path(cfg.docs) / "test", Path(cfg.docs) / "clr_test"]
+
+
+def summary(cfg, minutes):
+    """Print all stages beside BM25, and write the same numbers to OUT/summary.json."""
+    found = {}
     if uses_docs(cfg):
-        rows = [("BM25", evaluate_collection(LexicalBaseline(), Path(cfg.docs) / "test"))]
+        found["BM25"] = evaluate_collection(LexicalBaseline(), Path(cfg.docs) / "test") \
+            | evaluate_collection(LexicalBaseline(), Path(cfg.docs) / "clr_test")
     for stage in STAGES:
         path = Path(cfg.out) / stage / "eval.json"
         if path.is_file():
-            rows.append((stage, json.loads(path.read_text())))
-    sets = sorted({key.rsplit("/", 1)[0] for _, r in rows for key in r if key.endswith("ndcg@10")})
-    for name in sets:
-        print(f"\n{name:<40}" + "".join(f"{m:>11}" for m in metrics))
-        for label, results in rows:
-            for dim in ["", *(f":{d}" for d in cfg.dims if label == "embed_sup")]:
-                values = [results.get(f"{name}/{m}{dim}") for m in metrics]
-                if None not in values:
-                    shown = f"{label}, first {dim[1:]} dims" if dim else label
-                    print(f"{shown:<40}" + "".join(f"{v:>11.3f}" for v in values))
-    print(f"\ncheckpoint: {checkpoint.latest(cfg.run_dir)}")
+            found[stage] = json.loads(path.read_text())
+    keys = sorted({key for results in found.values() for key in results if "/ndcg@10" in key})
+    for name in sorted({key.rsplit("/", 1)[0] for key in keys if "-" not in key.split("/")[2]}):
+        print_table(name, found, cfg.dims)
+    print_languages(found)
+    for key, value in found.get(cfg.stage, {}).items():
+        if key.startswith("dhnm/"):
+            print(f"{key:<50}{value:>8}")
+    (Path(cfg.out) / "summary.json").write_text(json.dumps(
+        {"minutes": minutes, "versions": versions(), "cores": os.cpu_count(), "steps": {
+            s: json.loads(p.read_text())["train"]["steps"] for s in STAGES for p in
+            sorted((Path(cfg.out) / s).glob("step_*/config.json"))}, **found}, indent=1) + "\n")
+    print(f"\ncheckpoint: {checkpoint.latest(cfg.run_dir)}   ({minutes:.1f} minutes)")
     if cfg.stage.startswith("embed"):
         where = "" if cfg.run_dir == Path("out/embed_sup") else f" --checkpoint={cfg.run_dir}"
         print(f"search:     python embed.py{where} --query \"how do I compute the determinant of a "
               "matrix\"")
 
 
+def print_table(name, found, dims, metrics=("ndcg@10", "recall@1", "recall@10")):
+    """Print a collection's scores, a row for each stage and for each MRL dim of the last."""
+    print(f"\n{name:<40}" + "".join(f"{m:>11}" for m in metrics))
+    for label, results in found.items():
+        for dim in ["", *(f":{d}" for d in dims if label == "embed_sup")]:
+            values = [results.get(f"{name}/{m}{dim}") for m in metrics]
+            if None not in values:
+                shown = f"{label}, first {dim[1:]} dims" if dim else label
+                print(f"{shown:<40}" + "".join(f"{v:>11.3f}" for v in values))
+
+
+def print_languages(found):
+    """Print nDCG@10 for each query language of collections in several (keys "zh-en")."""
+    pairs = sorted({key.split("/")[2] for results in found.values() for key in results
+                    if key.endswith("/ndcg@10") and "-" in key.split("/")[2]})
+    for label, results in found.items() if pairs else ():
+        cells = {p: v for p in pairs for k, v in results.items() if k.endswith(f"/{p}/ndcg@10")}
+        if cells:
+            print(f"\n{label}, nDCG@10 by query language - passage language, mean "
+                  f"{sum(cells.values()) / len(cells):.3f}")
+            print("  ".join(f"{p} {v:.2f}" for p, v in cells.items()))
+
+
 def main(argv=None):
     """Train the stage that the command line asks for, and print what came out."""
     given = sys.argv[1:] if argv is None else argv
     cfg = load_config(TrainConfig, argv)
-    world = distributed.start(cfg.device)
+    world, began = distributed.start(cfg.device), time.perf_counter()
     try:
         train(cfg, given, world)
         if world.is_main:
-            summary(cfg)
+            summary(cfg, (time.perf_counter() - began) / 60)
     except Interrupted as stopped:
         if world.is_main:
             print(f"stopped by a signal and saved in {cfg.out}; the same command goes on")

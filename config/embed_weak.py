@@ -1,6 +1,10 @@
+"""Stage 3 on a laptop: the same pairs, InfoNCE under the soft mask (PAPER Sec. 3.1.2, 3.2).
+
+    python train.py config/embed_weak.py
+"""
 stage = "embed_weak"
 previous = "config/sft.py"
-steps = 250
+steps = 600
 batch_size = 128
-learning_rate = 2e-3
 passage_len = 64
+learning_rate = 2e-3

@@ -1,0 +1,300 @@
+"""Eq. (6) as a truth table with its boundaries, and pools whose whole history is worked by hand."""
+
+import doctest
+import math
+
+import pytest
+import torch
+
+import dhnm
+from dhnm import HardNegativePool, should_replace
+
+
+# ---------------------------------------------------------------- Eq. (6)
+
+def below(x):
+    """The float32 just below x."""
+    return torch.nextafter(torch.tensor(x), torch.tensor(-2.0)).item()
+
+
+@pytest.mark.parametrize("initial, current, replace", [
+    # first use: S = S_0, only the floor of 0.4 speaks
+    (0.4, 0.4, False),                 # exactly 0.4 is not below it
+    (below(0.4), below(0.4), True),
+    (0.39, 0.39, True),
+    (0.9, 0.9, False),
+    (-0.2, -0.2, True),
+    # later: 1.2 * S < S_0 and |S| < 0.7
+    (0.6, 0.5, False),                 # 1.2 * 0.5 is exactly 0.6
+    (0.6, below(0.5), True),
+    (0.6, 0.55, False),                # fallen, but not by enough
+    (0.6, 0.8, False),                 # got harder
+    (0.9, 0.7, False),                 # 0.84 < 0.9, but 0.7 is not below 0.7
+    (0.9, below(0.7), True),
+    (0.9, 0.74, False),                # fallen, and still hard
+    (0.6, 0.0, True),
+    (0.3, 0.9, True),                  # S_0 below the floor, whatever came later
+    # negative S: the prose takes its absolute value
+    (0.6, -0.69, True),
+    (0.6, -0.7, False),                # |S| is exactly 0.7
+    (0.6, -0.9, False),
+])
+def test_equation_6(initial, current, replace):
+    got = should_replace(torch.tensor([initial]), torch.tensor([current]))
+    assert got.dtype == torch.bool and got.tolist() == [replace]
+
+
+def test_the_formula_without_the_absolute_value():
+    """Prose and formula part where a negative has become an opposite: S <= -0.7."""
+    initial, current = torch.full((5,), 0.6), torch.tensor([-0.9, -0.7, -0.5, 0.3, 0.8])
+    prose = should_replace(initial, current)
+    formula = should_replace(initial, current, absolute=False)
+    assert prose.tolist() == [False, False, True, True, False]
+    assert formula.tolist() == [True, True, True, True, False]
+
+
+def test_the_three_numbers_can_be_set():
+    s_0, s = torch.tensor([0.45, 0.8, 0.8]), torch.tensor([0.45, 0.75, 0.6])
+    assert should_replace(s_0, s).tolist() == [False, False, True]
+    assert should_replace(s_0, s, floor=0.5).tolist() == [True, False, True]
+    assert should_replace(s_0, s, decay=1.5).tolist() == [False, False, False]   # 0.9 > 0.8
+    assert should_replace(s_0, s, decay=1.05, ceiling=0.8).tolist() == [False, True, True]
+    assert should_replace(s_0, s, ceiling=0.6).tolist() == [False, False, False]
+
+
+# ---------------------------------------------------------------- a scripted history
+
+def pool_of(*candidates, n=2, **settings):
+    return HardNegativePool(list(candidates), n, **settings)
+
+
+def show(pool, query, *scores):
+    """One visit: these are the scores of the query's negatives; return what it uses next."""
+    pool.update([query], torch.tensor([scores]))
+    return pool.negatives([query])[0].tolist()
+
+
+def test_a_history_by_hand():
+    pool = pool_of([10, 11, 12, 13, 14], [20, 21, 22])
+    assert pool.negatives([1, 0]).tolist() == [[20, 21], [10, 11]]
+    # first scores are S_0; 11 is below 0.4 from the start and 12 takes its place
+    assert show(pool, 0, 0.80, 0.39) == [10, 12]
+    # 10: 1.2 * 0.67 = 0.804 >= 0.80 stays. 12: its own S_0 is 0.6
+    assert show(pool, 0, 0.67, 0.60) == [10, 12]
+    # 10: 1.2 * 0.66 = 0.792 < 0.80, leaves. 12: 1.2 * 0.55 = 0.66 >= 0.60 stays
+    assert show(pool, 0, 0.66, 0.55) == [13, 12]
+    # 13 comes in below the floor: the 0.4 rule holds for it too. 12 has fallen below 0.5
+    assert show(pool, 0, 0.30, 0.49) == [14, 10]            # pool empty: 10, last at 0.66, is back
+    assert pool.stats() == {"replaced": 2, "exhausted": 1, "S": pytest.approx(0.395),
+                            "S_0": pytest.approx(0.45)}     # S_0 of 13 and 12: 0.30, 0.60
+    # query 1 was not touched, and has its own history
+    assert pool.negatives([1]).tolist() == [[20, 21]]
+    assert show(pool, 1, 0.5, 0.5) == [20, 21]
+    assert pool.histogram() == {0: 1, 4: 1}                 # one query unchanged, one with 4 swaps
+
+
+def test_a_swapped_in_negative_is_judged_by_its_own_first_score():
+    pool = pool_of([10, 11], n=1)
+    assert show(pool, 0, 0.9) == [10]
+    assert show(pool, 0, 0.5) == [11]                       # S_0 of 10 was 0.9
+    assert show(pool, 0, 0.5) == [11]                       # for 11 the same score is its first
+    assert pool.stats()["S_0"] == 0.5
+    assert show(pool, 0, 0.42) == [11]                      # 0.504 >= 0.5
+    assert show(pool, 0, 0.41) == [10]                      # 0.492 < 0.5; 10 was last at 0.5
+
+
+def test_an_exhausted_pool_keeps_the_hardest_seen_and_counts():
+    pool = pool_of([10, 11, 12], n=1)
+    assert show(pool, 0, 0.30) == [11]
+    assert show(pool, 0, 0.20) == [12]
+    assert pool.stats()["exhausted"] == 0
+    assert show(pool, 0, 0.25) == [10]                      # nothing left; 10 had 0.30
+    assert pool.stats()["replaced"] == 1 and pool.stats()["exhausted"] == 1
+    assert show(pool, 0, 0.35) == [10]                      # still the hardest, still below 0.4
+    assert pool.stats()["replaced"] == 0 and pool.stats()["exhausted"] == 1
+    assert show(pool, 0, 0.24) == [12]                      # 12 had 0.25
+    assert pool.histogram() == {4: 1}
+
+
+def test_two_places_never_hold_the_same_negative():
+    pool = pool_of([10, 11, 12], n=2)
+    assert show(pool, 0, 0.3, 0.2) == [12, 10]              # 12 is new, then the hardest seen: 10
+    for scores in ((0.1, 0.3), (0.1, 0.2), (0.3, 0.1), (0.2, 0.2), (0.0, 0.1)):
+        assert len(set(show(pool, 0, *scores))) == 2
+
+
+def test_absolute_and_the_three_numbers_reach_the_pool():
+    for absolute, after in ((True, [10]), (False, [11])):
+        pool = pool_of([10, 11], n=1, absolute=absolute)
+        show(pool, 0, 0.9)
+        assert show(pool, 0, -0.8) == after
+    assert show(pool_of([10, 11], n=1, floor=0.0), 0, 0.1) == [10]
+
+
+def test_order_of_the_queries_in_a_batch_does_not_matter():
+    scores = torch.rand(4, 2)
+    pools = [pool_of(*([q * 10 + k for k in range(4)] for q in range(4))) for _ in range(2)]
+    for _ in range(3):
+        for pool, order in zip(pools, ([0, 1, 2, 3], [2, 0, 3, 1])):
+            pool.update(torch.tensor(order), scores[order])
+    assert torch.equal(pools[0].negatives(range(4)), pools[1].negatives(range(4)))
+
+
+# ---------------------------------------------------------------- the other policies
+
+def test_fixed_never_replaces_but_keeps_the_books():
+    pool = pool_of([10, 11, 12], policy="fixed")
+    for scores in ((0.1, 0.9), (0.0, 0.1), (-0.5, 0.2)):
+        assert show(pool, 0, *scores) == [10, 11]
+    assert pool.stats() == {"replaced": 0, "exhausted": 0, "S": pytest.approx(-0.15),
+                            "S_0": pytest.approx(0.5)}
+    assert pool.histogram() == {0: 1}
+
+
+def test_v1_looks_every_k_visits_at_the_querys_mean_and_changes_all():
+    pool = pool_of([10, 11, 12, 13], policy="v1", every=3)
+    assert show(pool, 0, 0.9, 0.7) == [10, 11]              # mean S_0 = 0.8
+    assert show(pool, 0, 0.1, 0.1) == [10, 11]              # easy, but not the third visit
+    assert show(pool, 0, 0.9, 0.48) == [12, 13]             # 1.15 * 0.69 = 0.7935 < 0.8: both go
+    assert pool.stats()["replaced"] == 2
+    pool = pool_of([10, 11, 12, 13], policy="v1", every=1)
+    assert show(pool, 0, 0.1, 0.1) == [10, 11]              # v1 has no floor
+    assert show(pool, 0, 0.05, 0.12) == [12, 13]
+    pool = pool_of([10, 11, 12, 13], policy="v1", every=1)
+    assert show(pool, 0, 0.98, 0.98) == [10, 11]
+    assert show(pool, 0, 0.9, 0.75) == [10, 11]             # 1.15 * 0.825 < 0.98, but not < 0.8
+    assert show(pool, 0, 0.85, 0.74) == [12, 13]            # 0.795
+
+
+def test_v1_ignores_empty_places():
+    pool = pool_of([10, 11], [20, 21, 22], n=3, policy="v1", every=1)
+    scores = torch.tensor([[0.6, 0.6, math.nan], [0.6, 0.6, 0.6]])
+    pool.update([0, 1], scores)
+    pool.update([0, 1], scores / 1.2)                       # 1.15 * 0.5 < 0.6: all are marked
+    assert pool.exhausted.tolist() == [True, True]
+
+
+# ---------------------------------------------------------------- pools of every size
+
+def test_a_pool_smaller_than_n_is_filled_up_with_minus_one():
+    pool = pool_of([10], [], [30, 31, 32], n=2)
+    assert pool.negatives([0, 1, 2]).tolist() == [[10, -1], [-1, -1], [30, 31]]
+    # what the loss says about empty places is ignored, even if it is not a number
+    pool.update([0, 1, 2], torch.tensor([[0.5, 0.0], [math.nan, 0.0], [0.7, 0.1]]))
+    assert pool.negatives([0, 1, 2]).tolist() == [[10, -1], [-1, -1], [30, 32]]
+    assert pool.stats() == {"replaced": 1, "exhausted": 0, "S": pytest.approx(1.3 / 3),
+                            "S_0": pytest.approx(1.3 / 3)}
+    pool.update([0], torch.tensor([[0.1, 0.0]]))            # the only candidate stays
+    assert pool.negatives([0]).tolist() == [[10, -1]]
+    assert pool.stats()["replaced"] == 0 and pool.stats()["exhausted"] == 1
+
+
+def test_nothing_but_empty_pools():
+    pool = pool_of([], [])
+    assert len(pool) == 2 and pool.negatives([0, 1]).tolist() == [[-1, -1], [-1, -1]]
+    pool.update([0, 1], torch.zeros(2, 2))
+    assert pool.stats() == {"replaced": 0, "exhausted": 0, "S": 0.0, "S_0": 0.0}
+
+
+def test_a_padded_tensor_is_the_same_pool_as_lists():
+    lists = pool_of([10, 11, 12], [20])
+    table = HardNegativePool(torch.tensor([[10, 11, 12], [20, -1, -1]]), 2)
+    for pool in (lists, table):
+        pool.update([0, 1], torch.tensor([[0.1, 0.6], [0.2, 0.0]]))
+    assert table.negatives([0, 1]).tolist() == lists.negatives([0, 1]).tolist() == [[12, 11],
+                                                                                    [20, -1]]
+
+
+def test_a_table_narrower_than_n():
+    pool = HardNegativePool(torch.tensor([[10], [-1]]), 3)
+    assert pool.negatives([0, 1]).tolist() == [[10, -1, -1], [-1, -1, -1]]
+    pool.update([0, 1], torch.full((2, 3), 0.1))
+    assert pool.negatives([0]).tolist() == [[10, -1, -1]]
+
+
+def test_the_papers_default_is_seven():
+    pool = HardNegativePool([list(range(9))])
+    assert pool.negatives([0]).tolist() == [list(range(7))]
+
+
+def test_refilling_starts_over():
+    pool = pool_of([10, 11], n=1)
+    show(pool, 0, 0.1), show(pool, 0, 0.1)
+    pool.refill([[70, 71]])
+    assert pool.negatives([0]).tolist() == [[70]]
+    assert show(pool, 0, 0.41) == [70] and pool.stats()["S_0"] == pytest.approx(0.41)
+    assert pool.stats()["exhausted"] == 0
+
+
+# ---------------------------------------------------------------- state
+
+def test_a_restored_pool_goes_on_identically(tmp_path):
+    candidates = [[q * 10 + k for k in range(q + 1)] for q in range(8)]
+    generator = torch.Generator().manual_seed(4)
+    script = [(torch.randperm(8, generator=generator)[:5], torch.rand(5, 3, generator=generator))
+              for _ in range(30)]
+    one, two = (HardNegativePool(candidates, 3) for _ in range(2))
+    for query_ids, scores in script[:12]:
+        one.update(query_ids, scores)
+    state = one.state_dict()
+    torch.save(state, tmp_path / "pool.pt")
+    kept = {name: value.clone() for name, value in state.items()}
+    two.load_state_dict(torch.load(tmp_path / "pool.pt", weights_only=True))
+    assert not torch.equal(two.negatives(range(8)),
+                           HardNegativePool(candidates, 3).negatives(range(8)))
+    for query_ids, scores in script[12:]:
+        one.update(query_ids, scores)
+        two.update(query_ids, scores)
+        assert one.stats() == two.stats()
+        assert torch.equal(one.negatives(range(8)), two.negatives(range(8)))
+    for name, value in one.state_dict().items():
+        assert torch.equal(value.nan_to_num(-9), two.state_dict()[name].nan_to_num(-9)), name
+    for name, value in state.items():                       # what was saved is a copy
+        assert torch.equal(value.nan_to_num(-9), kept[name].nan_to_num(-9)), name
+
+
+def test_state_of_another_pool_is_refused():
+    pool = pool_of([10, 11, 12])
+    with pytest.raises(ValueError, match=r"\(1, 3\).*\(1, 2\)"):
+        pool.load_state_dict(pool_of([10, 11, 12], n=3).state_dict())
+    with pytest.raises(ValueError, match=r"\(2, 2\)"):
+        pool.load_state_dict(pool_of([10], [11]).state_dict())
+    with pytest.raises(ValueError, match="initial"):
+        pool.load_state_dict({k: v for k, v in pool.state_dict().items() if k != "initial"})
+
+
+# ---------------------------------------------------------------- what is refused
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_a_number_changes_nothing(bad):
+    pool = pool_of([10, 11, 12])
+    with pytest.raises(ValueError, match="finite"):
+        pool.update([0], torch.tensor([[0.1, bad]]))
+    assert pool.negatives([0]).tolist() == [[10, 11]] and pool.histogram() == {}
+
+
+def test_what_a_pool_refuses():
+    pool = pool_of([10, 11, 12], [20, 21, 22])
+    with pytest.raises(ValueError, match=r"\(1, 3\).*1 queries with 2"):
+        pool.update([0], torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="2 queries"):
+        pool.update([0, 1], torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="twice"):
+        pool.update([1, 1], torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="v3"):
+        pool_of([10], policy="v3")
+    with pytest.raises(ValueError, match="n_negatives.*0"):
+        pool_of([10], n=0)
+
+
+def test_scores_with_a_graph_in_any_precision_are_taken_as_numbers():
+    pool = pool_of([10, 11, 12])
+    scores = torch.tensor([[0.8, 0.3]], dtype=torch.bfloat16, requires_grad=True)
+    pool.update(torch.tensor([0]), scores)
+    assert pool.negatives([0]).tolist() == [[10, 12]]
+    assert not any(value.requires_grad for value in pool.state_dict().values())
+
+
+def test_examples_in_the_docstrings():
+    result = doctest.testmod(dhnm)
+    assert result.attempted >= 4 and result.failed == 0

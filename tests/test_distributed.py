@@ -1,0 +1,281 @@
+"""Two gloo processes against one: gradients of the contrastive losses, synchronisations, `World`.
+
+The two processes run once for the whole file and leave what they found on disk.
+"""
+
+import os
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from engine import distributed
+from engine.distributed import World
+from losses import cached_backward, gather_with_grad, info_nce, matryoshka
+from mask import FULL, MaskSpec
+from model import Conan, ConanConfig
+
+RANKS, B, N = 2, 8, 2              # processes, queries on all of them, hard negatives of each
+CASES = ("hard negatives", "false negatives", "matryoshka", "in-batch only", "soft mask")
+
+
+# ---------------------------------------------------------------- one step, on any number of ranks
+
+def tiny_model():
+    model = Conan(ConanConfig(vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32,
+                              ffn_dim=48, block_size=32))
+    generator = torch.Generator().manual_seed(7)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2, mean=1.0 if p.dim() == 1 else 0.0, generator=generator)
+    return model
+
+
+def share(case, rows):
+    """Return (texts, loss function) of a share of the batch; `rows` are its queries."""
+    generator = torch.Generator().manual_seed(11)
+    lengths = torch.randint(1, 12, (B, 2 + N), generator=generator)
+    texts = [[torch.randint(0, 50, (int(n),), generator=generator) for n in row]
+             for row in lengths]
+    n = 0 if case == "in-batch only" else N
+    b = len(rows)
+    chosen = [texts[r][0] for r in rows] + [texts[r][1] for r in rows]
+    chosen += [texts[r][2 + k] for r in rows for k in range(n)]
+    ids = {}
+    if case == "false negatives":      # each of them across the two ranks
+        query_ids = torch.tensor([0, 1, 2, 3, 4, 1, 6, 7])
+        positive_ids = torch.tensor([10, 11, 12, 13, 14, 15, 12, 17])
+        negative_ids = torch.arange(20, 20 + B * N).view(B, N)
+        negative_ids[0, 1], negative_ids[7, 0], negative_ids[2, 0] = 17, 10, -1
+        ids = {"query_ids": query_ids[rows], "positive_ids": positive_ids[rows],
+               "negative_ids": negative_ids[rows]}
+
+    def loss_fn(x):
+        query, positive, rest = x.split([b, b, b * n])
+        nce = partial(info_nce, temperature=0.1, **ids)
+        dims = [8, 32] if case == "matryoshka" else [32]
+        return matryoshka(nce, (query, positive, rest.view(b, n, -1) if n else None), dims)
+    return chosen, loss_fn
+
+
+def step(model, case, rows, micro, no_sync=None):
+    """Backpropagate one step in chunks of `micro` texts; return its loss, scores and gradients."""
+    texts, loss_fn = share(case, rows)
+    chunks = [texts[i:i + micro] for i in range(0, len(texts), micro)]
+    mask = MaskSpec(0.4) if case == "soft mask" else FULL
+    model.zero_grad()
+    out = cached_backward(lambda c: model(torch.cat(c), [len(t) for t in c], mask), chunks,
+                          loss_fn, *([no_sync] if no_sync else []))
+    return {"loss": float(out[0]), "scores": out[1],
+            "grads": {name.removeprefix("module."): p.grad.clone()
+                      for name, p in model.named_parameters()}}
+
+
+# ---------------------------------------------------------------- what each of the processes does
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), OMP_NUM_THREADS="1")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
+                            world_size=RANKS)
+    world = distributed.start("cpu")
+    found = {"world": world_calls(world, folder), "gather": gather_calls(rank)}
+    syncs = []
+
+    def count(state, bucket):
+        syncs.append(bucket.is_last())
+        return allreduce_hook(None, bucket)
+
+    model = distributed.parallelize(tiny_model(), world)
+    model.register_comm_hook(None, count)
+    rows = list(range(rank * B // RANKS, (rank + 1) * B // RANKS))
+    for case in CASES:
+        for micro in (100, 5):         # one chunk, and several
+            syncs.clear()
+            result = step(model, case, rows, micro, model.no_sync)
+            found[case, micro] = result | {"syncs": sum(syncs)}
+    torch.save(found, f"{folder}/rank{rank}.pt")
+    distributed.stop()
+
+
+def world_calls(world, folder):
+    """Call everything of `World`; return what came out."""
+    rank = world.rank
+    order = []
+
+    def work():
+        order.append(os.path.exists(f"{folder}/left"))
+        if rank == 0:
+            open(f"{folder}/left", "w").close()
+        return rank
+
+    return {
+        "is": (world.rank, world.size, str(world.device), world.is_main),
+        "mean": world.mean({"a": rank + 1, "b": 10.0 * rank, "c": True}),
+        "nan": world.mean({"a": float("nan") if rank else 1.0}),
+        "any": [world.any(False), world.any(rank == 1), world.any(True)],
+        "ints": world.gather(torch.arange(3) + 10 * rank),
+        "floats": world.gather(torch.full((1, 2), rank + 0.5)),
+        "strided": world.gather(torch.arange(6).view(2, 3).T + 10 * rank),
+        "objects": world.gather_objects({"rank": rank, "names": ["x"] * rank}),
+        "first": (world.main_first(work), order),
+        "barrier": world.barrier(),
+    }
+
+
+def gather_calls(rank):
+    """Gather (2, 1) of each rank; each rank weighs the rows differently."""
+    x = torch.tensor([[1.0], [2.0]]) + 10 * rank
+    x.requires_grad_()
+    everyone = gather_with_grad(x)
+    weights = torch.tensor([[1.0], [2.0], [3.0], [4.0]]) * (1 + 9 * rank)
+    other = everyone * 1.0             # the same gradient goes to two readers
+    (everyone * weights + other).sum().backward()
+    return everyone.detach(), x.grad
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Run the two processes; return what each of them has found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(RANKS)]
+
+
+# ---------------------------------------------------------------- equal to one big batch
+
+@pytest.mark.parametrize("micro", [100, 5], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_give_the_gradient_of_one_big_batch(found, case, micro):
+    want = step(tiny_model(), case, list(range(B)), micro=100)
+    ranks = [f[case, micro] for f in found]
+    assert sum(r["loss"] for r in ranks) / RANKS == pytest.approx(want["loss"], rel=1e-6)
+    assert torch.allclose(torch.cat([r["scores"] for r in ranks]), want["scores"], atol=1e-6)
+    got, right = (torch.cat([g.flatten() for g in x["grads"].values()]) for x in (ranks[0], want))
+    assert right.norm() > 0.1 and (got - right).norm() < 1e-6 * right.norm()
+    for name, grad in want["grads"].items():
+        assert (ranks[0]["grads"][name] - grad).norm() < 5e-6 * grad.norm(), name
+        assert torch.equal(ranks[0]["grads"][name], ranks[1]["grads"][name]), name
+
+
+def test_the_cases_are_different(found):
+    """Else the test above would hold for a loss that ignores negatives, ids, dims or mask."""
+    losses = [round(step(tiny_model(), case, list(range(B)), 100)["loss"], 4) for case in CASES]
+    assert len(set(losses)) == len(CASES)
+    # and half the batch is not the whole one
+    assert abs(step(tiny_model(), CASES[0], [0, 1, 2, 3], 100)["loss"] - losses[0]) > 0.05
+
+
+@pytest.mark.parametrize("micro", [100, 5], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_synchronised_once_a_step(found, case, micro):
+    assert [f[case, micro]["syncs"] for f in found] == [1, 1]
+
+
+def test_gather_by_hand(found):
+    # rank 0 weighs the rows 1 2 3 4, rank 1 ten times that, and each adds 1: 11 w + 2
+    for rank, (everyone, grad) in enumerate(f["gather"] for f in found):
+        assert everyone.tolist() == [[1], [2], [11], [12]]
+        assert grad.tolist() == [[[11 * 1 + 2], [11 * 2 + 2]], [[11 * 3 + 2], [11 * 4 + 2]]][rank]
+
+
+def test_one_process_gathers_nothing():
+    x = torch.randn(2, 3, requires_grad=True)
+    assert gather_with_grad(x) is x
+
+
+# ---------------------------------------------------------------- World
+
+def test_what_ranks_tell_each_other(found):
+    for rank, world in enumerate(f["world"] for f in found):
+        assert world["is"] == (rank, 2, "cpu", rank == 0)
+        assert world["mean"] == {"a": 1.5, "b": 5.0, "c": 1.0}
+        assert np.isnan(world["nan"]["a"])
+        assert world["any"] == [False, True, True]
+        assert world["ints"].tolist() == [0, 1, 2, 10, 11, 12]
+        assert world["floats"].tolist() == [[0.5, 0.5], [1.5, 1.5]]
+        assert world["strided"].tolist() == [[0, 3], [1, 4], [2, 5], [10, 13], [11, 14], [12, 15]]
+        assert world["objects"] == [{"rank": 0, "names": []}, {"rank": 1, "names": ["x"]}]
+        assert world["first"] == (rank, [rank == 1])        # rank 1 found what rank 0 had left
+
+
+def test_one_process_needs_nobody():
+    world = World(0, 1, torch.device("cpu"))
+    tensor, model = torch.arange(3), tiny_model()
+    assert world.is_main and world.mean({"a": 2}) == {"a": 2}
+    assert world.gather(tensor) is tensor and world.gather_objects("x") == ["x"]
+    assert world.any(True) and not world.any(False) and world.barrier() is None
+    assert world.main_first(lambda: 5) == 5
+    assert distributed.parallelize(model, world) is model
+
+
+def test_start_without_a_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    world = distributed.start("cpu")
+    assert (world.rank, world.size, world.device) == (0, 1, torch.device("cpu"))
+    assert torch.get_num_threads() == 1 and not dist.is_initialized()
+
+
+@pytest.mark.parametrize("affinity", [True, False])
+def test_cores_are_shared_among_the_processes_of_a_machine(monkeypatch, affinity):
+    if affinity:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    else:                                                   # macOS
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    distributed.start("cpu")
+    assert torch.get_num_threads() == 2
+
+
+def test_autocast_follows_the_name():
+    world = World(0, 1, torch.device("cpu"))
+    x = torch.ones(2, 2)
+    with world.autocast("bfloat16"):
+        assert (x @ x).dtype == torch.bfloat16
+    with world.autocast("float32"):
+        assert (x @ x).dtype == torch.float32
+
+
+# ---------------------------------------------------------------- devices and random numbers
+
+def test_devices():
+    assert distributed.accelerator() in distributed.BACKENDS
+    assert distributed.device_module("cpu") is None
+    assert isinstance(distributed.has_fast_bf16("cpu"), bool)
+    with pytest.raises(ValueError, match="'tpu'.*cuda, npu, cpu"):
+        distributed.device_module("tpu")
+    for kind in {"cuda", "npu"} - {distributed.accelerator()}:
+        with pytest.raises(ValueError, match=f"'{kind}' is not available"):
+            distributed.start(kind)
+
+
+@pytest.mark.parametrize("flags, fast", [({}, False), ({"avx512_bf16": True}, True),
+                                         ({"amx_bf16": True, "avx512_bf16": False}, True)])
+def test_fast_bf16_on_a_cpu(monkeypatch, flags, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
+    assert distributed.has_fast_bf16("cpu") is fast
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path):
+    import random
+    world = World(0, 1, torch.device("cpu"))
+
+    def draw():
+        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(),
+                torch.rand(()).item()]
+    distributed.seed_everything(2 ** 40 + 3)
+    first = draw()                                          # leaves half a Gaussian pair behind
+    torch.save(distributed.rng_state(world), tmp_path / "rng.pt")
+    after = draw()
+    distributed.seed_everything(2 ** 40 + 3)
+    assert draw() == first
+    draw()
+    distributed.set_rng_state(world, torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert draw() == after
