@@ -43,7 +43,7 @@ transpose truncate try update use validate verify wait work wrap write""".split(
 IRREGULAR = {"axes": "axis", "built": "build", "children": "child", "found": "find", "got": "get",
              "held": "hold", "indices": "index", "kept": "keep", "leaves": "leaf", "made": "make",
              "matrices": "matrix", "sent": "send", "taken": "take", "used": "use",
-             "using": "use", "vertices": "vertex", "written": "write"}
+             "using": "use", "written": "write"}
 HEAD_FIRST = frozenset("ar es fr he it km ms pt th vi".split())   # matrix of adjacency
 HEAD_LAST = frozenset("bn fi hi hu ja ko tr zh".split())          # the matrix's determinant
 VERB_LAST = frozenset("bn hi ja ko tr".split())

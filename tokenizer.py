@@ -235,7 +235,6 @@ def _merge_words(counts: Counter[str], n_merges: int) -> list[bytes]:
     fallen since is pushed again with the true count when it comes up.
     """
     tokens = [bytes([byte]) for byte in range(256)]
-    id_of = {token: index for index, token in enumerate(tokens)}
     words = [list(word.encode("utf-8")) for word in counts]
     freqs = list(counts.values())
     pair_counts: dict[tuple[int, int], int] = defaultdict(int)
@@ -257,14 +256,14 @@ def _merge_words(counts: Counter[str], n_merges: int) -> list[bytes]:
             continue
         if count < 2:  # a pair seen once is no regularity
             break
-        merged = tokens[pair[0]] + tokens[pair[1]]
-        if merged not in id_of:  # ab+c and a+bc are one token: ids are unique by their bytes
-            id_of[merged] = len(tokens)
-            tokens.append(merged)
-            bar.update()
+        # Never a token twice (ab+c, a+bc): merges inside a token's span do not depend on its
+        # surroundings, so equal bytes that end as one token were always split in the same way.
+        new = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        bar.update()
         changes: dict[tuple[int, int], int] = defaultdict(int)
         for index in where.pop(pair):
-            _merge_word(words[index], pair, id_of[merged], freqs[index], changes, where, index)
+            _merge_word(words[index], pair, new, freqs[index], changes, where, index)
         for changed, difference in changes.items():
             pair_counts[changed] += difference
             if difference > 0:
@@ -293,7 +292,7 @@ def _merge_word(word, pair, new, freq, changes, where, index) -> None:
             changes[new, word[at]] += freq
             where[new, word[at]].add(index)
         out.append(new)
-    word[:] = out  # in place: with a fresh list for each word, half of the time went to the collector
+    word[:] = out  # in place: fresh lists made the garbage collector half of the time
 
 
 def _merge_with_rustbpe(texts: Iterable[str], n_merges: int) -> list[bytes]:
@@ -305,4 +304,4 @@ def _merge_with_rustbpe(texts: Iterable[str], n_merges: int) -> list[bytes]:
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(_clean_texts(texts), 256 + n_merges, pattern=PATTERN)
     ranked = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
-    return list(dict.fromkeys(bytes(token) for token, _ in ranked))  # ab+c and a+bc: once
+    return [bytes(token) for token, _ in ranked]
