@@ -1,4 +1,4 @@
-"""Data: formats, files larger than memory, the order of examples, batches, hard-negative candidates.
+"""Data: formats, files larger than memory, order of examples, batches, mined candidates.
 
 One example a line, JSONL or JSONL.gz, UTF-8, in the formats that users already have:
 
@@ -375,17 +375,16 @@ class TokenStream:
 class Passages:
     """Every distinct passage of some rows by number; texts stay in the files.
 
-    `positives[q]` lists the passage numbers that answer row q, `given[q]` the negatives that its
-    row carries.
+    `positives[q]` lists the passage numbers that answer row q, its own first and then those of rows
+    with the same query; `given[q]` the negatives that its row carries.
     """
 
     def __init__(self, rows):
         self.rows, self.where, self.ids = rows, [], []
         self.positives, self.given = [], []
-        number = {}
+        number, same = {}, {}
         for q in range(len(rows)):
-            row = rows[q]
-            found = []
+            row, found = rows[q], []
             for part in ("pos", "neg"):
                 found.append([])
                 for place, text in enumerate(row[part]):
@@ -396,7 +395,12 @@ class Passages:
                         self.ids.append(key)
                     found[-1].append(number[key])
             self.positives.append(found[0])
-            self.given.append([p for p in found[1] if p not in found[0]])
+            self.given.append(found[1])
+            same.setdefault(text_id(row["query"]), []).append(q)
+        for q, own in enumerate(list(self.positives)):
+            others = [p for r in same[text_id(rows[q]["query"])] for p in self.positives[r]]
+            self.positives[q] = list(dict.fromkeys(own + others))
+            self.given[q] = [p for p in self.given[q] if p not in self.positives[q]]
 
     def __len__(self):
         return len(self.where)
@@ -425,7 +429,9 @@ def mine(queries, passages, positives, passage_ids, depth=50, cap=None, extra=No
         top = scores.topk(k, dim=1).indices.numpy()
         scores = scores.numpy()
         for row, q in enumerate(range(start, min(start + chunk, len(queries)))):
-            near = top[row] if extra is None else np.unique(np.r_[top[row], extra[q][extra[q] >= 0]])
+            near = top[row]
+            if extra is not None:
+                near = np.unique(np.r_[near, extra[q][extra[q] >= 0]])
             own = list(positives[q])
             near = near[~np.isin(ids[near], ids[own])]
             if cap is not None and own:

@@ -9,7 +9,7 @@ several epochs are needed for this to act at all.
 UNSPECIFIED: S_0 of a negative that was swapped in (here: its own first score, and the 0.4 rule
 holds for it too); an exhausted pool (here: keep the hardest one seen, and count it); the absolute
 value stands in the prose but not in the formula (`absolute=False` is the formula).
-`policy="v1"` is the rule of Conan-Embedding v1: every `every` updates of a query, 1.15 and 0.8, on
+`policy="v1"` is the rule of Conan-Embedding v1: every `every` steps, 1.15 and 0.8, on
 the mean over the query's negatives, all of which are then replaced.
 """
 import torch
@@ -71,6 +71,8 @@ class HardNegativePool:
         self.initial = torch.full((q, n), torch.nan)                        # (Q, N) S_0
         self.last = torch.full(candidates.shape, torch.nan)                 # (Q, P) last score
         self.visits = torch.zeros(q, dtype=torch.int64)
+        self.looked = torch.zeros(q, dtype=torch.int64)                     # v1: at which step last
+        self.steps = torch.zeros((), dtype=torch.int64)
         self.changes = torch.zeros(q, dtype=torch.int64)                    # replacements so far
         self.exhausted = torch.zeros(q, dtype=torch.bool)
         self._step = {"replaced": 0, "exhausted": 0, "S": 0.0, "S_0": 0.0}
@@ -106,6 +108,7 @@ class HardNegativePool:
         initial = torch.where(first, scores, self.initial[query_ids])       # S_0: the first score
         self.initial[query_ids] = torch.where(used, initial, torch.nan)
         self.visits[query_ids] += 1
+        self.steps += 1
         b, n = used.nonzero(as_tuple=True)
         self.last[query_ids[b], self.slots[query_ids[b], n]] = scores[b, n]
         marked = used & self._marked(query_ids, initial, scores, used)
@@ -120,11 +123,12 @@ class HardNegativePool:
             return torch.zeros_like(used)
         if self.policy == "v2":
             return should_replace(initial, scores, **self.rule)
-        # v1: looks every k visits, at the query's average, and changes all or nothing
+        # v1: looks at a query every k steps, at its average, and changes all or nothing
         count = used.sum(1, keepdim=True).clamp(min=1)
         mean_0 = (initial * used).sum(1, keepdim=True) / count              # (B, 1)
         mean = (scores * used).sum(1, keepdim=True) / count
-        due = self.visits[query_ids, None] % self.every == 0
+        due = (self.steps - self.looked[query_ids] >= self.every)[:, None]  # (B, 1)
+        self.looked[query_ids] = torch.where(due[:, 0], self.steps, self.looked[query_ids])
         return (due & (1.15 * mean < mean_0) & (mean.abs() < 0.8)).expand_as(used)
 
     def _replace(self, query, slot):
@@ -158,8 +162,8 @@ class HardNegativePool:
         values, counts = self.changes[self.visits > 0].unique(return_counts=True)
         return dict(zip(values.tolist(), counts.tolist()))
 
-    STATE = ("candidates", "available", "slots", "next", "initial", "last", "visits", "changes",
-             "exhausted")
+    STATE = ("candidates", "available", "slots", "next", "initial", "last", "visits", "looked",
+             "steps", "changes", "exhausted")
 
     def state_dict(self):
         """Return all state as tensors; with it a resumed run replaces what this one would have."""

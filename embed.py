@@ -161,7 +161,7 @@ def _load_exported(path):
         for name, sha256 in meta["files"].items():
             if hashlib.sha256(np.fromfile(where / name, np.uint8)).hexdigest() != sha256:
                 raise ValueError(f"{where / name}: SHA-256 differs from {EXPORTED}")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{where / EXPORTED}: not as export.py wrote it: {error!r}") from None
     weights = read_safetensors(where / "model.safetensors")
     return where, meta, {name.removeprefix("model."): tensor for name, tensor in weights.items()}
@@ -241,7 +241,8 @@ def main():
     parser = argparse.ArgumentParser(description="search or embed with a trained model")
     parser.add_argument("--checkpoint", default="out/embed_sup", help="folder of train.py")
     parser.add_argument("--query", help="search for this; without it queries are read one by one")
-    parser.add_argument("--corpus", default="out/installed_docs/search", help="folder with corpus.jsonl")
+    parser.add_argument("--corpus", default="out/installed_docs/search",
+                        help="folder with corpus.jsonl")
     parser.add_argument("--k", type=int, default=10, help="results to show")
     parser.add_argument("--texts", help="embed this file instead: one text a line, or JSONL {text}")
     parser.add_argument("--out", help="with --texts: write the (N, D) float32 vectors here (.npy)")

@@ -4,6 +4,7 @@
     python eval.py --checkpoint=out/embed_sup --retrieval=DIR,DIR --sts=FILE --dims=64,128
     python eval.py --bm25 --retrieval=DIR                         # the baseline, by the same code
     python eval.py --sentence_transformer=NAME_OR_DIR --sts=FILE
+    python eval.py --checkpoint=out/embed_sup --mteb="STS17,MTEB(eng, v2),MTEB(cmn, v1)"
 
 It prints a table and writes {"<task>/<set>/<subset>/<metric>": number}, where ":64" at the end
 stands for the first 64 dimensions. Rows with `lang` are scored per language, retrieval per pair of
@@ -14,6 +15,7 @@ over those. The tasks are in tasks.py, the metrics in metrics.py; here are files
 import dataclasses
 import hashlib
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -44,13 +46,26 @@ PLAIN_NAMES = ("data", "rows", "pairs", "bitext", "sentences", "titles", "train"
 MKQA_LANGUAGE = "en"  # of MKQA's passages
 MTEB_TYPES = {  # mteb's types of task, and whose prompt they get
     "Retrieval": "retrieval",
+    "InstructionRetrieval": "retrieval",
     "Reranking": "retrieval",
+    "InstructionReranking": "retrieval",
     "BitextMining": "bitext",
     "STS": "sts",
     "PairClassification": "pair_classification",
     "Classification": "classification",
+    "MultilabelClassification": "classification",
     "Clustering": "clustering",
     "Summarization": "summarization",
+}
+TABLE_1 = {  # the paper's columns: mteb's types of task
+    "Class.": "Classification",
+    "Clust.": "Clustering",
+    "PairClass": "PairClassification",
+    "Rerank": "Reranking",
+    "Retri": "Retrieval",
+    "STS": "STS",
+    "Summ.": "Summarization",
+    "Avg.": "tasks",
 }
 
 ROW_TASKS = {  # the tasks of one file: the function, and what each row must have
@@ -73,7 +88,9 @@ ROW_TASKS = {  # the tasks of one file: the function, and what each row must hav
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    checkpoint: str = ""  # the model: a folder that train.py wrote
+    """Which model, which sets, and where the scores go."""
+
+    checkpoint: str = ""  # the model: a folder that train.py or export.py wrote
     sentence_transformer: str = ""  # or: a sentence-transformers name or folder
     bm25: bool = False  # or: BM25, for the tasks that need no vectors
     retrieval: tuple[str, ...] = ()  # collections: corpus.jsonl, queries.jsonl, qrels.tsv (or .gz)
@@ -86,6 +103,7 @@ class EvalConfig:
     clustering: tuple[str, ...] = ()  # {text, label}
     summarization: tuple[str, ...] = ()  # {human_summaries, machine_summaries, relevance}: lists
     figure3: tuple[str, ...] = ()  # {text, lang}
+    mteb: tuple[str, ...] = ()  # names of mteb's tasks or benchmarks; their data is downloaded
     split: str | None = None  # rows of this split (none: test, else dev, else validation, else all)
     dims: tuple[int, ...] = ()  # also score these first dimensions (MRL)
     batch_size: int = 32  # texts per forward pass
@@ -96,6 +114,8 @@ class EvalConfig:
             raise ValueError("give one of --checkpoint, --sentence_transformer and --bm25")
         if self.bm25 and self.dims:
             raise ValueError(f"BM25 has no dimensions to cut: dims={self.dims}")
+        if self.bm25 and self.mteb:
+            raise ValueError(f"BM25 has no vectors for mteb: mteb={self.mteb}")
 
 
 def evaluate(encoder, task, path, split=None, dims=(), batch_size=32, picture=None):
@@ -262,22 +282,44 @@ def part_of(collection, query_language, passage_language):
 # ---------------------------------------------------------------- mteb itself
 
 
-class MtebModel:
+class MTEBModel:
     """Hand an `Embedder` to mteb 2: the four members that it asks of a model.
 
-        mteb.evaluate(MtebModel(Embedder("out/embed_sup")), mteb.get_tasks(tasks=["STS17"]))
+        mteb.evaluate(MTEBModel(Embedder("out/embed_sup")), mteb.get_tasks(tasks=["STS17"]))
 
-    mteb keeps scores by name and revision and would give a second local model those of the first;
-    the revision is therefore a hash of how the model embeds a sentence.
+    dim: score the first dimensions alone. mteb keeps scores by name and revision, and gives a
+    nameless second model those of the first; here they are the run's folder and the hash of the
+    checkpoint (of another encoder: of how it embeds a sentence).
     """
 
-    def __init__(self, encoder, name="nanoconan/local"):
-        from mteb.models.model_meta import ModelMeta
+    def __init__(self, encoder, dim=None):
+        from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-        probe = encoder.encode(["What the revision is a hash of."])
-        revision = hashlib.sha256(np.ascontiguousarray(probe)).hexdigest()[:16]
-        known = {"name": name, "revision": revision, "embed_dim": probe.shape[1]}
-        self.encoder, self.mteb_model_meta = encoder, ModelMeta.create_empty(known)
+        self.encoder, self.dim, name = encoder, dim, "local"
+        probe = encoder.encode(["What the revision is a hash of."], truncate_dim=dim)
+        known = {"embed_dim": probe.shape[1]}
+        if where := getattr(encoder, "checkpoint", None):
+            name = where.parent.name if (where / "manifest.json").is_file() else where.name
+            revision, model = encoder.fingerprint(), encoder.model
+            known |= {
+                "max_tokens": encoder.max_len,
+                "n_parameters": model.count_params(),
+                "n_embedding_parameters": model.embed_tokens.weight.numel(),
+                "embed_dim": dim or sorted({*encoder.meta["train"].get("dims", ()), encoder.dim}),
+            }
+        else:
+            rounded = np.round(probe.astype(np.float64), 3) + 0.0  # alike on any number of threads
+            revision = hashlib.sha256(rounded.tobytes()).hexdigest()[:16]
+        self.mteb_model_meta = ModelMeta.create_empty(
+            known
+            | {
+                "name": f"nanoconan/{name}",
+                "revision": revision if dim is None else f"{revision}-{dim}",
+                "framework": ["PyTorch"],
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "use_instructions": True,
+            }
+        )
 
     def encode(self, inputs, *, task_metadata, prompt_type=None, batch_size=32, **_):
         """Embed the texts of mteb's batches, with our prompt for the type of task, if any."""
@@ -285,7 +327,9 @@ class MtebModel:
         prompt = PROMPTS.get(MTEB_TYPES.get(task_metadata.type))
         if prompt_type is not None and prompt_type.value == "document":
             prompt = None
-        return self.encoder.encode(texts, batch_size=batch_size, prompt=prompt)
+        return self.encoder.encode(
+            texts, batch_size=batch_size, prompt=prompt, truncate_dim=self.dim
+        )
 
     def similarity(self, left, right):
         """Return all cosines (N, M); a single vector counts as one row."""
@@ -295,6 +339,71 @@ class MtebModel:
     def similarity_pairwise(self, left, right):
         """Return the cosine of each row with its counterpart (N,)."""
         return (torch.as_tensor(left).float() * torch.as_tensor(right).float()).sum(-1)
+
+
+def evaluate_mteb(encoder, name, folder, dims=(), batch_size=32):
+    """Run one of mteb's tasks or benchmarks -> {"mteb/<task>/<subset>/<metric>[:dim]": float}.
+
+    A benchmark adds "mteb/<benchmark>/<type of task>/mean", and the means over "tasks" and over
+    "types". mteb's own files go to `folder`; what is there already is not run again.
+    Raises ValueError for an unknown name, ImportError without mteb.
+    """
+    try:
+        import mteb
+    except ImportError as error:
+        raise ImportError("--mteb needs: pip install mteb") from error
+    try:
+        chosen = list(mteb.get_benchmark(name).tasks)
+        is_benchmark = True
+    except KeyError:
+        is_benchmark = False
+        try:
+            chosen = list(mteb.get_tasks(tasks=[name]))
+        except KeyError as error:
+            reason = error.args[0].removeprefix("KeyError: ")
+            raise ValueError(f"mteb has no such task or benchmark: {reason}") from None
+    results, cache = {}, mteb.ResultCache(folder)
+    for dim in (None, *dims):
+        cut = "" if dim is None else f":{dim}"
+        model, options = MTEBModel(encoder, dim), {"batch_size": batch_size}
+        found = {}
+        for task in chosen:
+            done = mteb.evaluate(model, task, encode_kwargs=options, cache=cache).task_results[0]
+            found.setdefault(task.metadata.type, []).append(done.get_score())
+            results |= {key + cut: score for key, score in flat_scores(task, done.scores).items()}
+        if is_benchmark:
+            means = {kind: np.mean(scores) for kind, scores in found.items()}
+            means["types"] = np.mean(list(means.values()))
+            means["tasks"] = np.mean([score for scores in found.values() for score in scores])
+            results |= {f"mteb/{name}/{k}/mean{cut}": float(mean) for k, mean in means.items()}
+    return results
+
+
+def flat_scores(task, scores):
+    """Return {"mteb/<task>/<subset>/<metric>": float} of mteb's {split: [{main_score, ...}]}."""
+    results = {}
+    for split, rows in scores.items():
+        for row in rows:
+            parts = [split] if len(scores) > 1 or row["hf_subset"] == "default" else []
+            parts += [row["hf_subset"].replace("/", "_")] if row["hf_subset"] != "default" else []
+            key = f"mteb/{task.metadata.name}/{'-'.join(parts)}/{task.metadata.main_score}"
+            results[key] = float(row["main_score"])
+    return results
+
+
+def join_names(parts):
+    """Undo the command line's split at commas inside of brackets.
+
+    >>> join_names(("STS17", "MTEB(eng", "v2)"))
+    ['STS17', 'MTEB(eng, v2)']
+    """
+    names = []
+    for part in parts:
+        if names and names[-1].count("(") > names[-1].count(")"):
+            names[-1] += f", {part}"
+        else:
+            names.append(part)
+    return names
 
 
 # ---------------------------------------------------------------- the command line
@@ -319,6 +428,24 @@ def table(results):
     return "\n".join(lines)
 
 
+def table_1(results):
+    """Format the means of benchmarks as the paper's Table 1, in percent; "" if there are none."""
+    rows = {}
+    for key, value in results.items():
+        task, name, kind, metric = key.split("/")
+        metric, _, dim = metric.partition(":")
+        if task == "mteb" and metric == "mean":
+            rows.setdefault(f"{name}, {dim} dims" if dim else name, {})[kind] = value
+    if not rows:
+        return ""
+    width = max(map(len, rows))
+    lines = ["", "  ".join([" " * width, *(column.rjust(9) for column in TABLE_1)])]
+    for name, means in rows.items():
+        cells = (f"{100 * means[k]:.2f}" if k in means else "-" for k in TABLE_1.values())
+        lines.append("  ".join([name.ljust(width), *(cell.rjust(9) for cell in cells)]))
+    return "\n".join(lines)
+
+
 def load_encoder(config):
     """Return what the options name: an Embedder or one of the two baselines."""
     if config.bm25:
@@ -331,7 +458,16 @@ def load_encoder(config):
 
 
 def main():
+    """Score what the command line names."""
     config = load_config(EvalConfig)
+    try:
+        run(config)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"eval.py: error: {error}")
+
+
+def run(config):
+    """Score every set of the config, print the tables and write the JSON file."""
     encoder, results = load_encoder(config), {}
     checkpoint = Path(config.checkpoint or "out")
     folder = checkpoint.parent if (checkpoint / "manifest.json").is_file() else checkpoint
@@ -339,18 +475,24 @@ def main():
     out.parent.mkdir(parents=True, exist_ok=True)
     names = ("retrieval", "mkqa", *ROW_TASKS)
     jobs = [(task, path) for task in names for path in getattr(config, task)]
+    jobs += [("mteb", name) for name in join_names(config.mteb)]
     for task, path in jobs or [("retrieval", DOCS)]:
         start = time.perf_counter()
-        scores = evaluate(
-            encoder, task, path, config.split, config.dims, config.batch_size,
-            picture=out.parent / f"figure3_{set_name(path)}.png" if task == "figure3" else None,
-        )
-        if twice := results.keys() & scores.keys():
+        if task == "mteb":
+            scores = evaluate_mteb(
+                encoder, path, out.parent / "mteb", config.dims, config.batch_size
+            )
+        else:
+            picture = out.parent / f"figure3_{set_name(path)}.png" if task == "figure3" else None
+            scores = evaluate(
+                encoder, task, path, config.split, config.dims, config.batch_size, picture
+            )
+        if task != "mteb" and (twice := results.keys() & scores.keys()):
             raise ValueError(f"{path}: another set gave {min(twice)!r} already; rename its folder")
         results |= scores
         print(f"{table(scores)}\n({path}: {time.perf_counter() - start:.1f} s)", flush=True)
     out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"\nwrote {out}")
+    print(f"{table_1(results)}\n\nwrote {out}".lstrip("\n"))
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ MACHINE = {"previous", "train_missing", "out", "resume", "docs", "evaluate", "sk
            "device", "log_every", "save_every", "keep_last"}       # no part of a training recipe
 MTEB_NAMES = {"classification": "Classification", "sts": "STS", "bitext": "BitextMining"}
 GOLDEN = ("The determinant of a matrix is zero if its rows are linearly dependent.",
-          "def area(r):\n    return 3.14159 * r ** 2  # of a circle", "矩阵的行列式", "行列の階数を計算する",
-          "محدد المصفوفة", "आव्यूह का सारणिक", "Определитель матрицы, ранг и след", "👩‍🔬 x² ≠ <|pad|>")
+          "def area(r):\n    return 3.14159 * r ** 2  # of a circle", "矩阵的行列式",
+          "行列の階数を計算する", "محدد المصفوفة", "आव्यूह का सारणिक",
+          "Определитель матрицы, ранг и след", "👩‍🔬 x² ≠ <|pad|>")
 TOLERANCE = 1e-5
 
 
@@ -71,8 +72,9 @@ def export(checkpoint, out, arch="llama", lm=False):
     part.mkdir(parents=True)
     try:
         write(embedder, part, out.name, arch, lm)
+        del embedder                                   # room for what is read back
         check_golden(part)
-        for file in part.rglob("*.*"):
+        for file in filter(Path.is_file, part.rglob("*")):
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
         if out.exists():
@@ -322,3 +324,140 @@ def greedy(model, ids, n):
 
 
 # ---------------------------------------------------------------- the model card
+
+CARD = """---
+library_name: {library}
+pipeline_tag: {task}
+tags: [{tags}]
+---
+# {name}
+
+A {kind} of {n_params:,} parameters, trained from random weights with nanoConan, an open
+rebuild of Conan-Embedding-v2 (Li et al., EMNLP 2025, arXiv 2509.12892).
+
+{facts}
+
+## Use
+
+```python
+{code}
+```
+
+{notes}
+
+## Check
+
+`golden.json` holds inputs in several languages and what they gave before the export. A wrong
+version, device or data type shows in it first:
+
+```python
+{check}
+```
+
+## Recipe
+
+Stage `{stage}`, {step:,} of {steps:,} steps, nanoConan {git}, torch {torch}.
+
+{recipe}
+
+## Measured
+
+{results}
+"""
+EMBED_CODE = """from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+queries = model.encode_query(["how do I invert a matrix"])         # in front: {prompt!r}
+documents = model.encode_document(["Compute the inverse of a matrix."])
+print(model.similarity(queries, documents))
+short = model.encode_document(["..."], truncate_dim={dim}, normalize_embeddings=True)"""
+EMBED_CHECK = """golden = json.load(open("{name}/golden.json", encoding="utf-8"))
+print(abs(model.encode(golden["inputs"]) - np.array(golden["embeddings"])).max())   # below 1e-5"""
+LM_CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = (c.from_pretrained("{name}") for c in (AutoModelForCausalLM, AutoTokenizer))
+ids = tokenizer({text!r}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=32)[0]))"""
+LM_CHECK = """golden = json.load(open("{name}/golden.json", encoding="utf-8"))
+ids = tokenizer(golden["inputs"][0], return_tensors="pt")["input_ids"]
+print(model.generate(ids, max_new_tokens=8)[0, ids.shape[1]:].tolist(), golden["greedy_ids"][0])"""
+
+
+def model_card(embedder, name, arch, lm, recipe):
+    """Return README.md: what the model is, how to use and check it, its recipe and its scores."""
+    meta, c, tokenizer = embedder.meta, embedder.model.config, embedder.tokenizer
+    dims, query = recipe.get("dims"), prompts(meta)["query"]
+    facts = {
+        "dimensions": f"{c.n_embd}" + (f"; the first {', '.join(map(str, dims))} are embeddings "
+                                       "too (Matryoshka), once normalised again" if dims else ""),
+        "longest text": f"{c.block_size if lm else embedder.max_len:,} tokens",
+        "vocabulary": f"{tokenizer.vocab_size:,}, byte-level BPE",
+        "attention": "causal" if embedder.mask.is_causal else "bidirectional",
+        "layout": f"{arch}: {c.n_layer} layers, {c.n_head} heads, {c.n_kv_head} key/value heads"}
+    if not lm:
+        facts |= {"pooling": c.pooling, "prompts": ", ".join(
+            f"{key} `{text}`" for key, text in prompts(meta).items() if text)}
+    notes = "" if lm else (
+        f"Needs {NEEDS}" + (": older ones take the model for a causal one without a word. " if
+                            arch == "llama" and embedder.mask.is_full else ". ") +
+        "An empty text has no tokens: give none.")
+    stage = meta["train"]["stage"]
+    code, check = (LM_CODE, LM_CHECK) if lm else (EMBED_CODE, EMBED_CHECK)
+    tags = ["nanoconan"] if lm else ["nanoconan", "sentence-transformers", "feature-extraction"]
+    return CARD.format(
+        library="transformers" if lm else "sentence-transformers", name=name,
+        task="text-generation" if lm else "sentence-similarity", tags=", ".join(tags),
+        kind="causal language model" if lm else "text embedder", notes=notes,
+        n_params=embedder.model.count_params(), facts=markdown(["", ""], facts.items()),
+        code=code.format(name=name, prompt=query, dim=min(dims or [c.n_embd]),
+                         text=format_sft(None, GOLDEN[0])),
+        check="import json\nimport numpy as np\n\n" * (not lm) + check.format(name=name),
+        stage=stage, step=meta["step"], steps=meta["train"]["steps"],
+        git=meta["versions"]["git"] or "", torch=meta["versions"]["torch"],
+        recipe=markdown(["setting", "value"], [(k, json.dumps(v, ensure_ascii=False)) for k, v in
+                                               recipe.items() if v not in ([], {}, "")]),
+        results=measured(embedder))
+
+
+def measured(embedder):
+    """Return the tables of the run's eval.json, if the checkpoint is the one it was made with."""
+    meta, path = embedder.meta, embedder.checkpoint.parent / "eval.json"
+    last = meta["step"] >= meta["train"]["steps"]
+    if not last or not path.is_file() or (embedder.checkpoint / EXPORTED).is_file():
+        return "Nothing was measured with this checkpoint."
+    sets = {}
+    for key, value in json.loads(path.read_text(encoding="utf-8")).items():
+        if key.count("/") == 3 and not key.startswith("dhnm/"):
+            where, subset, metric = key.rsplit("/", 2)
+            metric, _, dim = metric.partition(":")
+            row = f"{subset}, first {dim} dims" if dim else subset
+            sets.setdefault(where, {}).setdefault(row, {})[metric] = value
+    tables = []
+    for where, rows in sets.items():
+        metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
+        tables.append(markdown([where, *metrics], [
+            [name, *(f"{row[m]:.4f}" if m in row else "" for m in metrics)]
+            for name, row in rows.items()]))
+    return "\n\n".join(tables) or "Nothing was measured with this checkpoint."
+
+
+def markdown(head, rows):
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in
+                     (head, ["---"] * len(head), *rows))
+
+
+def main():
+    """Export what the command line names."""
+    config = load_config(ExportConfig)
+    try:
+        out = export(config.checkpoint, config.out, config.arch, config.lm)
+    except (ValueError, OSError) as error:
+        sys.exit(f"export.py: error: {error}")
+    use = f'AutoModelForCausalLM.from_pretrained("{out}")' if config.lm else \
+        f'SentenceTransformer("{out}")'
+    print(f"wrote {out}, checked against golden.json; load it with {use}")
+
+
+if __name__ == "__main__":
+    main()

@@ -217,17 +217,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros_like(weight, dtype=torch.float32)
         cast = weight.to(hidden.dtype)
         for part, h, t in zip(grad_h.split(chunk), hidden.split(chunk), targets.split(chunk)):
-            logits = (h @ cast.T).float()                                   # (chunk, V)
+            log_p = torch.log_softmax(h @ cast.T, dim=1, dtype=torch.float32)   # (chunk, V)
             keep = t != -100
-            norm = torch.logsumexp(logits, dim=1, keepdim=True)             # (chunk, 1)
             at = torch.where(keep, t, 0)[:, None]           # any other negative id is an error
-            picked = logits.gather(1, at)                                   # (chunk, 1)
-            total += ((norm - picked)[:, 0] * keep).sum()
-            # d loss / d logits = (softmax - one-hot) / count; formed in place of the logits
-            logits.sub_(norm).exp_()
-            logits.scatter_add_(1, at, -torch.ones_like(picked))
-            logits.mul_(keep[:, None] / count)
-            g = logits.to(hidden.dtype)
+            total -= (log_p.gather(1, at)[:, 0] * keep).sum()
+            # d loss / d logits = (softmax - one-hot) / count; formed in place of log_p
+            g = log_p.exp_().scatter_add_(1, at, -torch.ones_like(at, dtype=torch.float32))
+            g = g.mul_((keep / count)[:, None]).to(hidden.dtype)                # (chunk, V)
             part.copy_(g @ cast)
             grad_w += (g.T @ h).float()
         ctx.save_for_backward(grad_h, grad_w.to(weight.dtype))

@@ -139,8 +139,6 @@ class Packing:
                 else:
                     bias = weights.log().to(dtype)
                     group.bias = bias if group.bias is None else bias + group.bias
-                    if group.tokens is not None:     # rows of pads: never read, but not NaN
-                        group.bias = group.bias.masked_fill(~group.tokens[:, None, :, None], 0.0)
 
 
 class _Pad(torch.autograd.Function):
@@ -346,7 +344,10 @@ class Conan(nn.Module):
                              f"{self.config.block_size}")
         hidden = self.hidden(ids[packing.source], packing, mask)            # (S, D)
         if targets is not None:
-            return lm_cross_entropy(hidden, self.embed_tokens.weight, targets[packing.source])
+            targets = targets[packing.source]
+            if (targets == -100).any():                # SFT: a prompt needs no logits
+                hidden, targets = hidden[targets != -100], targets[targets != -100]
+            return lm_cross_entropy(hidden, self.embed_tokens.weight, targets)
         pooled = pool(hidden, packing, self.config.pooling)                 # (B, D)
         return torch.empty_like(pooled).index_copy(0, packing.order, pooled)
 

@@ -73,6 +73,7 @@ class LexicalBaseline:
     """BM25 in an encoder's place: it ranks and compares texts, but has no vectors."""
 
     def encode(self, texts, prompt=None, truncate_dim=None):
+        """Raise ValueError: there are no vectors."""
         raise ValueError("BM25 has no vectors: classification, clustering and Figure 3 need them")
 
 
@@ -88,6 +89,7 @@ class SentenceTransformerBaseline:
         self.model = SentenceTransformer(name)
 
     def encode(self, texts, batch_size=32, prompt=None, truncate_dim=None, normalize=True):
+        """Embed texts as `Embedder.encode` does; the retrieval prompt marks queries."""
         model, is_query = self.model, prompt == PROMPTS["retrieval"]
         encode = model.encode_query if is_query else model.encode_document
         return encode(

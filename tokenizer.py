@@ -147,14 +147,15 @@ class Tokenizer:
         return self.encoding.decode(ids)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one text file: a header with the pattern, then tiktoken's rank format.
+        """Write one text file: a header line, then tiktoken's rank format.
 
-        Ranks mean nothing without the pattern they were learned with, so the pattern travels with
-        them. Other programs read the file after dropping its first line.
+        Ranks mean nothing without the pattern they were learned with, so the header carries it, and
+        the number of tokens. Other programs read the file after dropping its first line.
         """
+        header = {"tokens": self.eos_id, "pattern": self.pattern}
         partial = f"{os.fspath(path)}.{os.getpid()}.tmp"
         with open(partial, "w", encoding="ascii", newline="\n") as file:
-            file.write(HEADER + json.dumps({"pattern": self.pattern}) + "\n")
+            file.write(HEADER + json.dumps(header) + "\n")
             for rank in range(self.eos_id):
                 token = self.encoding.decode_single_token_bytes(rank)
                 file.write(f"{base64.b64encode(token).decode()} {rank}\n")
@@ -166,25 +167,27 @@ class Tokenizer:
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
         """Read what `save` wrote. Raises `ValueError` naming file and line when it is damaged."""
         with open(path, encoding="utf-8", errors="replace") as file:
-            pattern = _parse_header(file.readline(), f"{path}:1")
+            n_tokens, pattern = _parse_header(file.readline(), f"{path}:1")
             ranks: dict[bytes, int] = {}
             for number, line in enumerate(file, start=2):
                 token = _parse_token(line, len(ranks), f"{path}:{number}")
                 if token in ranks:
                     raise ValueError(f"{path}:{number}: {token!r} is already rank {ranks[token]}")
                 ranks[token] = len(ranks)
+        if len(ranks) != n_tokens:
+            raise ValueError(f"{path}: ends after {len(ranks)} tokens, the header says {n_tokens}")
         missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
         if missing:
             raise ValueError(f"{path}: {len(missing)} single bytes are missing, first {missing[0]}")
         return cls(ranks, pattern)
 
 
-def _parse_header(line: str, where: str) -> str:
+def _parse_header(line: str, where: str) -> tuple[int, str]:
     try:
         if line.startswith(HEADER):
-            pattern = json.loads(line[len(HEADER) :])["pattern"]
-            regex.compile(pattern)
-            return pattern
+            header = json.loads(line[len(HEADER) :])
+            regex.compile(header["pattern"])
+            return int(header["tokens"]), header["pattern"]
     except (ValueError, KeyError, TypeError, regex.error) as error:
         raise ValueError(f"{where}: broken header {line.strip()!r}: {error}") from error
     raise ValueError(f"{where}: expected a line {HEADER}{{...}}, found {line.strip()[:40]!r}")
@@ -205,7 +208,7 @@ def _parse_token(line: str, rank: int, where: str) -> bytes:
 def _clean_texts(texts: Iterable[str]) -> Iterator[str]:
     """Yield the texts as `encode` will see them, cut where a word is longer than `MAX_WORD`."""
     long_word = regex.compile(_LONG_WORD)
-    for index, text in enumerate(tqdm(texts, "tokenizer: texts", disable=None, leave=False)):
+    for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts[{index}] is {type(text).__name__}, expected str")
         if not text.isascii():  # lone surrogates; the same repair as tiktoken's

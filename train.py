@@ -1,11 +1,11 @@
 """Train the four stages of Conan-Embedding-v2: one loop, one config file for each stage.
 
-    stage        data                        loss                    mask             PAPER
-    pretrain     text                        next token              causal           Sec. 3.1.1
-    sft          pairs, as instruction text  next token              causal           Sec. 3.1.1
-    embed_weak   the same pairs              InfoNCE, in-batch       soft, 0 -> 1     Sec. 3.1.2, 3.2
-    embed_sup    retrieval, CLR, classes,    InfoNCE + 7 negatives,  bidirectional    Sec. 3.1.2,
-                 STS                         CoSENT; MRL, DHNM                        3.3, 3.4
+    stage       data                        loss                    mask           PAPER
+    pretrain    text                        next token              causal         Sec. 3.1.1
+    sft         pairs, as instruction text  next token              causal         Sec. 3.1.1
+    embed_weak  the same pairs              InfoNCE, in-batch       soft, 0 -> 1   Sec. 3.1.2, 3.2
+    embed_sup   retrieval, CLR, classes,    InfoNCE + 7 negatives,  bidirectional  Sec. 3.1.2,
+                STS                         CoSENT; MRL, DHNM                      3.3, 3.4
 
     python train.py config/embed_sup.py                         # a laptop: all four, ten minutes
     torchrun train.py config/embed_sup.py                       # the same
@@ -75,11 +75,11 @@ class TrainConfig:
     passage_len: int = 96          # tokens of a passage, of an SFT example, and of `encode`
     # --- model (ConanConfig)
     vocab_size: int = 16384
-    n_layer: int = 2
+    n_layer: int = 1
     n_head: int = 8
     n_kv_head: int = 4
     n_embd: int = 512
-    ffn_dim: int = 1024
+    ffn_dim: int = 128
     block_size: int = 1024
     rope_base: float = 10_000.0
     pooling: Literal["mean", "last"] = "mean"
@@ -258,8 +258,8 @@ def finished(cfg):
     return where if meta["step"] >= meta["train"]["steps"] else None
 
 
-FREE = {"out", "docs", "resume", "train_missing", "log_every", "save_every", "keep_last", "device", "evaluate",
-        "micro_batch_size", "checkpointing"}       # what may differ when a run goes on
+FREE = {"out", "docs", "resume", "train_missing", "log_every", "save_every", "keep_last", "device",
+        "evaluate", "micro_batch_size", "checkpointing"}   # what may differ when a run goes on
 
 
 def check_same(cfg, saved, where):

@@ -4,7 +4,7 @@
 """
 stage = "sft"
 previous = "config/pretrain.py"
-steps = 50
+steps = 20
 batch_size = 64
 passage_len = 64
 learning_rate = 1e-3

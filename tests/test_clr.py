@@ -1,4 +1,4 @@
-"""CLR: exact allotment, untouched passages, gates by hand, and a real HTTP server that misbehaves."""
+"""CLR: exact allotment, untouched passages, gates by hand, a real HTTP server that misbehaves."""
 
 import doctest
 import json

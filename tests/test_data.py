@@ -1,4 +1,4 @@
-"""data.py: every format is read or refused by file and line; the order of examples is a function."""
+"""data.py: every format is read or refused by file and line; the order is a function."""
 import gzip
 import json
 
@@ -113,7 +113,8 @@ def test_tasks_follow_their_weights_and_do_not_depend_on_the_start():
     draw = data.task_of_step(np.arange(20_000), [3.0, 1.0, 0.0, 2.0], seed=1)
     share = np.bincount(draw, minlength=4) / len(draw)
     assert np.allclose(share, [0.5, 1 / 6, 0, 1 / 3], atol=0.015)
-    assert (data.task_of_step(np.arange(900, 1000), [3.0, 1.0, 0.0, 2.0], 1) == draw[900:1000]).all()
+    later = data.task_of_step(np.arange(900, 1000), [3.0, 1.0, 0.0, 2.0], 1)
+    assert (later == draw[900:1000]).all()
 
 
 def test_token_windows_predict_the_next_token(tmp_path, tokenizer):

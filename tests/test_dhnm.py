@@ -249,7 +249,10 @@ def test_a_restored_pool_goes_on_identically(tmp_path):
         assert torch.equal(one.negatives(range(8)), two.negatives(range(8)))
     for name, value in one.state_dict().items():
         assert torch.equal(value.nan_to_num(-9), two.state_dict()[name].nan_to_num(-9)), name
-    for name, value in state.items():                       # what was saved is a copy
+    three = HardNegativePool(candidates, 3)
+    three.load_state_dict(state)
+    three.update(*script[12])
+    for name, value in state.items():                       # saved and loaded are copies
         assert torch.equal(value.nan_to_num(-9), kept[name].nan_to_num(-9)), name
 
 

@@ -508,10 +508,10 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "retrieval/docs" in shown and "mean_cross" in shown and str(out) in shown
     monkeypatch.setattr("sys.argv", [*argv[:2], f"--retrieval={folder},{folder}", argv[3]])
-    with pytest.raises(ValueError, match="rename its folder"):
+    with pytest.raises(SystemExit, match=r"^eval.py: error: .*rename its folder"):
         evaluation.main()
     monkeypatch.setattr("sys.argv", [*argv[:2], f"--clustering={folder / 'corpus.jsonl'}"])
-    with pytest.raises(ValueError, match="label|no vectors"):
+    with pytest.raises(SystemExit, match="label|no vectors"):
         evaluation.main()
 
 
@@ -522,6 +522,8 @@ def test_one_model_must_be_named():
         evaluation.EvalConfig(checkpoint="x", bm25=True)
     with pytest.raises(ValueError, match=r"dims=\(64,\)"):
         evaluation.EvalConfig(bm25=True, dims=(64,))
+    with pytest.raises(ValueError, match="BM25 has no vectors for mteb"):
+        evaluation.EvalConfig(bm25=True, mteb=("STS17",))
 
 
 def test_bm25_has_no_vectors():

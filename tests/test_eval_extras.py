@@ -9,7 +9,7 @@ import pytest
 import metrics
 import tasks
 from data import PROMPTS, Collection
-from eval import MtebModel
+from eval import MTEBModel
 
 pytestmark = pytest.mark.extras
 
@@ -109,7 +109,7 @@ def mteb_scores(mock, encoder, data):
     task = mock()
     task.load_data = lambda *args, **kwargs: None
     task.dataset, task.data_loaded = data, True
-    scores = task.evaluate(MtebModel(encoder), split="test", encode_kwargs={"batch_size": 32})
+    scores = task.evaluate(MTEBModel(encoder), split="test", encode_kwargs={"batch_size": 32})
     return scores["default"]
 
 
@@ -272,36 +272,6 @@ def test_clustering_is_close_to_mtebs(mocks):
     ours = tasks.clustering(encoder, rows)["v_measure"]
     assert 0.2 < ours < 0.98
     assert ours == pytest.approx(expected["v_measure"], abs=0.03)
-
-
-def test_the_bridge_passes_mtebs_own_check(mocks):
-    """mteb's mock run: its text tasks, tiny and offline, through the whole of mteb.evaluate."""
-    import mteb
-
-    results = mteb.mock_run(MtebModel(Drawn())).task_results
-    ran = {name: result for name, result in results.items() if result is not None}
-    failed = {name for name, result in ran.items() if hasattr(result, "exception")}
-    assert len(ran) > 20 and not failed
-
-
-def test_the_bridge_prompts_queries_and_names_the_model(mocks):
-    asked = []
-
-    class Asked(Drawn):
-        def encode(self, texts, prompt=None, **options):
-            asked.append((prompt, list(texts)))
-            return super().encode(texts)
-
-    rows = [{"id": "q", "text": "question"}], [{"id": "d", "title": "", "text": "document"}]
-    data = {
-        "queries": table(rows[0]), "corpus": table(rows[1]),
-        "relevant_docs": {"q": {"d": 1}}, "top_ranked": None,
-    }  # fmt: skip
-    mteb_scores(mocks.MockRetrievalTask, Asked(), {"default": {"test": data}})
-    assert (PROMPTS["retrieval"], ["question"]) in asked and (None, ["document"]) in asked
-    first, same, other = (MtebModel(Drawn(width=w)).mteb_model_meta for w in (8, 8, 9))
-    assert first.revision == same.revision != other.revision
-    assert first.name == "nanoconan/local" and first.embed_dim == 8
 
 
 def test_a_sentence_transformers_baseline_applies_its_own_prompts(tmp_path):

@@ -291,6 +291,7 @@ def test_matryoshka_hands_the_full_widths_scores_through():
     assert loss.item() == pytest.approx(sum(x[0].item() for x in each) / 3, rel=1e-5)
     assert torch.allclose(scores, each[2][1], atol=1e-6)
     assert stats == pytest.approx(each[2][2])
+    assert torch.equal(matryoshka(nce, (q, p, h), [6, 2, 4])[1], scores)    # in any order
     loss, scores = matryoshka(partial(info_nce, temperature=0.1), (q, p, None), [2, 6])
     assert scores.shape == (5, 0)
 

@@ -229,7 +229,7 @@ def test_the_pattern_of_the_file_is_used(tmp_path):
     tokenizer = Tokenizer.train(["a b a b"], 259)  # learns " b": a word may begin with a space
     tokenizer.save(path)
     assert Tokenizer.load(path).encode("a b") == [97, 256]
-    other = '#nanoconan-bpe {"pattern": "\\\\s|\\\\S+"}'  # spaces stand alone
+    other = '#nanoconan-bpe {"tokens": 257, "pattern": "\\\\s|\\\\S+"}'  # spaces stand alone
     path.write_text("\n".join([other, *path.read_text().splitlines()[1:]]))
     assert Tokenizer.load(path).encode("a b") == [97, 32, 98]
 
@@ -243,7 +243,9 @@ def line_of(token, rank):
     [
         (1, None, ":1: expected a line #nanoconan-bpe"),
         (1, "#nanoconan-bpe {}", ":1: broken header"),
-        (1, '#nanoconan-bpe {"pattern": "("}', ":1: broken header"),
+        (1, '#nanoconan-bpe {"pattern": "a"}', ":1: broken header"),
+        (1, '#nanoconan-bpe {"tokens": 698, "pattern": "("}', ":1: broken header"),
+        (699, None, "ends after 697 tokens, the header says 698"),
         (7, None, ":7: expected a token of rank 5, found"),
         (7, "", ":7: broken line"),
         (7, "!!!! 5", ":7: broken line"),

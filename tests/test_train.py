@@ -1,4 +1,4 @@
-"""train.py by its command line: four stages, exact resume, clear errors. All on a few made-up rows."""
+"""train.py by its command line: four stages, exact resume, clear errors; made-up rows."""
 import json
 import os
 import random

@@ -1,0 +1,544 @@
+"""An export gives the same ids and vectors in sentence-transformers and transformers as here.
+
+    pip install sentence-transformers transformers tokenizers
+    pytest -m extras tests/test_export.py
+
+Without them: the files byte by byte, the way back, and all that is refused.
+"""
+
+import dataclasses
+import json
+import random
+import shutil
+import struct
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import torch
+
+import data
+import export as module
+from data import PROMPTS
+from embed import Embedder, load_index, read_safetensors
+from engine import checkpoint
+from export import (
+    ExportConfig,
+    byte_letters,
+    check_golden,
+    export,
+    greedy,
+    merges,
+    tokenizer_json,
+    write_safetensors,
+)
+from mask import CAUSAL, FULL, MaskSpec
+from model import Conan, ConanConfig, Packing
+from tokenizer import EOS, PAD, Tokenizer
+
+LEXICON = Path(__file__).parent.parent / "lexicon.tsv"         # a column for each of 26 languages
+CODE = Path(module.__file__).read_text(encoding="utf-8")
+ODD = ["", " ", "\n", "\t", "\r\n", "\x00", "\u3000", "\u200b", "\ufeff", "   \n\n \t ", "\x85",
+       "\u2028x", "a\x00b\x1c\x7f", f"{EOS}", f"a {PAD}{EOS} b", "<|", "👩‍👩‍👧‍👦 ❤️ 🇩🇪 3️⃣ 👍🏽",
+       "\U0010ffff\ue000", unicodedata.normalize("NFD", "Việt École"), "12345678", "x" * 3000]
+
+
+def languages():
+    """Return {language: all its words of the lexicon, as one text}."""
+    rows = [line.split("\t") for line in LEXICON.read_text(encoding="utf-8").splitlines()]
+    return {column[0]: ", ".join(column[1:]) for column in zip(*rows)}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [text[:1500] for text in languages().values()]
+    return Tokenizer.train([*texts, *texts, CODE[:4000]], 900)
+
+
+@pytest.fixture(scope="module")
+def save(tokenizer, tmp_path_factory):
+    """Return a function that writes a checkpoint with the files that train.py writes."""
+    def save(stage="embed_sup", mask=FULL, step=7, pooling="mean", dims=(16, 32), **shape):
+        shape = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "ffn_dim": 48,
+                 "block_size": 128, "rope_base": 5000.0, "norm_eps": 1e-4} | shape
+        config = ConanConfig(vocab_size=tokenizer.vocab_size + 3, pooling=pooling, **shape)
+        torch.manual_seed(0)
+        model = Conan(config).init_weights()
+        with torch.no_grad():                  # far from initial, so that every weight counts
+            for p in model.parameters():
+                p.mul_(8) if p.dim() > 1 else p.add_(0.3 * torch.randn_like(p))
+        run = tmp_path_factory.mktemp("run") / stage
+        run.mkdir()
+        path = run.parent / "tokenizer.tiktoken"
+        tokenizer.save(path)
+        train = {"stage": stage, "steps": 7, "dims": list(dims), "learning_rate": 0.001,
+                 "out": str(run.parent), "retrieval": ["/home/me/secret/pairs.jsonl"]}
+        files = {
+            "model.pt": model.state_dict(), "trainer.pt": {"step": step},
+            "tokenizer.tiktoken": path.read_bytes(),
+            "config.json": json.dumps({
+                "model": dataclasses.asdict(config), "train": train, "passage_len": 24,
+                "mask": dataclasses.asdict(mask), "step": step, "prompts": PROMPTS,
+                "versions": {"git": "abc", "python": "3", "torch": "2", "numpy": "2"}})}
+        checkpoint.save(run, step, files)
+        return run
+    return save
+
+
+@pytest.fixture(scope="module")
+def run(save):
+    folder = save()
+    scores = {"retrieval/docs/test/ndcg@10": 0.25, "retrieval/docs/test/ndcg@10:16": 0.125,
+              "retrieval/docs/test/recall@1": 0.0625, "dhnm/clr/changes_of_a_query/1": 5}
+    (folder / "eval.json").write_text(json.dumps(scores))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    return export(run, tmp_path_factory.mktemp("exports") / "llama")
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sample(n=300, seed=0):
+    """Return texts of all languages, code and odd characters, cut and mixed at random."""
+    draw, texts = random.Random(seed), [*languages().values(), CODE]
+    out = [*ODD, *texts]
+    for _ in range(n):
+        text = draw.choice(texts)
+        start = draw.randrange(len(text))
+        out.append(text[start:start + draw.randrange(1, 300)] + draw.choice(["", *ODD[:-1]]))
+    return out
+
+
+# ---------------------------------------------------------------- files
+
+def test_the_files_of_an_export(exported):
+    found = {str(p.relative_to(exported)) for p in exported.rglob("*") if p.is_file()}
+    assert found == {
+        "README.md", "config.json", "model.safetensors", "modules.json", "golden.json",
+        "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
+        "2_Normalize/config.json", "tokenizer.json", "tokenizer_config.json",
+        "tokenizer.tiktoken", "nanoconan.json"}
+    assert [p.name for p in exported.parent.iterdir()] == ["llama"]        # no temporary folder
+    config = read(exported / "config.json")
+    assert config["model_type"] == "llama" and config["architectures"] == ["LlamaModel"]
+    assert config["is_causal"] is False and config["head_dim"] == 8
+    assert config["num_attention_heads"] == 4 and config["num_key_value_heads"] == 2
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5000.0
+    assert config["matryoshka_dimensions"] == [16, 32]
+    assert read(exported / "sentence_bert_config.json")["max_seq_length"] == 24
+    pooling = read(exported / "1_Pooling" / "config.json")
+    assert pooling["pooling_mode_mean_tokens"] and not pooling["pooling_mode_lasttoken"]
+    st = read(exported / "config_sentence_transformers.json")
+    assert st["prompts"] == {"query": "Find the documentation: ", "document": "",
+                             "Classification": "Name the topic: "}
+
+
+def test_prompts_are_the_template_of_training(exported):
+    text = "how do I sort a list"
+    prompt = read(exported / "config_sentence_transformers.json")["prompts"]["query"]
+    assert prompt + text == data.format_query(text, PROMPTS["retrieval"])
+
+
+def test_the_files_of_a_language_model(save, tmp_path):
+    out = export(save("sft", CAUSAL), tmp_path / "lm", lm=True)
+    assert {p.name for p in out.iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "golden.json",
+        "tokenizer.json", "tokenizer_config.json", "tokenizer.tiktoken", "nanoconan.json"}
+    config, names = read(out / "config.json"), read_safetensors(out / "model.safetensors")
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["is_causal"] is True
+    assert config["tie_word_embeddings"] and "lm_head.weight" not in names
+    assert all(name.startswith("model.") for name in names)
+    golden = read(out / "golden.json")
+    assert [len(ids) for ids in golden["greedy_ids"]] == [8] * len(golden["inputs"])
+
+
+def test_safetensors_byte_by_byte(tmp_path):
+    """Worked by hand: 8 bytes of length, the header padded to a multiple of 8, the data."""
+    tensors = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([1.0, -2.0]).bfloat16()}
+    write_safetensors(tmp_path / "x", tensors)
+    header = (b'{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[1,2],"data_offsets":'
+              b'[0,8]},"b":{"dtype":"BF16","shape":[2],"data_offsets":[8,12]}}')
+    header += b" " * (-len(header) % 8)
+    body = struct.pack("<ff", 1.0, 2.0) + bytes.fromhex("803f 00c0")
+    assert (tmp_path / "x").read_bytes() == struct.pack("<Q", len(header)) + header + body
+    back = read_safetensors(tmp_path / "x")
+    assert all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in tensors.items())
+
+
+def test_safetensors_of_a_view(tmp_path):
+    tensor = torch.arange(6.0).view(2, 3)
+    write_safetensors(tmp_path / "x", {"t": tensor.T})
+    assert torch.equal(read_safetensors(tmp_path / "x")["t"], tensor.T)
+
+
+def test_the_model_card(exported):
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: sentence-transformers\n") and "# llama\n" in card
+    assert "transformers >= 5.2" in card and "| learning_rate | 0.001 |" in card
+    assert "| retrieval/docs | ndcg@10 | recall@1 |" in card
+    assert "| test | 0.2500 | 0.0625 |" in card
+    assert "| test, first 16 dims | 0.1250 |  |" in card and "dhnm/" not in card
+    everything = "".join(p.read_text(encoding="utf-8") for p in exported.rglob("*.*")
+                         if p.suffix in (".json", ".md"))
+    assert "pairs.jsonl" in card and "/home/me" not in everything  # no path of this machine
+
+
+def test_scores_of_another_step_are_not_claimed(save, tmp_path):
+    run = save(step=5)                                 # of 7
+    (run / "eval.json").write_text('{"sts/a/en/spearman": 0.5}')
+    card = (export(run, tmp_path / "x") / "README.md").read_text(encoding="utf-8")
+    assert "Nothing was measured" in card and "spearman" not in card
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+def test_merges_by_hand():
+    """`aba` is made of ab + a; nothing but a look-up leads to `bab`, as b + ab comes apart first.
+
+    b a b: the pair `ab` (rank 2) comes before `ba` (rank 4), which leaves b + ab = bab. With `ba`
+    first it would be ba + b.
+    """
+    tokens = [b"a", b"b", b"ab", b"aba", b"ba", b"bab"]
+    assert merges(tokens) == [(0, 1), (2, 0), (1, 0), (1, 2)]
+    assert merges([b"a", b"b", b"abb"]) == []          # no pair of its parts is a token
+
+
+def test_every_byte_has_a_letter_of_its_own():
+    letters = byte_letters()
+    assert len(set(letters)) == 256 and letters[ord("A")] == "A" and letters[ord(" ")] == "Ġ"
+    assert letters[0] == "Ā" and all(letter.isprintable() for letter in letters)
+
+
+def encode_by_json(spec, text):
+    """Do what tokenizer.json says, slowly: split, look whole words up, merge in listed order."""
+    vocab, letters, ids = spec["model"]["vocab"], byte_letters(), []
+    order = {tuple(pair): i for i, pair in enumerate(spec["model"]["merges"])}
+    for word in regex.findall(spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"], text):
+        parts = [letters[byte] for byte in word.encode()]
+        if "".join(parts) in vocab:
+            parts = ["".join(parts)]
+        while len(parts) > 1:
+            best, at = min((order.get(pair, len(order)), i)
+                           for i, pair in enumerate(zip(parts, parts[1:])))
+            if best == len(order):
+                break
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        ids += [vocab[part] for part in parts]
+    return ids
+
+
+def test_tokenizer_json_says_what_the_tokenizer_does(tokenizer):
+    spec = json.loads(json.dumps(tokenizer_json(tokenizer)))
+    assert spec["model"]["vocab"][EOS] == tokenizer.eos_id and spec["added_tokens"] == []
+    for text in (*ODD[:-1], *(t[:400] for t in languages().values()), CODE[:3000], "ab" * 50):
+        assert encode_by_json(spec, text) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("letters", ["a", "ab", "abc"])
+def test_merges_of_repetitive_text(letters):
+    """Runs, where leftmost-first and overlaps matter most."""
+    draw = random.Random(len(letters))
+    texts = ["".join(draw.choices(letters, k=30)) + " " for _ in range(200)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **kwargs: None)       # few pairs in "aaaa"
+        tokenizer = Tokenizer.train(texts, 400)
+    spec = tokenizer_json(tokenizer)
+    for _ in range(100):
+        text = "".join(draw.choices(letters, k=draw.randrange(1, 80)))
+        assert encode_by_json(spec, text) == tokenizer.encode(text)
+
+
+# ---------------------------------------------------------------- the way back
+
+@pytest.mark.parametrize("case", [
+    {}, {"pooling": "last"}, {"stage": "embed_weak"}, {"stage": "sft", "mask": CAUSAL},
+    {"dims": ()}])
+def test_an_export_loads_like_its_checkpoint(save, tmp_path, case):
+    run = save(**case)
+    ours, back = Embedder(run), Embedder(export(run, tmp_path / "x"))
+    texts = ["how do I sort a list", "def f(x): ...", "", "短", "x " * 100]
+    assert np.array_equal(back.encode(texts), ours.encode(texts))
+    assert np.array_equal(back.encode(texts, prompt="Q", truncate_dim=5),
+                          ours.encode(texts, prompt="Q", truncate_dim=5))
+    assert back.mask == ours.mask and back.max_len == ours.max_len == 24
+    assert back.meta["prompts"] == PROMPTS and back.meta["train"]["dims"] == list(
+        case.get("dims", (16, 32)))
+
+
+def test_a_language_model_comes_back_too(save, tmp_path):
+    run = save("pretrain", CAUSAL)
+    ours, back = Embedder(run), Embedder(export(run, tmp_path / "x", lm=True))
+    assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), back.model.parameters()))
+
+
+def test_fingerprints_tell_exports_apart(exported, save, tmp_path):
+    other = export(save(n_layer=1), tmp_path / "other")
+    again = shutil.copytree(exported, tmp_path / "copy")
+    a, b, c = (Embedder(path).fingerprint() for path in (exported, other, again))
+    assert a == c != b
+
+
+def test_a_search_index_stays_inside_the_export(exported, tmp_path):
+    mine = shutil.copytree(exported, tmp_path / "mine")
+    (tmp_path / "index-of-my-photos.npy").write_text("not ours")
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"id": "a", "text": "one"}\n{"id": "b", "text": "two"}\n')
+    rows, vectors = load_index(Embedder(mine), corpus)
+    assert vectors.shape == (2, 32) and len(list(mine.glob("index-*.npy"))) == 1
+    assert (tmp_path / "index-of-my-photos.npy").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.tiktoken"])
+def test_a_flipped_bit_is_found(exported, tmp_path, name):
+    path = shutil.copytree(exported, tmp_path / "x") / name
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=f"{name}: SHA-256"):
+        Embedder(path.parent)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_broken_description_is_named(exported, tmp_path, text):
+    path = shutil.copytree(exported, tmp_path / "x") / "nanoconan.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="nanoconan.json"):
+        Embedder(path.parent)
+
+
+def test_an_export_can_be_exported(exported, tmp_path):
+    out = export(exported, tmp_path / "x", arch="eurobert")
+    assert read(out / "config.json")["model_type"] == "eurobert"
+    assert read(out / "golden.json") == read(exported / "golden.json")
+
+
+# ---------------------------------------------------------------- golden values
+
+def test_golden_values_are_those_of_the_checkpoint(run, exported):
+    golden = read(exported / "golden.json")
+    assert golden["inputs"][0] == "Find the documentation: " + golden["inputs"][1]
+    found = Embedder(run).encode(golden["inputs"])
+    assert np.abs(found - np.array(golden["embeddings"])).max() < 1e-7
+    assert len({unicodedata.name(text[0]).split()[0] for text in golden["inputs"]}) >= 4  # scripts
+
+
+def test_a_wrong_export_is_never_published(run, save, tmp_path, monkeypatch):
+    """The weights are damaged on their way to the disk: the golden values give it away."""
+    def damaged(path, tensors):
+        write_safetensors(path, tensors | {"norm.weight": -tensors["norm.weight"]})
+
+    monkeypatch.setattr(module, "write_safetensors", damaged)
+    with pytest.raises(ValueError, match="golden.json"):
+        export(run, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lm", [False, True])
+def test_golden_values_are_compared(save, tmp_path, lm):
+    out = export(save("sft", CAUSAL), tmp_path / "x", lm=lm)
+    check_golden(out)
+    golden = read(out / "golden.json")
+    row = golden["greedy_ids" if lm else "embeddings"][1]
+    row[3] += 1 if lm else 2e-5
+    (out / "golden.json").write_text(json.dumps(golden))
+    with pytest.raises(ValueError, match="other values"):
+        check_golden(out)
+
+
+# ---------------------------------------------------------------- what is refused
+
+@pytest.mark.parametrize(("mask", "options", "match"), [
+    (MaskSpec(0.5), {}, r"half open, alpha 0.5"),
+    (MaskSpec(0.0, apply="logits"), {}, r"half open, alpha 0 \(apply='logits'\)"),
+    (MaskSpec(0.5), {"lm": True}, "half open"),
+    (FULL, {"lm": True}, "bidirectional"),
+    (CAUSAL, {"arch": "eurobert"}, "causal and arch=eurobert"),
+])
+def test_masks_that_no_stock_model_has(save, tmp_path, mask, options, match):
+    with pytest.raises(ValueError, match=match):
+        export(save(mask=mask), tmp_path / "x", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_language_model_is_no_eurobert():
+    with pytest.raises(ValueError, match="arch=llama, not eurobert"):
+        ExportConfig("a", "b", arch="eurobert", lm=True)
+
+
+def test_only_an_export_is_overwritten(run, exported, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    export(run, out)                                   # an empty folder may be filled
+    (out / "README.md").write_text("edited")
+    export(run, out)
+    assert "# out\n" in (out / "README.md").read_text(encoding="utf-8")
+    (out / "thesis.tex").write_text("three years")
+    with pytest.raises(ValueError, match="thesis.tex"):
+        export(run, out)
+    (out / "nanoconan.json").unlink()
+    (out / "thesis.tex").unlink()
+    with pytest.raises(ValueError, match="not of an export"):
+        export(run, out)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        export(run, tmp_path / "file")
+
+
+def test_a_checkpoint_is_no_place(run):
+    with pytest.raises(ValueError, match="not of an export"):
+        export(run, checkpoint.latest(run))
+
+
+def test_the_command_line(run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "deep" / "x"
+    monkeypatch.setattr(sys, "argv", ["export.py", f"--checkpoint={run}", f"--out={out}"])
+    module.main()
+    assert str(out) in capsys.readouterr().out and (out / "model.safetensors").is_file()
+    monkeypatch.setattr(sys, "argv", ["export.py", "--checkpoint=nowhere", f"--out={out}"])
+    with pytest.raises(SystemExit, match=r"^export.py: error: nowhere: no checkpoint"):
+        module.main()
+
+
+def test_greedy_takes_the_likeliest_id(save):
+    model = Embedder(save("sft", CAUSAL)).model
+    ids = [5, 9, 200]
+    for _ in range(2):                                 # by the loss: which next id costs least
+        text = torch.tensor([*ids, 0])
+        costs = []
+        for candidate in range(model.config.vocab_size):
+            targets = torch.full((len(text),), -100)
+            targets[-2] = candidate
+            costs.append(float(model(text, [len(text)], CAUSAL, targets).detach()))
+        ids.append(int(np.argmin(costs)))
+    assert greedy(model, [5, 9, 200], 2) == ids[3:]
+
+
+# ---------------------------------------------------------------- the tools that people use
+
+@pytest.fixture(scope="module")
+def hub_offline():
+    """Nothing here may ask the network; set before the libraries are imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield pytest.importorskip("transformers", minversion="5.2")
+
+
+@pytest.fixture(scope="module")
+def sentence_transformer(hub_offline):
+    library = pytest.importorskip("sentence_transformers", minversion="6")
+    return lambda path, **options: library.SentenceTransformer(str(path), device="cpu", **options)
+
+
+@pytest.mark.extras
+def test_ids_are_equal_in_the_tokenizers_library(exported, tokenizer):
+    library = pytest.importorskip("tokenizers")
+    theirs = library.Tokenizer.from_file(str(exported / "tokenizer.json"))
+    for text in sample():
+        assert theirs.encode(text).ids == tokenizer.encode(text), repr(text[:80])
+        assert theirs.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.extras
+def test_ids_are_equal_for_every_character(exported, tokenizer):
+    """All of Unicode: both programs put a character into the same class."""
+    library = pytest.importorskip("tokenizers")
+    theirs = library.Tokenizer.from_file(str(exported / "tokenizer.json"))
+    every = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+    for start in range(0, len(every), 64):
+        for form in ("{0}", "a{0}b1 {0}", "({0} न{0})"):
+            text = "|".join(form.format(char) for char in every[start:start + 64])
+            assert theirs.encode(text).ids == tokenizer.encode(text), hex(start)
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("arch", ["llama", "eurobert"])
+def test_ids_are_equal_in_transformers(hub_offline, run, tokenizer, tmp_path, arch):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(export(run, tmp_path / "x", arch))
+    for text in sample():
+        assert theirs(text)["input_ids"] == tokenizer.encode(text), repr(text[:80])
+    assert theirs.pad_token_id == tokenizer.pad_id and theirs.eos_token_id == tokenizer.eos_id
+    assert len(theirs) == tokenizer.vocab_size and theirs.model_max_length == 24
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("case", [
+    {}, {"arch": "eurobert"}, {"pooling": "last"}, {"mask": CAUSAL, "pooling": "last"},
+    {"mask": CAUSAL}, {"n_kv_head": 4}, {"n_kv_head": 1}])
+def test_vectors_are_equal_in_sentence_transformers(sentence_transformer, save, tmp_path, case):
+    arch = case.pop("arch", "llama")
+    ours = Embedder(run := save(**case))
+    theirs = sentence_transformer(export(run, tmp_path / "x", arch))
+    texts = [text for text in sample(40) if text]      # no library embeds what has no token
+    assert np.abs(theirs.encode(texts) - ours.encode(texts)).max() < 1e-5
+    expected = ours.encode(texts, prompt=PROMPTS["retrieval"])
+    assert np.abs(theirs.encode_query(texts) - expected).max() < 1e-5
+    assert np.abs(theirs.encode_document(texts) - ours.encode(texts)).max() < 1e-5
+    cut = theirs.encode_query(texts, truncate_dim=16, normalize_embeddings=True)
+    expected = ours.encode(texts, prompt=PROMPTS["retrieval"], truncate_dim=16)
+    assert np.abs(cut - expected).max() < 1e-5
+    assert theirs.max_seq_length == 24 and theirs.similarity_fn_name == "cosine"
+
+
+@pytest.mark.extras
+def test_golden_values_hold_in_sentence_transformers(sentence_transformer, exported):
+    golden = read(exported / "golden.json")
+    found = sentence_transformer(exported).encode(golden["inputs"])
+    assert np.abs(found - np.array(golden["embeddings"])).max() < 1e-5
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("arch", "mask", "sees"), [
+    ("llama", FULL, True), ("eurobert", FULL, True), ("llama", CAUSAL, False)])
+def test_the_first_token_sees_the_last_one(
+        hub_offline, save, tmp_path, arch, mask, sees, attention):
+    """The commonest bug: a model that is causal in one path. One text, many; pads left, right."""
+    from transformers import AutoModel
+
+    where = export(save(mask=mask), tmp_path / "x", arch)
+    model = AutoModel.from_pretrained(where, attn_implementation=attention).eval()
+    for left, right, batch, given in ((0, 0, 1, False), (0, 0, 1, True), (0, 0, 3, True),
+                                      (0, 4, 1, True), (0, 4, 3, True), (4, 0, 3, True)):
+        ids = torch.randint(0, 500, (batch, left + 9 + right))
+        tokens = torch.zeros_like(ids)
+        tokens[:, left:left + 9] = 1
+        other = ids.clone()
+        other[:, left + 8] = (other[:, left + 8] + 1) % 500
+        with torch.no_grad():
+            a, b = (model(x, attention_mask=tokens if given else None).last_hidden_state
+                    for x in (ids, other))
+        moved = (a - b)[:, left].abs().amax(-1)
+        assert ((moved > 1e-3) if sees else (moved < 1e-6)).all(), (left, right, batch, given)
+        assert ((a - b)[:, left + 8].abs().amax(-1) > 1e-3).all()
+
+
+@pytest.mark.extras
+def test_a_language_model_has_the_same_logits_and_words(hub_offline, save, tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = save("sft", CAUSAL)
+    where, ours = export(run, tmp_path / "x", lm=True), Embedder(run).model
+    theirs = AutoModelForCausalLM.from_pretrained(where).eval()
+    words = AutoTokenizer.from_pretrained(where)
+    golden = read(where / "golden.json")
+    for text, expected in zip(golden["inputs"], golden["greedy_ids"]):
+        ids = words(text, return_tensors="pt")
+        assert ids["input_ids"][0].tolist() == tokenizer.encode(text)
+        flat = ids["input_ids"][0]
+        with torch.no_grad():
+            hidden = ours.hidden(flat, Packing([len(flat)], "cpu"), CAUSAL)
+            logits = hidden @ ours.embed_tokens.weight.T
+            assert (theirs(**ids).logits[0] - logits).abs().max() < 1e-4 * logits.abs().max()
+        out = theirs.generate(**ids, max_new_tokens=8, do_sample=False)[0, len(flat):].tolist()
+        assert out == expected[:len(out)] and (len(out) == 8 or out[-1] == tokenizer.eos_id)
+    assert sum(p.numel() for p in theirs.parameters()) == ours.count_params()     # tied
