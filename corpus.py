@@ -140,7 +140,9 @@ def read_builtins():
         if module.startswith(("_test", "_xx", "xx", "_ctypes_test", "_tkinter")):
             continue
         try:
-            loaded = importlib.import_module(module)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")       # modules that a later Python drops
+                loaded = importlib.import_module(module)
         except ImportError:                           # a system library is missing here
             continue
         shown = module.lstrip("_") if module.startswith("_") else module

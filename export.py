@@ -64,7 +64,7 @@ def export(checkpoint, out, arch="llama", lm=False):
     An earlier export in its place is replaced. Raises ValueError for a soft mask, a bidirectional
     `lm`, a causal "eurobert", a directory that holds other files, and vectors that came out wrong.
     """
-    out = Path(out)
+    out = Path(out).resolve()                          # so that "." has a name
     check_place(out)
     embedder = Embedder(checkpoint, "cpu", "float32")
     check_mask(embedder, arch, lm)

@@ -223,7 +223,7 @@ def encode_by_json(spec, text):
     order = {tuple(pair): i for i, pair in enumerate(spec["model"]["merges"])}
     for word in regex.findall(spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"], text):
         parts = [letters[byte] for byte in word.encode()]
-        if "".join(parts) in vocab:
+        if spec["model"]["ignore_merges"] and "".join(parts) in vocab:
             parts = ["".join(parts)]
         while len(parts) > 1:
             best, at = min((order.get(pair, len(order)), i)
@@ -253,6 +253,18 @@ def test_merges_of_repetitive_text(letters):
     spec = tokenizer_json(tokenizer)
     for _ in range(100):
         text = "".join(draw.choices(letters, k=draw.randrange(1, 80)))
+        assert encode_by_json(spec, text) == tokenizer.encode(text)
+
+
+def unmergeable():
+    """Return a tokenizer with a word that no pair of tokens leads to: it is looked up whole."""
+    return Tokenizer({bytes([byte]): byte for byte in range(256)} | {b"xyz": 256})
+
+
+def test_a_whole_word_is_looked_up():
+    spec, tokenizer = tokenizer_json(unmergeable()), unmergeable()
+    assert spec["model"]["merges"] == [] and tokenizer.encode("xyz") == [256]
+    for text in ("xyz", "xyzxyz", "(xyz) xyz"):
         assert encode_by_json(spec, text) == tokenizer.encode(text)
 
 
@@ -444,6 +456,8 @@ def test_ids_are_equal_in_the_tokenizers_library(exported, tokenizer):
     for text in sample():
         assert theirs.encode(text).ids == tokenizer.encode(text), repr(text[:80])
         assert theirs.decode(tokenizer.encode(text)) == text
+    words = library.Tokenizer.from_str(json.dumps(tokenizer_json(unmergeable())))
+    assert words.encode("xyz (xyz)").ids == unmergeable().encode("xyz (xyz)")
 
 
 @pytest.mark.extras

@@ -159,6 +159,16 @@ def test_the_name_and_the_revision_tell_models_apart(mocks, save, tmp_path):
 
 
 @pytest.mark.extras
+def test_batches_become_rows_of_the_first_dimensions(mocks):
+    about = types.SimpleNamespace(type="STS")
+    batches, model = [{"text": ["a", "b"]}, {"text": ["c"]}], MTEBModel(Counted(), dim=4)
+    found = model.encode(batches, task_metadata=about)
+    assert np.array_equal(found, Counted(4).encode(["a", "b", "c"], prompt=PROMPTS["sts"]))
+    assert model.similarity(found[0], found[:2]).shape == (1, 2)
+    assert model.similarity_pairwise(found, found).tolist() == pytest.approx([1, 1, 1])
+
+
+@pytest.mark.extras
 def test_a_cache_keeps_two_models_apart(mocks, tmp_path):
     """Without a name of its own the second model would be given the scores of the first."""
     import mteb
