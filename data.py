@@ -19,6 +19,8 @@ import json
 import math
 import os
 import shutil
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +66,7 @@ def read_jsonl(path, required=None, skip_bad=False, on_bad=None):
                     yield parse_line(line, required)
                 except ValueError as error:
                     _bad(f"{path}:{number}: {error}", skip_bad, on_bad)
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
+    except (EOFError, zlib.error, OSError) as error:
         raise ValueError(f"{path}:{number + 1}: cannot be read to the end: {error}") from error
 
 
@@ -79,10 +81,26 @@ def _no_constant(name):
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _no_key_twice(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"a key comes twice in {[key for key, _ in pairs][:8]}")
+    return row
+
+
+_JSON = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_no_key_twice)
+
+
 def parse_line(line, required=None):
-    """Parse one line (bytes) to a dict; ValueError with the reason if it is not what it must be."""
+    """Parse one line (bytes) to a dict; ValueError with the reason if it is not what it must be.
+
+    A byte order mark is passed over; a lone surrogate, which UTF-8 cannot hold, becomes "?".
+    """
     try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+        text = line.decode("utf-8-sig")
+        row = _JSON.decode(text)
+        if "\\ud" in text.lower():
+            row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
     except RecursionError:
@@ -96,8 +114,15 @@ def parse_line(line, required=None):
         if key not in row:
             raise ValueError(f"key {key!r} is missing, there are {sorted(row)[:8]}")
         if not isinstance(row[key], kind) or isinstance(row[key], bool):
-            raise ValueError(f"key {key!r} must be {kind}, not {type(row[key]).__name__}")
+            raise ValueError(f"key {key!r} must be {_name(kind)}, not {type(row[key]).__name__}")
+    for key in ("title", "lang", "split") if required else ():      # read where they are there
+        if not isinstance(row.get(key), (str, type(None))):
+            raise ValueError(f"key {key!r} must be str, not {type(row[key]).__name__}")
     return row
+
+
+def _name(kind):
+    return " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
 
 
 def _text(row, key):
@@ -106,7 +131,7 @@ def _text(row, key):
         raise ValueError(f"key {key!r} must be a string, not {type(value).__name__}")
     if not value.strip():
         raise ValueError(f"key {key!r} is empty")
-    return value.encode("utf-8", "replace").decode() if not value.isascii() else value
+    return value
 
 
 def _texts(row, key):
@@ -142,8 +167,8 @@ def parse_pair(row):
 def parse_sts(row):
     """Return {sentence1, sentence2, score} of an STS row; only the order of scores counts."""
     score = row.get("score")
-    if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-        raise ValueError(f"key 'score' must be a finite number, not {score!r}")
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) < 3e38:
+        raise ValueError(f"key 'score' must be a finite number (float32), not {str(score)[:40]}")
     return {"sentence1": _text(row, "sentence1"), "sentence2": _text(row, "sentence2"),
             "score": float(score)}
 
@@ -167,16 +192,23 @@ class JsonlFile:
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         stat = self.path.stat()
-        key = f"{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns} {kind} {skip_bad}"
-        index = Path(cache_dir) / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".idx.npy")
-        self.plain = self.path
+        self.state = f"{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns} {kind} {skip_bad}"
+        key = hashlib.sha256(os.fsencode(self.state)).hexdigest()[:24]
+        self.plain, index = self.path, Path(cache_dir) / f"{key}.idx"
         if self.path.suffix == ".gz":
-            self.plain = index.with_suffix("").with_suffix(".jsonl")
-        if not index.is_file():
+            self.plain = index.with_suffix(".jsonl")
+        if not self._is_whole(index):
             self._build(index, skip_bad)
-        self.offsets = np.load(index, mmap_mode="r")                        # (rows + 1, 2) int64
+        self.offsets = np.memmap(index, np.int64, "r").reshape(-1, 2)       # (rows + 1, 2)
         self.bad = int(self.offsets[-1, 1])
         self._file = None
+
+    def _is_whole(self, index):
+        """Tell whether an index is there and reaches the end of its file."""
+        if not index.is_file() or index.stat().st_size < 32 or index.stat().st_size % 16 \
+                or not self.plain.is_file():
+            return False
+        return int(np.memmap(index, np.int64, "r")[-2]) == self.plain.stat().st_size
 
     def _build(self, index, skip_bad):
         index.parent.mkdir(parents=True, exist_ok=True)
@@ -185,26 +217,29 @@ class JsonlFile:
             try:
                 with gzip.open(self.path) as source, open(part, "wb") as target:
                     shutil.copyfileobj(source, target)
-            except (EOFError, gzip.BadGzipFile) as error:
-                part.unlink()
+            except (EOFError, zlib.error, OSError) as error:
+                part.unlink(missing_ok=True)
                 raise ValueError(f"{self.path}: cannot be unpacked: {error}") from error
             os.replace(part, self.plain)
-        offsets, bad, at = [], 0, 0
-        with open(self.plain, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    self.parse(parse_line(line))
-                    offsets.append((at, number))
-                except ValueError as error:
-                    _bad(f"{self.path}:{number}: {error}", skip_bad, None)
-                    bad += 1
-                at += len(line)
-        if not offsets:
-            raise ValueError(f"{self.path}: no usable line ({bad} bad ones)")
-        offsets.append((at, bad))                                           # the end, and a count
-        part = Path(f"{index}.{os.getpid()}.npy")
-        np.save(part, np.array(offsets, dtype=np.int64))
-        os.replace(part, index)
+        part = Path(f"{index}.{os.getpid()}")
+        try:
+            with open(self.plain, "rb") as file, open(part, "wb") as target:
+                rows, bad, at = 0, 0, 0
+                for number, line in enumerate(file, 1):
+                    try:
+                        self.parse(parse_line(line))
+                        target.write(struct.pack("=2q", at, number))
+                        rows += 1
+                    except ValueError as error:
+                        _bad(f"{self.path}:{number}: {error}", skip_bad, None)
+                        bad += 1
+                    at += len(line)
+                target.write(struct.pack("=2q", at, bad))                   # the end, and a count
+            if not rows:
+                raise ValueError(f"{self.path}: no usable line ({bad} bad ones)")
+            os.replace(part, index)
+        finally:
+            part.unlink(missing_ok=True)
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -213,8 +248,12 @@ class JsonlFile:
         """Return row `i`, parsed; the file is read at its place only."""
         if self._file is None:
             self._file = open(self.plain, "rb")
-        self._file.seek(int(self.offsets[i, 0]))
-        return self.parse(parse_line(self._file.readline()))
+        at, number = self.offsets[i].tolist()
+        self._file.seek(at)
+        try:
+            return self.parse(parse_line(self._file.readline()))
+        except ValueError as error:
+            raise ValueError(f"{self.path}:{number}: changed while in use: {error}") from None
 
 
 class Rows:
@@ -244,6 +283,29 @@ class Collection:
     qrels: dict
 
 
+def read_qrels(path):
+    """Yield (line number, query id, document id, score) of a qrels.tsv, plain or .gz."""
+    number = 0
+    try:
+        with (gzip.open(path) if path.suffix == ".gz" else open(path, "rb")) as file:
+            for number, line in enumerate(file, 1):
+                cells = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
+                if number == 1 and cells[-1] == "score":
+                    continue
+                try:
+                    query, document, score = cells[0], cells[-2], float(cells[-1])
+                except (ValueError, IndexError):
+                    raise ValueError(f"{path}:{number}: query-id, corpus-id and a number are "
+                                     f"needed, not {str(line[:80])[2:-1]}") from None
+                if not math.isfinite(score):
+                    raise ValueError(f"{path}:{number}: the score {score} is not finite")
+                yield number, query, document, score
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
+    except (EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"{path}:{number + 1}: cannot be read to the end: {error}") from error
+
+
 def load_collection(directory, split=None):
     """Read corpus.jsonl, queries.jsonl and qrels.tsv (each plain or .gz) of a folder.
 
@@ -270,21 +332,13 @@ def load_collection(directory, split=None):
     corpus, queries, qrels = list(rows("corpus.jsonl")), list(rows("queries.jsonl")), {}
     known_q, known_d = {r["id"] for r in queries}, {r["id"] for r in corpus}
     path = find("qrels.tsv")
-    with (gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz"
-          else open(path, encoding="utf-8")) as file:
-        for number, line in enumerate(file, 1):
-            cells = line.rstrip("\r\n").split("\t")
-            if number == 1 and cells[-1] == "score":
-                continue
-            try:
-                query, document, score = cells[0], cells[-2], float(cells[-1])
-            except (ValueError, IndexError):
-                raise ValueError(f"{path}:{number}: query-id, corpus-id and a number are needed, "
-                                 f"not {line.strip()[:80]!r}") from None
-            if query not in known_q or document not in known_d or not math.isfinite(score):
-                raise ValueError(f"{path}:{number}: unknown query {query!r}, unknown document "
-                                 f"{document!r}, or a score that is not finite")
-            qrels.setdefault(query, {})[document] = score
+    for number, query, document, score in read_qrels(path):
+        if query not in known_q or document not in known_d:
+            raise ValueError(f"{path}:{number}: unknown query {query!r} or unknown document "
+                             f"{document!r}")
+        if qrels.setdefault(query, {}).setdefault(document, score) != score:
+            raise ValueError(f"{path}:{number}: query {query!r} and document {document!r} have "
+                             f"two scores, {qrels[query][document]} and {score}")
     queries = [q for q in queries if qrels.get(q["id"]) and (not split or q.get("split") == split)]
     if not queries:
         raise ValueError(f"{directory}: no query{f' of split {split!r}' if split else ''} has a "
@@ -507,7 +561,7 @@ def sft_batch(rows, indices, tokenizer, max_len, default_prompt):
     outputs = tokenizer.encode_batch([e["pos"][0] for e in examples])
     for prompt, output in zip(prompts, outputs):
         truncated += len(prompt) > max_len // 2 or len(prompt) + len(output) > max_len
-        prompt = prompt[:max_len // 2]                 # the output keeps at least half of the room
+        prompt = prompt[:max(max_len // 2, 1)]         # the output keeps at least half of the room
         whole = (prompt + output + [tokenizer.eos_id])[:max_len + 1]
         ids += whole[:-1]
         targets += [-100] * (len(prompt) - 1) + whole[len(prompt):]

@@ -38,11 +38,18 @@ def ensure_docs(cfg):
     folder = Path(cfg.docs)
     corpus.ensure(folder)
     translate = LexiconTranslator()
-    if not (folder / "clr.jsonl").is_file():
-        rows = list(data.read_jsonl(folder / "retrieval.jsonl"))
-        corpus.write_jsonl(folder / "clr.jsonl", clr.build_clr(rows, translate))
+    built = (folder / "manifest.json").stat().st_mtime
+
+    def is_stale(path):
+        return not path.is_file() or path.stat().st_mtime < built
+
+    if is_stale(folder / "clr.jsonl"):
+        rows = [{"query": row["input"], "pos": [row["output"]]}
+                for row in data.read_jsonl(folder / "pairs.jsonl")]
+        gates = [clr.script_gate(0.2), clr.copy_gate]
+        corpus.write_jsonl(folder / "clr.jsonl", clr.build_clr(rows, translate, gates=gates))
     queries = folder / "clr_test" / "queries.jsonl"
-    if not queries.is_file():              # the same 100 questions in every language
+    if is_stale(queries):                  # the same 100 questions in every language
         found = data.load_collection(folder / "test")
         queries.parent.mkdir(exist_ok=True)
         asked = [(q, lang) for q in found.queries[:100] for lang in clr.LANGUAGES]
@@ -85,6 +92,8 @@ class Task:
         self.kind, self.cfg, self.tokenizer, self.world = kind, cfg, tokenizer, world
         self.rows = world.main_first(lambda: data.Rows(sources(cfg, kind), kind,
                                                        skip_bad=cfg.skip_bad_lines))
+        if self.rows.bad and world.is_main:
+            tqdm.write(f"{kind}: {self.rows.bad:,} bad lines left out, {len(self.rows):,} taken")
         self.size = cfg.batch_sizes.get(kind, cfg.batch_size)
         self.prompt = data.PROMPTS["retrieval" if kind == "pairs" else kind] \
             if kind != "text" else None
@@ -102,7 +111,7 @@ class Task:
             raise ValueError(f"a batch of {self.size} cannot be dealt to {world.size} ranks")
 
     def _hash(self):
-        names = [f"{file.path} {len(file)}" for file in self.rows.files]
+        names = [file.state for file in self.rows.files]     # a changed file is another stream
         return f"{data.text_id(' '.join(names)):016x}"
 
     def load_pool(self, state):

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -48,7 +49,17 @@ from model import Conan, ConanConfig
 STAGES = ("pretrain", "sft", "embed_weak", "embed_sup")
 RUN_WIDE = {"out", "docs", "text", "pairs", "evaluate", "skip_bad_lines", "vocab_size", "n_layer",
             "n_head", "n_kv_head", "n_embd", "ffn_dim", "block_size", "rope_base", "pooling",
-            "seed", "device", "dtype", "log_every", "keep_last", "checkpointing"}
+            "seed", "device", "dtype", "log_every", "keep_last", "checkpointing", "parallel"}
+LIMITS = {                         # of settings; those not named here may be all of their type
+    **dict.fromkeys(("steps", "batch_size", "log_every", "save_every", "keep_last", "query_len",
+                     "passage_len", "n_negatives", "pool_size"), (1, 10 ** 12)),
+    **dict.fromkeys(("micro_batch_size", "remine_every"), (0, 10 ** 12)),
+    **dict.fromkeys(("temperature", "sts_temperature"), (1e-4, 1e4)),
+    **dict.fromkeys(("warmup", "final_lr"), (0, 1)), "beta2": (0, 1 - 1e-9),
+    "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "grad_clip": (1e-9, 1e9),
+    "negative_cap": (0, 1e3), "rope_base": (1, 1e12), "vocab_size": (258, 2 ** 31),
+    "seed": (0, 2 ** 62),
+}
 
 
 @dataclass(frozen=True)
@@ -114,15 +125,17 @@ class TrainConfig:
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
     checkpointing: bool = False    # recompute blocks in backward: memory for time
+    parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"  # with torchrun (engine/distributed.py)
+    dry_run: bool = False          # print parameters, memory, tokens and FLOPs; train nothing
     log_every: int = 10
     save_every: int = 200
     keep_last: int = 2             # checkpoints to keep
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "save_every",
-                     "query_len", "passage_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} must lie in {low} .. {high}, not {value}")
         if max(self.query_len, self.passage_len) > self.block_size:
             raise ValueError(f"query_len {self.query_len} and passage_len {self.passage_len} must "
                              f"not exceed block_size {self.block_size}")
@@ -131,9 +144,9 @@ class TrainConfig:
         tasks = {"retrieval", "clr", "classification", "sts"}
         for name, least in (("task_weights", 0), ("batch_sizes", 1)):
             given = getattr(self, name)
-            if set(given) - tasks or any(value < least for value in given.values()):
+            if set(given) - tasks or any(not least <= v < 1e12 for v in given.values()):
                 raise ValueError(f"{name} {given}: tasks are {', '.join(sorted(tasks))}, values "
-                                 f"at least {least}")
+                                 f"at least {least}, and finite")
         self.model_config()                        # raises for a shape that cannot be
 
     def model_config(self):
@@ -171,7 +184,7 @@ def stage_loss(model, batch, cfg, step, no_sync=contextlib.nullcontext):
     chunks = list(batch.chunks(cfg.micro_batch_size))
 
     if batch.targets is not None:                          # stages 1 and 2: next token
-        total, count = 0.0, int((batch.targets != -100).sum())
+        total, count = 0.0, distributed.mean_over_ranks((batch.targets != -100).sum())
         for i, (ids, lengths, targets) in enumerate(chunks):
             with no_sync() if i < len(chunks) - 1 else contextlib.nullcontext():
                 loss = model(ids, lengths, mask, targets)
@@ -259,7 +272,8 @@ def finished(cfg):
 
 
 FREE = {"out", "docs", "resume", "train_missing", "log_every", "save_every", "keep_last", "device",
-        "evaluate", "micro_batch_size", "checkpointing"}   # what may differ when a run goes on
+        "evaluate", "micro_batch_size", "checkpointing",   # what may differ when a run goes on
+        "parallel", "dry_run"}
 
 
 def check_same(cfg, saved, where):
@@ -274,18 +288,19 @@ def check_same(cfg, saved, where):
 
 def save(cfg, world, step, model, optimizer, tasks, tokenizer_path, counters):
     """Write a checkpoint: all that a run needs to go on, and all that `Embedder` needs."""
+    weights = distributed.model_state(model, world)            # all ranks: fsdp gathers them
+    state = distributed.optimizer_state(optimizer, world)
     files = {}
     if world.is_main:
-        plain = getattr(model, "module", model)
         mask = stage_mask(cfg, min(step, cfg.steps - 1))
         files = {
-            "model.pt": plain.state_dict(),
-            "trainer.pt": {"step": step, "optimizer": optimizer.state_dict(), "counters": counters,
+            "model.pt": weights,
+            "trainer.pt": {"step": step, "optimizer": state, "counters": counters,
                            "rng": distributed.rng_state(world),
                            "pools": {t.kind: t.pool.state_dict() for t, _ in tasks if t.pool}},
             "tokenizer.tiktoken": tokenizer_path.read_bytes(),
             "config.json": json.dumps({
-                "model": dataclasses.asdict(plain.config), "train": dataclasses.asdict(cfg),
+                "model": dataclasses.asdict(cfg.model_config()), "train": dataclasses.asdict(cfg),
                 "mask": dataclasses.asdict(mask), "passage_len": cfg.passage_len, "step": step,
                 "prompts": data.PROMPTS, "versions": versions()}, indent=1)}
     return checkpoint.save(cfg.run_dir, step, files, cfg.keep_last, is_main=world.is_main,
@@ -307,6 +322,17 @@ def train(cfg, argv, world):
     done = finished(cfg) if cfg.resume else None
     if done:
         return done
+    with checkpoint.only_writer(cfg.run_dir) if world.is_main else contextlib.nullcontext():
+        if world.is_main:
+            for name in cfg.evaluate:              # a mistake there would show at the very end
+                data.load_collection(name)
+            if not cfg.resume:
+                checkpoint.set_aside(cfg.run_dir)
+        return train_stage(cfg, argv, world)
+
+
+def train_stage(cfg, argv, world):
+    """Train one stage, from its last checkpoint on if there is one; return the finished one."""
     if uses_docs(cfg):
         world.main_first(lambda: ensure_docs(cfg))
     weights = initial_weights(cfg, argv, world)
@@ -325,16 +351,16 @@ def train(cfg, argv, world):
         check_same(cfg, json.loads(checkpoint.load(where, "config.json"))["train"], where)
         model.load_state_dict(checkpoint.load(where, "model.pt"))
         state = checkpoint.load(where, "trainer.pt")
+    wrapped = distributed.parallelize(model, world, cfg.parallel, dtype)
+    optimizer = distributed.shard_optimizer(build_optimizer(model, cfg), world, cfg.parallel)
     if state:
         for task, _ in tasks:
             task.load_pool(state["pools"].get(task.kind))
     elif cfg.stage == "embed_sup":
         fill_pools([task for task, _ in tasks], embedder)
-    optimizer = build_optimizer(model, cfg)
-    wrapped = distributed.parallelize(model, world)
     step, counters = 0, {"tokens": 0, "truncated": 0, "skipped": 0, "in_a_row": 0}
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        distributed.load_optimizer_state(optimizer, state["optimizer"])
         step, counters = state["step"], state["counters"]
         distributed.set_rng_state(world, state["rng"])
     keep = partial(save, cfg, world, model=model, optimizer=optimizer, tasks=tasks,
@@ -349,7 +375,7 @@ def run_steps(cfg, world, step, model, optimizer, tasks, counters, keep, dtype, 
     """Take the steps that are left, logging, saving and stopping cleanly on a signal."""
     order = data.task_of_step(np.arange(cfg.steps), [w for _, w in tasks], cfg.seed)
     taken = np.bincount(order[:step], minlength=len(tasks))
-    no_sync = getattr(model, "no_sync", contextlib.nullcontext)
+    no_sync = distributed.no_sync(model)
     stop = StopSignal()
     log = Log(cfg, world, step)
     log.candidates(tasks)
@@ -365,8 +391,10 @@ def run_steps(cfg, world, step, model, optimizer, tasks, counters, keep, dtype, 
             group["lr"] = lr_at(step, cfg)
         with world.autocast(dtype):
             loss, scores, stats = stage_loss(model, batch, cfg, step, no_sync)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        if world.any(not math.isfinite(float(loss) + float(norm))):
+        norm = distributed.clip_grad_norm(model, cfg.grad_clip)
+        told = world.mean({"bad": not math.isfinite(float(loss) + float(norm)),
+                           "stop": stop.raised})       # what one rank met, all act on
+        if told["bad"]:
             skip_step(cfg, world, step, batch, counters, float(loss), float(norm))
         else:
             optimizer.step()
@@ -381,9 +409,9 @@ def run_steps(cfg, world, step, model, optimizer, tasks, counters, keep, dtype, 
         log.step(step, batch, {"loss": float(loss), **stats}, data_seconds,
                  {"alpha": stage_mask(cfg, step).alpha, "lr": lr_at(step, cfg),
                   "grad_norm": float(norm), **counters})
-        if world.any(stop.raised) if (step + 1) % 10 == 0 or world.size == 1 else False:
+        if told["stop"]:
             keep(step + 1)
-            raise Interrupted(stop.number)
+            raise Interrupted(stop.number or signal.SIGTERM)
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
             keep(step + 1)
     log.close()

@@ -3,7 +3,7 @@
     python train.py config/pretrain.py        # half a minute on two cores
 """
 stage = "pretrain"
-steps = 40
+steps = 30
 batch_size = 64                    # windows of 64 tokens
 passage_len = 64
-learning_rate = 2e-3
+learning_rate = 1e-4

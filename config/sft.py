@@ -4,7 +4,7 @@
 """
 stage = "sft"
 previous = "config/pretrain.py"
-steps = 20
+steps = 15
 batch_size = 64
 passage_len = 64
-learning_rate = 1e-3
+learning_rate = 2e-5

@@ -29,6 +29,39 @@ FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # no separator: none lead
 STEP_NAME = re.compile(r"step_(\d{6,})(\.old)?")  # .old: see _publish
 
 
+@contextlib.contextmanager
+def only_writer(run_dir):
+    """Hold `run_dir` for this process; the system lets go when the process ends, however it ends.
+
+    Two runs that save into one directory would delete each other's checkpoints. Raises: ValueError
+    if another process holds it. Where a file system knows no locks nothing is held.
+    """
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "ab") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{run_dir}: another process is training here; wait for its end or "
+                             "choose another directory") from None
+        except (ImportError, OSError) as error:  # Windows; some network file systems
+            warnings.warn(f"{run_dir} cannot be locked ({error}): start one run at a time here",
+                          stacklevel=3)
+        yield
+
+
+def set_aside(run_dir):
+    """Rename the checkpoints of `run_dir`, so that a run started afresh does not go on from them.
+
+    step_000100 becomes step_000100.aside; what had that name is deleted.
+    """
+    for path in reversed(_checkpoints(run_dir)):
+        aside = path.with_name(f"{path.name.removesuffix('.old')}.aside")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+
+
 class CorruptCheckpoint(ValueError):
     """Say which file of a checkpoint is damaged or refused, and why."""
 

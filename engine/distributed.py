@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
+MODES = ("ddp", "zero1", "fsdp")
 
 
 def accelerator():
@@ -182,14 +183,182 @@ def set_rng_state(world, state):
         module.set_rng_state(state["device"])
 
 
-def parallelize(model, world):
-    """Wrap the model for data parallelism; one process needs no wrapper.
+# ---------------------------------------------------------------- many devices
 
+def parallelize(model, world, mode="ddp", dtype="float32"):
+    """Return the model as `world` trains it; one process needs nothing, whatever the mode.
+
+    ddp: every rank holds all weights, gradients and optimizer state. zero1: the same model, but see
+    `shard_optimizer`. fsdp: `fully_shard` of each block, then of the root (embedding and last
+    norm), in place. Its blocks compute in `dtype` and reduce in float32; the root stays in float32,
+    and so does the residual stream: what autocast does under ddp.
     broadcast_buffers is off: there are no buffers, and their broadcast would make an evaluation on
     rank 0 alone hang.
     """
+    if mode not in MODES:
+        raise ValueError(f"parallel {mode!r} is unknown; choose one of {', '.join(MODES)}")
     if world.size == 1:
         return model
-    ids = [world.device.index] if world.device.type != "cpu" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
-                                   gradient_as_bucket_view=True)
+    if mode != "fsdp":
+        ids = [world.device.index] if world.device.type != "cpu" else None
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
+                                       gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh      # half a second of imports
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    blocks = MixedPrecisionPolicy(torch.bfloat16 if dtype == "bfloat16" else None, torch.float32,
+                                  cast_forward_inputs=False)
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=blocks)
+    return fully_shard(model, mesh=mesh)
+
+
+def plain(model):
+    """Return the model itself, without DDP's wrapper."""
+    return getattr(model, "module", model)
+
+
+def no_sync(model):
+    """Return the function whose contexts keep backward from synchronising gradients.
+
+    It wraps all micro batches of a step but the last, so that each step synchronises once. Under
+    fsdp a rank then holds whole gradients between the micro batches.
+    """
+    if not hasattr(model, "set_requires_gradient_sync"):
+        return getattr(model, "no_sync", contextlib.nullcontext)
+
+    @contextlib.contextmanager
+    def unsharded():
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    return unsharded
+
+
+def clip_grad_norm(model, most):
+    """Scale the gradients to a norm of at most `most` over all ranks; return the norm before."""
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), most))
+
+
+def mean_over_ranks(count):
+    """Return the mean of a 0-dim tensor over the ranks, a float, the same on all of them."""
+    if not dist.is_initialized():
+        return float(count)
+    total = count.to(torch.float32, copy=True)
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
+
+
+class ZeroOptimizer:
+    """ZeRO stage 1 (PAPER App. A): each rank keeps optimizer state for a slice of every parameter.
+
+    Wraps an elementwise optimizer that has not taken a step yet. Slices are views of the flat
+    parameters, `ceil(numel / W)` long (the last ones shorter, or empty); after a step every rank
+    hands its slices to the others. Updates are those of the whole optimizer, bit for bit.
+    """
+
+    def __init__(self, optimizer, world):
+        self.world, self.whole = world, optimizer
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.slices = [self.slice(p) for p in self.params]
+        mine = iter(self.slices)
+        self.inner = type(optimizer)([{**group, "params": [next(mine) for _ in group["params"]]}
+                                      for group in optimizer.param_groups])
+        self.param_groups = self.inner.param_groups
+
+    def slice(self, tensor):
+        """Return this rank's part of a tensor, a flat view."""
+        width = -(-tensor.numel() // self.world.size)
+        return tensor.detach().view(-1)[self.world.rank * width:][:width]
+
+    def gather(self, part, like):
+        """Return the whole tensor, shaped as `like`, of which every rank has its part."""
+        width = -(-like.numel() // self.world.size)
+        padded = torch.nn.functional.pad(part, (0, width - len(part)))
+        parts = torch.empty(width * self.world.size, dtype=part.dtype, device=part.device)
+        dist.all_gather_into_tensor(parts, padded)
+        return parts[:like.numel()].view(like.shape)
+
+    @torch.no_grad()
+    def step(self):
+        """Update this rank's slices, then fetch the others'."""
+        for p, part in zip(self.params, self.slices):
+            part.grad = None if p.grad is None else self.slice(p.grad)
+        self.inner.step()
+        for p, part in zip(self.params, self.slices):
+            part.grad = None
+            p.copy_(self.gather(part, p))
+
+    def zero_grad(self, set_to_none=True):
+        """Forget the gradients."""
+        self.whole.zero_grad(set_to_none)
+
+
+def shard_optimizer(optimizer, world, mode="ddp"):
+    """Return the optimizer of a mode, made from a fresh one over the parallelized model.
+
+    Under fsdp the parameters are shards already, and so is what the optimizer keeps of them.
+    """
+    return ZeroOptimizer(optimizer, world) if mode == "zero1" and world.size > 1 else optimizer
+
+
+# ---------------------------------------------------------------- one layout of saved state
+
+def whole(tensor):
+    """Return a tensor of which fsdp may hold a shard only; then all ranks must call."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def model_state(model, world):
+    """Return the plain state dict on the main rank, {} on others; all ranks must call.
+
+    A checkpoint thus looks the same in every mode, and another mode or number of ranks can go on.
+    """
+    state = {}
+    for name, value in plain(model).state_dict().items():
+        value = whole(value)                       # one tensor at a time: never the whole model
+        if world.is_main:
+            state[name] = value.cpu()
+    return state
+
+
+def optimizer_state(optimizer, world):
+    """Return the state dict of the whole optimizer on the main rank; all ranks must call."""
+    is_zero = isinstance(optimizer, ZeroOptimizer)
+    state = (optimizer.inner if is_zero else optimizer).state_dict()
+    found = {}
+    for i in sorted(state["state"]):
+        found[i] = {}
+        for key, value in state["state"][i].items():
+            if is_zero and value.dim():            # "step" is a scalar and no slice of anything
+                value = optimizer.gather(value, optimizer.params[i])
+            value = whole(value)
+            if world.is_main:
+                found[i][key] = value.cpu()
+    return {"state": found, "param_groups": state["param_groups"]}
+
+
+def load_optimizer_state(optimizer, state):
+    """Take over what `optimizer_state` gave, in any mode and on any number of ranks."""
+    is_zero = isinstance(optimizer, ZeroOptimizer)
+    inner = optimizer.inner if is_zero else optimizer
+    params = [p for group in inner.param_groups for p in group["params"]]
+
+    def mine(value, p):
+        if not value.dim():
+            return value
+        if is_zero:
+            return optimizer.slice(value).clone()
+        if hasattr(p, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+            return distribute_tensor(value.to(p.device), p.device_mesh, p.placements,
+                                     src_data_rank=None)       # every rank has read the file
+        return value
+
+    inner.load_state_dict({"param_groups": state["param_groups"], "state": {
+        i: {key: mine(value, params[i]) for key, value in entry.items()}
+        for i, entry in state["state"].items()}})
+    if is_zero:
+        optimizer.param_groups = inner.param_groups        # load_state_dict makes new ones

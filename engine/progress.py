@@ -24,13 +24,33 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+def open_log(path, step):
+    """Open a log to append to it, without what a killed run wrote after its last checkpoint.
+
+    Lines of steps after `step`, and a half line at the end, are cut off: each step stands there
+    once.
+    """
+    kept = 0
+    with open(path, "ab+") as file:
+        file.seek(0)
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            kept += len(line)
+        file.truncate(kept)
+    return open(path, "a", encoding="utf-8")
+
+
 class Log:
     """The progress bar, and OUT/STAGE/log.jsonl with the same keys (README: glossary)."""
 
     def __init__(self, cfg, world, step):
         self.cfg, self.world = cfg, world
         cfg.run_dir.mkdir(parents=True, exist_ok=True)
-        self.file = open(cfg.run_dir / "log.jsonl", "a") if world.is_main else None
+        self.file = open_log(cfg.run_dir / "log.jsonl", step) if world.is_main else None
         self.bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step",
                         disable=not world.is_main, mininterval=1.0)
         self.since, self.tokens, self.data = time.perf_counter(), 0, 0.0
