@@ -125,6 +125,7 @@ def cosent_loss(cosine, score, *, temperature):
     """Return log(1 + sum over score_i > score_j of exp((cos_j - cos_i) / temperature)), a scalar.
 
     Paper: Eq. (2); tau -> temperature. cosine, score: (B,); only the order of the scores counts.
+    Pairs across ranks count as well, and every rank returns the loss of all of them.
     Pairs with equal scores say nothing and are left out; all-equal scores give 0 with a zero
     gradient. O(B log B): sorted by score, the pairs of row i are a prefix, whose logsumexp is a
     cumulative one. Raises ValueError for shapes that differ or scores that are not finite.
@@ -139,10 +140,11 @@ def cosent_loss(cosine, score, *, temperature):
         raise ValueError(f"temperature must be positive, not {temperature}")
     if not torch.isfinite(score).all():
         raise ValueError("a score is not a finite number")
+    cosine, score = gather_with_grad(cosine.float()), _gather_ids(score)    # (W*B,), exact as above
     # For rows in ascending score: sum over (i, j) = sum over i of e^{-cos_i} sum_{j < i} e^{cos_j}
     score, order = score.sort()
-    x = cosine.float()[order] / temperature                                 # (B,)
-    prefix = torch.logcumsumexp(x, dim=0)                                   # (B,)
+    x = cosine[order] / temperature                                         # (W*B,)
+    prefix = torch.logcumsumexp(x, dim=0)                                   # (W*B,)
     below = torch.searchsorted(score, score, right=False)   # how many scores are strictly lower
     has_pairs = below > 0
     terms = prefix[below[has_pairs] - 1] - x[has_pairs]                     # (rows with pairs,)

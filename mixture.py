@@ -158,7 +158,7 @@ def fill_pools(tasks, embedder):
     """
     vectors = {}
     for task in tasks:
-        if task.kind == "sts":
+        if task.passages is None:          # sts; and the stages before embed_sup
             continue
         cfg, p = task.cfg, task.passages
         if all(p.given):
