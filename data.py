@@ -106,7 +106,7 @@ def parse_line(line, required=None):
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except json.JSONDecodeError as error:
-        reason = "blank line" if not line.strip() else f"not JSON ({error})"
+        reason = "blank line" if not text.strip("\ufeff \t\r\n") else f"not JSON ({error})"
         raise ValueError(reason) from None
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is needed, not {type(row).__name__}")
@@ -238,8 +238,11 @@ class JsonlFile:
             if not rows:
                 raise ValueError(f"{self.path}: no usable line ({bad} bad ones)")
             os.replace(part, index)
-        finally:
+        except (ValueError, OSError):
             part.unlink(missing_ok=True)
+            if self.plain != self.path:
+                self.plain.unlink()
+            raise
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -381,7 +384,8 @@ def shuffled(positions, n, seed):
 def task_of_step(steps, weights, seed):
     """Return the task number of each step (int64 array), drawn by weight from (seed, step) only."""
     edges = np.cumsum(np.asarray(weights, dtype=np.float64))
-    draw = _mix(np.asarray(steps, dtype=np.uint64), seed ^ 0x7A5C) / 2.0 ** 64
+    key = int(_mix(np.array([seed], dtype=np.uint64), 0x7A5C)[0])   # near seeds, far draws
+    draw = _mix(np.asarray(steps, dtype=np.uint64), key) / 2.0 ** 64
     return np.searchsorted(edges / edges[-1], draw, side="right").clip(max=len(weights) - 1)
 
 

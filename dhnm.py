@@ -62,6 +62,8 @@ class HardNegativePool:
             for row, ids in zip(table, candidates):
                 row[:len(ids)] = torch.as_tensor(list(ids), dtype=torch.int64)
             candidates = table
+        if candidates.shape[1] == 0:                                        # no query has any
+            candidates = torch.full((len(candidates), 1), -1, dtype=torch.int64)
         self.candidates = candidates                                        # (Q, P) ids, -1 none
         q, n = len(candidates), self.n_negatives
         self.available = (candidates != -1).sum(1)                          # (Q,)

@@ -11,6 +11,7 @@ What evaluation, mining and export stand on. PAPER Sec. 3.1.2: a query carries a
 passage does not; every prefix of an embedding is one too (MRL), once it is normalised again.
 """
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -48,9 +49,17 @@ class Embedder:
     def __init__(self, path, device=None, dtype=None):
         load = _load_exported if (Path(path) / EXPORTED).is_file() else _load_checkpoint
         where, meta, weights = load(path)
-        self._set(build_model(meta["model"], weights, where),
-                  Tokenizer.load(where / "tokenizer.tiktoken"), device or accelerator(), dtype,
-                  MaskSpec(**meta["mask"]), meta["passage_len"])
+        tokenizer = Tokenizer.load(where / "tokenizer.tiktoken")
+        try:
+            mask, longest = MaskSpec(**meta["mask"]), meta["passage_len"]
+            shape = dataclasses.asdict(ConanConfig(**meta["model"]))
+            if longest < 1 or tokenizer.vocab_size > shape["vocab_size"]:
+                raise ValueError(f"passage_len {longest}, {tokenizer.vocab_size} tokens for a "
+                                 f"model of {shape['vocab_size']}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{where}: its config is not train.py's: {error!r}") from None
+        self._set(build_model(shape, weights, where), tokenizer, device or accelerator(), dtype,
+                  mask, longest)
         self.checkpoint, self.meta = where, meta
 
     @classmethod
@@ -149,7 +158,11 @@ def _load_checkpoint(path):
     """Return (folder, config, weights) of a checkpoint; files are verified before they are read."""
     where = find_checkpoint(path)
     checkpoint.load(where, "tokenizer.tiktoken")
-    meta = json.loads(checkpoint.load(where, "config.json"))
+    raw = checkpoint.load(where, "config.json")
+    try:
+        meta = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where / 'config.json'}: not JSON: {error}") from None
     return where, meta, checkpoint.load(where, "model.pt")
 
 
@@ -159,9 +172,12 @@ def _load_exported(path):
     try:
         meta = json.loads((where / EXPORTED).read_text(encoding="utf-8"))
         for name, sha256 in meta["files"].items():
+            if not checkpoint.FILE_NAME.fullmatch(name):       # none leads outside
+                raise KeyError(name)
             if hashlib.sha256(np.fromfile(where / name, np.uint8)).hexdigest() != sha256:
                 raise ValueError(f"{where / name}: SHA-256 differs from {EXPORTED}")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError,
+            RecursionError) as error:
         raise ValueError(f"{where / EXPORTED}: not as export.py wrote it: {error!r}") from None
     weights = read_safetensors(where / "model.safetensors")
     return where, meta, {name.removeprefix("model."): tensor for name, tensor in weights.items()}
@@ -169,14 +185,20 @@ def _load_exported(path):
 
 def read_safetensors(path):
     """Return {name: tensor} of a file: the header's length (8 bytes), a JSON header, the data."""
-    raw = np.fromfile(path, np.uint8)
-    start = 8 + int(raw[:8].view("<u8")[0])
-    header = json.loads(raw[8:start].tobytes())
-    data, tensors = torch.from_numpy(raw[start:]), {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, end = entry["data_offsets"]
-            tensors[name] = data[first:end].view(SAFETENSORS[entry["dtype"]]).view(entry["shape"])
+    raw, tensors = np.fromfile(path, np.uint8), {}
+    try:
+        start = 8 + int(raw[:8].view("<u8")[0])
+        header = json.loads(raw[8:start].tobytes())
+        data = torch.from_numpy(raw[start:])
+        for name, entry in header.items():
+            if name != "__metadata__":
+                first, end = entry["data_offsets"]
+                if not 0 <= first <= end <= len(data) or min(entry["shape"], default=0) < 0:
+                    raise ValueError(f"{name} lies at {first} .. {end} of {len(data)} bytes")
+                tensors[name] = data[first:end].view(SAFETENSORS[entry["dtype"]]).view(
+                    entry["shape"])
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: no whole safetensors file: {error!r:.200}") from None
     return tensors
 
 

@@ -63,6 +63,7 @@ MAX_WORD = 128
 _LONG_WORD = rf"[\p{{L}}\p{{M}}]{{{MAX_WORD}}}|[^\s\p{{L}}\p{{N}}]{{{MAX_WORD}}}"
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # always the last two ids of the vocabulary
+PROBE = "Ab cD\tÉß\n日本 हिन्दी 12345 _x+=-. \u200d\x00"  # some of every kind of character
 HEADER = "#nanoconan-bpe "  # "#" is not in the base64 alphabet: no token line begins like this
 
 
@@ -179,7 +180,16 @@ class Tokenizer:
         missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
         if missing:
             raise ValueError(f"{path}: {len(missing)} single bytes are missing, first {missing[0]}")
-        return cls(ranks, pattern)
+        try:
+            tokenizer = cls(ranks, pattern)
+            probe = tokenizer.decode(tokenizer.encode(PROBE))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in tiktoken's Rust is no Exception
+            raise ValueError(f"{path}:1: the pattern cannot be used: {error}") from None
+        if probe != PROBE:
+            raise ValueError(f"{path}:1: the pattern {pattern[:80]!r} loses characters of a text")
+        return tokenizer
 
 
 def _parse_header(line: str, where: str) -> tuple[int, str]:
@@ -188,8 +198,8 @@ def _parse_header(line: str, where: str) -> tuple[int, str]:
             header = json.loads(line[len(HEADER) :])
             regex.compile(header["pattern"])
             return int(header["tokens"]), header["pattern"]
-    except (ValueError, KeyError, TypeError, regex.error) as error:
-        raise ValueError(f"{where}: broken header {line.strip()!r}: {error}") from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, regex.error) as error:
+        raise ValueError(f"{where}: broken header {line.strip()[:80]!r}: {error}") from error
     raise ValueError(f"{where}: expected a line {HEADER}{{...}}, found {line.strip()[:40]!r}")
 
 

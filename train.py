@@ -37,7 +37,7 @@ from tqdm import tqdm
 import data
 from configurator import load_config, split_args
 from embed import Embedder
-from engine import checkpoint, distributed
+from engine import budget, checkpoint, distributed
 from engine.progress import Log, StopSignal
 from eval import evaluate_collection
 from tasks import LexicalBaseline
@@ -127,6 +127,7 @@ class TrainConfig:
     checkpointing: bool = False    # recompute blocks in backward: memory for time
     parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"  # with torchrun (engine/distributed.py)
     dry_run: bool = False          # print parameters, memory, tokens and FLOPs; train nothing
+    tensorboard: bool = False      # numbers to OUT/STAGE/tensorboard as well
     log_every: int = 10
     save_every: int = 200
     keep_last: int = 2             # checkpoints to keep
@@ -273,7 +274,7 @@ def finished(cfg):
 
 FREE = {"out", "docs", "resume", "train_missing", "log_every", "save_every", "keep_last", "device",
         "evaluate", "micro_batch_size", "checkpointing",   # what may differ when a run goes on
-        "parallel", "dry_run"}
+        "parallel", "dry_run", "tensorboard"}
 
 
 def check_same(cfg, saved, where):
@@ -393,7 +394,8 @@ def run_steps(cfg, world, step, model, optimizer, tasks, counters, keep, dtype, 
             loss, scores, stats = stage_loss(model, batch, cfg, step, no_sync)
         norm = distributed.clip_grad_norm(model, cfg.grad_clip)
         told = world.mean({"bad": not math.isfinite(float(loss) + float(norm)),
-                           "stop": stop.raised})       # what one rank met, all act on
+                           "stop": stop.raised,        # what one rank met, all act on
+                           "tokens": len(batch.ids), "truncated": batch.truncated})
         if told["bad"]:
             skip_step(cfg, world, step, batch, counters, float(loss), float(norm))
         else:
@@ -404,11 +406,13 @@ def run_steps(cfg, world, step, model, optimizer, tasks, counters, keep, dtype, 
                                  world.gather(scores.cpu()))
                 stats |= task.pool.stats()
         optimizer.zero_grad(set_to_none=True)
-        counters["tokens"] += len(batch.ids) * world.size
-        counters["truncated"] += batch.truncated
+        for name in ("tokens", "truncated"):
+            counters[name] += round(told[name] * world.size)
         log.step(step, batch, {"loss": float(loss), **stats}, data_seconds,
                  {"alpha": stage_mask(cfg, step).alpha, "lr": lr_at(step, cfg),
                   "grad_norm": float(norm), **counters})
+        if world.device.type == "cpu" and step % 20 == 19:
+            distributed.release_memory()
         if told["stop"]:
             keep(step + 1)
             raise Interrupted(stop.number or signal.SIGTERM)
@@ -513,6 +517,9 @@ def main(argv=None):
     """Train the stage that the command line asks for, and print what came out."""
     given = sys.argv[1:] if argv is None else argv
     cfg = load_config(TrainConfig, argv)
+    if cfg.dry_run:
+        with torch.device("meta"):                 # shapes without memory
+            return print(budget.report(cfg, Conan(cfg.model_config())))
     world, began = distributed.start(cfg.device), time.perf_counter()
     try:
         train(cfg, given, world)

@@ -131,8 +131,22 @@ def start(device="auto"):
             else os.cpu_count()                # macOS has no affinity
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group(BACKENDS[kind])
+        dist.init_process_group(BACKENDS[kind], **_fresh_store(rank, size))
     return World(rank, size, torch.device(kind, local) if module else torch.device("cpu"))
+
+
+def _fresh_store(rank, size):
+    """Return what a process that torchrun has restarted needs to meet the others.
+
+    torchrun keeps its store over a restart, and without a prefix the addresses of the processes
+    that died are found in it: the new ones wait for them (torch 2.13, `--max-restarts`).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0":
+        return {}
+    store, rank, size = next(dist.rendezvous("env://", rank, size))
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank,
+            "world_size": size}
 
 
 def keep_freed_memory():
@@ -141,12 +155,28 @@ def keep_freed_memory():
     A CPU step frees and asks for the same hundreds of MB each time; paging them in anew costs a
     quarter of the step (measured: 0.65 s -> 0.49 s). Does nothing where there is no glibc.
     """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
     for parameter, value in ((-3, 2 ** 31 - 1), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):
-        mallopt(parameter, value)          # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+        if _glibc():                       # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+            _glibc().mallopt(parameter, value)
+
+
+def release_memory():
+    """Hand the pages of freed blocks back to the kernel, now and then.
+
+    Blocks that change their size with every batch leave holes: kept for ever they grow to several
+    times what is in use (measured: 9 GB instead of 5 GB in the laptop's stage 3).
+    """
+    if _glibc():
+        _glibc().malloc_trim(0)
+
+
+def _glibc():
+    """Return the C library, or None where it is not glibc."""
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        return library if hasattr(library, "malloc_trim") else None
+    except OSError:
+        return None
 
 
 def stop():
@@ -277,9 +307,9 @@ class ZeroOptimizer:
         """Return the whole tensor, shaped as `like`, of which every rank has its part."""
         width = -(-like.numel() // self.world.size)
         padded = torch.nn.functional.pad(part, (0, width - len(part)))
-        parts = torch.empty(width * self.world.size, dtype=part.dtype, device=part.device)
-        dist.all_gather_into_tensor(parts, padded)
-        return parts[:like.numel()].view(like.shape)
+        parts = torch.empty(self.world.size, width, dtype=part.dtype, device=part.device)
+        dist.all_gather(list(parts), padded)
+        return parts.view(-1)[:like.numel()].view(like.shape)
 
     @torch.no_grad()
     def step(self):

@@ -44,13 +44,27 @@ def open_log(path, step):
     return open(path, "a", encoding="utf-8")
 
 
+def open_board(folder, step):
+    """Return a tensorboard writer; what a killed run wrote after `step` is hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs the package: `pip install tensorboard`") from None
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
 class Log:
-    """The progress bar, and OUT/STAGE/log.jsonl with the same keys (README: glossary)."""
+    """The progress bar, and OUT/STAGE/log.jsonl with the same keys (README: glossary).
+
+    With `cfg.tensorboard` the numbers go to OUT/STAGE/tensorboard as well.
+    """
 
     def __init__(self, cfg, world, step):
         self.cfg, self.world = cfg, world
         cfg.run_dir.mkdir(parents=True, exist_ok=True)
         self.file = open_log(cfg.run_dir / "log.jsonl", step) if world.is_main else None
+        wanted = world.is_main and getattr(cfg, "tensorboard", False)
+        self.board = open_board(cfg.run_dir / "tensorboard", step) if wanted else None
         self.bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step",
                         disable=not world.is_main, mininterval=1.0)
         self.since, self.tokens, self.data = time.perf_counter(), 0, 0.0
@@ -82,10 +96,15 @@ class Log:
             self.file.flush()
             self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} "
                                      "tokens/s")
+        for key, value in row.items() if self.board else ():
+            if isinstance(value, (int, float)) and key != "step":
+                self.board.add_scalar(key, value, row["step"])
         self.since, self.tokens, self.data = time.perf_counter(), 0, 0.0
 
     def close(self):
-        """Finish the bar and the file."""
+        """Finish the bar and the files."""
         self.bar.close()
+        if self.board:
+            self.board.close()
         if self.file:
             self.file.close()

@@ -1,0 +1,1 @@
+"""Measurements: the paper's claims at the scale at hand, speed and memory."""

@@ -1,4 +1,4 @@
-"""corpus.py: docstrings are found without importing, split into summary and body, and kept apart."""
+"""corpus.py: docstrings found without importing, split into summary and body, kept apart."""
 import json
 
 import pytest
@@ -49,12 +49,14 @@ def test_no_test_text_is_in_the_training_split(monkeypatch):
     monkeypatch.setattr(corpus, "DEV_SIZE", 20)
     monkeypatch.setattr(corpus, "TEST_SIZE", 20)
     entries = [(f"lib.f{i}", f"Does the thing number {i // 2 if i > 100 else i} well.\n\n"
-                f"This body belongs to the function with the number {i}.") for i in range(200)]
+                f"This body belongs to the function with the number {i}.")
+               for i in range(200)]
     splits = corpus.make_splits(entries)
     assert [len(splits[s]) for s in ("dev", "test")] == [20, 20]
     held = {row[part] for s in ("dev", "test") for row in splits[s]
             for part in ("name", "summary", "body")}
-    assert not held & {row[part] for row in splits["train"] for part in ("name", "summary", "body")}
+    kept = {row[part] for row in splits["train"] for part in ("name", "summary", "body")}
+    assert not held & kept
     again = corpus.make_splits(entries + [("lib.new", "A new function is here.\n\n" + "x" * 50)])
     assert len({r["name"] for r in splits["test"]} & {r["name"] for r in again["test"]}) >= 18
 

@@ -109,8 +109,17 @@ def start(files, stage, out, *more, rank_that_dies=0, **how):
         env=os.environ | {"OMP_NUM_THREADS": "1", "DIES": str(rank_that_dies)})
 
 
+def wait(process, seconds=90):
+    """Return what the run printed; one that hangs is killed with all that it has started."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+
+
 def finish(process, code=0):
-    shown, _ = process.communicate(timeout=120)
+    shown = wait(process)
     assert process.returncode == code, shown[-3000:]
     return shown
 
@@ -199,7 +208,7 @@ def test_kill_9_at_random_calls_again_and_again(files, whole, tmp_path, stage):
         out, number = stages_before(stage, whole, tmp_path / str(number)), number + 1
         while killed < KILLS:
             process = start(files, stage, out, dies=rng.randrange(1, 90))
-            shown, _ = process.communicate(timeout=120)
+            shown = wait(process)
             if process.returncode == 0:
                 break
             assert process.returncode == -signal.SIGKILL, shown[-3000:]
@@ -233,7 +242,7 @@ def test_two_ranks_killed_together(files, whole_of_two, tmp_path, stage):
     for _ in range(max(1, KILLS // 2)):
         process = start(files, stage, out, ranks=2, dies=rng.randrange(5, 60),
                         rank_that_dies=rng.randrange(2))
-        process.communicate(timeout=120)           # torchrun ends the rank that is left
+        wait(process)                              # torchrun ends the rank that is left
         assert process.returncode in (0, 1)
     finish(start(files, stage, out, ranks=2))
     assert_same_run(whole_of_two, out, stage)
@@ -256,7 +265,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(files, whole, tmp_path, stag
     """1 -> 2 -> 1 ranks: the same examples, and the losses of one rank but for rounding."""
     out = stages_before(stage, whole, tmp_path)
     finish(start(files, stage, out, dies=40), code=-signal.SIGKILL)
-    start(files, stage, out, ranks=2, dies=45).communicate(timeout=120)
+    wait(start(files, stage, out, ranks=2, dies=45))
     finish(start(files, stage, out))
     want, got = losses(whole, stage), losses(out, stage)
     for step, line in want.items():
@@ -283,7 +292,7 @@ def test_sigterm_under_torchrun_saves_at_a_common_step(files, tmp_path):
     wait_for_steps(process, tmp_path / "pretrain/log.jsonl", 4)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)            # torchrun hands it to its workers
-    shown, _ = process.communicate(timeout=60)
+    shown = wait(process, 60)
     assert time.monotonic() - began < 30 and process.returncode != 0
     assert "the same command goes on" in shown
     where = checkpoint.latest(tmp_path / "pretrain")

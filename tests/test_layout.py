@@ -13,8 +13,8 @@ FLOORS = {                             # all of engine/ is on 1, all of experime
     1: "model lora data corpus engine",
     2: "embed tasks",
     3: "clr eval export",
-    4: "mixture",
-    5: "train",
+    4: "mixture filters",
+    5: "train prepare",
     6: "experiments",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -1,0 +1,133 @@
+"""What a run needs before it is started: parameters, memory by part, tokens and FLOPs a step.
+
+    python train.py config/full/embed_weak.py --dry_run
+
+Arithmetic over the shape alone; the model is built on the meta device, where a tensor has a shape
+and no memory. PAPER Sec. 4.2: 8 layers, 3584 wide, make 1,499.2M parameters here (paper: 1503M).
+Weights, gradients and the two moments of AdamW are float32, 16 bytes a parameter, and exact.
+Activations and buffers are estimates for bfloat16 autocast, kernels that never hold a (T, T)
+tensor, and texts as long as the configuration allows: an upper bound, as real texts are shorter.
+
+B texts, T tokens of a text, S = B * T, D width, E head dim, K key/value heads, H heads, F ffn dim,
+V vocabulary, N parameters, W ranks.
+"""
+
+WORLDS = (1, 8, 16, 64)
+MODES = ("ddp", "zero1", "fsdp")
+GB = 1e9
+
+
+def parameters(config):
+    """Return {part: number of parameters} of a `ConanConfig`; the tied output counts once."""
+    c, kv = config, config.n_kv_head * config.head_dim
+    return {"embedding": c.vocab_size * c.n_embd,
+            "attention": c.n_layer * (2 * c.n_embd ** 2 + 2 * c.n_embd * kv),
+            "ffn": c.n_layer * 3 * c.n_embd * c.ffn_dim,
+            "norms": (2 * c.n_layer + 1) * c.n_embd}
+
+
+def flops(config, texts, head=False, causal=False):
+    """Return the FLOPs of one step, forward and backward; `texts` maps tokens T to a number of B.
+
+    A matrix of n parameters costs 6 n a token (2 forward, 4 backward), attention 12 T D a token and
+    layer, half of it if causal. `head`: the next-token logits, 6 V D a token. Nothing that is
+    computed twice is counted twice: the numerator of the model FLOPs utilisation.
+    """
+    part = parameters(config)
+    dense = part["attention"] + part["ffn"] + (part["embedding"] if head else 0)
+    attention = 12 * config.n_layer * config.n_embd * (0.5 if causal else 1)
+    return sum(b * t * (6 * dense + attention * t) for t, b in texts.items())
+
+
+def memory(config, mode="ddp", world=1):
+    """Return {part: bytes on one rank} that a rank holds all the time: 16 N in all on one rank.
+
+    ddp keeps everything on every rank, zero1 slices the optimizer's state (PAPER App. A), fsdp
+    slices all three. On one rank every mode is the same.
+    """
+    n = sum(parameters(config).values())
+    if mode not in MODES or world < 1:
+        raise ValueError(f"no budget for mode {mode!r} on {world} ranks; modes: {', '.join(MODES)}")
+    share = {"ddp": (1, 1, 1), "zero1": (1, 1, world), "fsdp": (world, world, world)}[mode]
+    return {"weights": 4 * n / share[0], "gradients": 4 * n / share[1],
+            "optimizer": 8 * n / share[2]}
+
+
+def activations(config, tokens, checkpointing=False, head=False, chunk=1024):
+    """Estimate the bytes that one pass over `tokens` tokens keeps for backward, and its buffers.
+
+    A block keeps for each token: its float32 input and the sum in its middle (8 D), both of them
+    normalised (8 D; fused kernels do without), the norms' outputs (4 D), q, k, v (2 D + 4 K E),
+    attention's output twice (4 D) and row sums (4 H), gate, up, silu and product (8 F); with
+    `checkpointing` only the input, and of one block at a time the rest. The weights' bfloat16
+    copies, made in the forward pass, live as long. `head`: the float32 gradient of the output
+    embedding and its bfloat16 copies, and two chunks of logits.
+    """
+    c, part = config, parameters(config)
+    block = 26 * c.n_embd + 4 * c.n_kv_head * c.head_dim + 4 * c.n_head + 8 * c.ffn_dim
+    copies = 2 * (part["attention"] + part["ffn"]) / c.n_layer
+    kept = tokens * block + copies
+    total = (kept + c.n_layer * 4 * c.n_embd * tokens if checkpointing else c.n_layer * kept)
+    total += 12 * c.n_embd * tokens                # the last norm: input, normalised, output
+    if head:
+        total += 12 * part["embedding"] + 8 * chunk * c.vocab_size
+    return total
+
+
+def unsharded(config):
+    """Return the bytes that a rank of fsdp gathers for the time it needs them.
+
+    The root (embedding and last norm) in float32 with its gradient; of the blocks, in bfloat16, the
+    one at work with its gradient and the next one.
+    """
+    part = parameters(config)
+    return 8 * part["embedding"] + 6 * (part["attention"] + part["ffn"]) / config.n_layer
+
+
+def step_texts(cfg):
+    """Return {T: number of texts} of a step of a stage, all ranks together, each at its limit."""
+    if cfg.stage in ("pretrain", "sft"):
+        return {cfg.passage_len: cfg.batch_size}
+    passages = 1 + (cfg.n_negatives if cfg.stage == "embed_sup" else 0)
+    texts = {cfg.query_len: cfg.batch_size}
+    texts[cfg.passage_len] = texts.get(cfg.passage_len, 0) + passages * cfg.batch_size
+    return texts
+
+
+def report(cfg, model):
+    """Return the text of `--dry_run`: `cfg` a `TrainConfig`, `model` its model, on "meta" say."""
+    shape, texts, lm = model.config, step_texts(cfg), cfg.stage in ("pretrain", "sft")
+    parts, tokens = parameters(shape), sum(t * b for t, b in texts.items())
+    total = model.count_params()
+    per_step = flops(shape, texts, head=lm, causal=lm)
+    lines = [f"{cfg.stage}: {total:,} parameters ({total / 1e6:,.1f}M)",
+             *(f"    {name:<12}{n:>15,}" for name, n in parts.items()),
+             f"a step: {sum(texts.values()):,} texts, at most {tokens:,} tokens, "
+             f"{per_step:.3g} FLOPs (nothing counted twice)",
+             f"the stage: {cfg.steps:,} steps, at most {cfg.steps * tokens:.3g} tokens, "
+             f"{cfg.steps * per_step:.3g} FLOPs", "",
+             f"GB on each rank: {'checkpointing' if cfg.checkpointing else 'no checkpointing'}, "
+             f"micro_batch_size {cfg.micro_batch_size or 'all'}, activations estimated",
+             f"{'mode':<7}{'ranks':>6}{'weights':>10}{'gradients':>11}{'optimizer':>11}"
+             f"{'gathered':>10}{'activations':>13}{'sum':>9}"]
+    for mode in MODES:
+        for world in WORLDS:
+            held = memory(shape, mode, world)
+            gathered = unsharded(shape) if mode == "fsdp" and world > 1 else 0
+            act = activations(shape, pass_tokens(cfg, texts, world), cfg.checkpointing, lm)
+            numbers = [*held.values(), gathered, act]
+            cells = "".join(f"{x / GB:>{w}.1f}" for x, w in zip(
+                [*numbers, sum(numbers)], (10, 11, 11, 10, 13, 9)))
+            lines.append(f"{mode:<7}{world:>6}{cells}")
+    return "\n".join(lines)
+
+
+def pass_tokens(cfg, texts, world):
+    """Return the tokens of one rank's largest pass: its share, or a micro batch of long texts."""
+    here = {t: -(-b // world) for t, b in texts.items()}
+    if not cfg.micro_batch_size or cfg.micro_batch_size >= sum(here.values()):
+        return sum(t * b for t, b in here.items())
+    left, tokens = cfg.micro_batch_size, 0
+    for t in sorted(here, reverse=True):
+        tokens, left = tokens + t * min(left, here[t]), left - min(left, here[t])
+    return tokens

@@ -1,0 +1,108 @@
+"""An Ascend NPU stood in for by a module of the same interface: torch_npu itself is not here.
+
+What is checked is what this project asks of the device: selection, rank, autocast, random numbers,
+backend. What an NPU computes is not.
+"""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine import distributed
+from engine.distributed import World
+
+
+@pytest.fixture
+def npu(monkeypatch):
+    """Put a `torch_npu` in place whose `torch.npu` remembers what it was asked."""
+    torch.utils.rename_privateuse1_backend("npu")          # torch_npu's first line, too
+    asked, module = [], types.ModuleType("torch.npu")
+    state = {"rng": torch.arange(4, dtype=torch.uint8)}
+    module.asked = asked
+    module.is_available = lambda: True
+    module.set_device = lambda index: asked.append(("device", index))
+    module.get_rng_state = lambda: state["rng"].clone()
+    module.set_rng_state = lambda new: state.update(rng=new)
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    module._is_in_bad_fork = lambda: False
+    module.manual_seed_all = lambda seed: asked.append(("seed", seed))
+    monkeypatch.setitem(sys.modules, "torch_npu", types.ModuleType("torch_npu"))
+    monkeypatch.setattr(torch, "npu", module, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return module
+
+
+def test_an_npu_is_found_without_being_named(npu, monkeypatch):
+    assert distributed.accelerator() == "npu"
+    assert distributed.device_module("npu") is npu
+    assert distributed.has_fast_bf16("npu")
+    npu.is_available = lambda: False                       # the package, and no card
+    assert distributed.accelerator() == "cpu"
+    with pytest.raises(ValueError, match="'npu' is not available on this machine"):
+        distributed.device_module("npu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert distributed.accelerator() == "cuda"
+
+
+@pytest.mark.parametrize("device", ["auto", "npu"])
+def test_ranks_take_their_card_and_meet_by_hccl(npu, monkeypatch, device):
+    for name, value in (("RANK", 11), ("WORLD_SIZE", 16), ("LOCAL_RANK", 3)):
+        monkeypatch.setenv(name, str(value))
+    met, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(dist, "init_process_group", met.append)
+    world = distributed.start(device)
+    assert met == ["hccl"] and npu.asked == [("device", 3)]
+    assert (world.rank, world.size, world.device) == (11, 16, torch.device("npu", 3))
+    assert torch.get_num_threads() == threads              # the CPU's business, not a card's
+
+
+def test_one_card_needs_no_process_group(npu, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_: pytest.fail("nobody to meet"))
+    assert distributed.start("npu") == World(0, 1, torch.device("npu", 0))
+
+
+def test_autocast_is_the_cards(npu):
+    world = World(0, 1, torch.device("npu", 0))
+    with world.autocast("bfloat16"):
+        assert torch.is_autocast_enabled("npu") and not torch.is_autocast_enabled("cpu")
+        assert torch.get_autocast_dtype("npu") == torch.bfloat16
+    with world.autocast("float32"):
+        assert not torch.is_autocast_enabled("npu")
+
+
+def test_random_numbers_of_the_card_are_saved_and_seeded(npu, tmp_path):
+    world = World(0, 1, torch.device("npu", 0))
+    distributed.seed_everything(5)
+    assert ("seed", 5) in npu.asked
+    torch.save(distributed.rng_state(world), tmp_path / "rng.pt")
+    before = torch.rand(()).item(), np.random.rand()
+    npu.set_rng_state(torch.zeros(4, dtype=torch.uint8))
+    distributed.set_rng_state(world, torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert npu.get_rng_state().tolist() == [0, 1, 2, 3]
+    assert before == (torch.rand(()).item(), np.random.rand())
+
+
+def test_data_parallel_takes_the_card_of_the_rank(npu, monkeypatch):
+    given = {}
+
+    def wrap(model, **options):
+        given.update(options)
+        return model
+    monkeypatch.setattr(distributed, "DistributedDataParallel", wrap)
+    distributed.parallelize(torch.nn.Linear(1, 1), World(3, 8, torch.device("npu", 3)))
+    assert given["device_ids"] == [3] and given["broadcast_buffers"] is False
+
+
+def test_without_torch_npu_there_is_no_npu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_npu", None)    # an import of it fails
+    monkeypatch.delattr(torch, "npu", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.accelerator() == "cpu"
+    with pytest.raises(ValueError, match="'npu' is not available on this machine"):
+        distributed.start("npu")

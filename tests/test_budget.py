@@ -1,0 +1,110 @@
+"""The arithmetic of --dry_run: by hand, against the model, and against what autograd keeps."""
+
+import pytest
+import torch
+
+import train
+from engine import budget
+from model import Conan, ConanConfig
+
+FULL = ConanConfig()                       # PAPER Sec. 4.2
+TINY = ConanConfig(vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=128, ffn_dim=256,
+                   block_size=512)
+
+
+def test_full_size_by_hand():
+    assert budget.parameters(FULL) == {
+        "embedding": 150_000 * 3584,                       # 537,600,000, once: tied
+        "attention": 8 * (3584 * 3584 * 2 + 3584 * 896 * 2),       # q and o; k and v of 8 x 112
+        "ffn": 8 * 3 * 3584 * 8192,
+        "norms": 17 * 3584}
+    assert sum(budget.parameters(FULL).values()) == 1_499_205_120
+
+
+@pytest.mark.parametrize("shape", [FULL, TINY, ConanConfig(n_layer=3, n_kv_head=32, ffn_dim=100)])
+def test_parameters_are_those_of_the_model(shape):
+    with torch.device("meta"):
+        assert Conan(shape).count_params() == sum(budget.parameters(shape).values())
+
+
+def test_memory_by_hand():
+    n = 1_499_205_120
+    assert sum(budget.memory(FULL).values()) == 16 * n
+    assert budget.memory(FULL, "zero1", 8) == {"weights": 4 * n, "gradients": 4 * n,
+                                               "optimizer": n}
+    assert budget.memory(FULL, "fsdp", 16) == {"weights": n / 4, "gradients": n / 4,
+                                               "optimizer": n / 2}
+    assert budget.memory(FULL, "ddp", 64) == budget.memory(FULL)
+    with pytest.raises(ValueError, match="'tp' on 2 ranks"):
+        budget.memory(FULL, "tp", 2)
+    # fsdp gathers the embedding in float32, and its gradient; two blocks and a gradient in bfloat16
+    assert budget.unsharded(FULL) == 8 * 537_600_000 + 6 * (961_544_192 // 8)
+
+
+def test_flops_by_hand():
+    dense = 961_544_192
+    assert budget.flops(FULL, {1: 1}) == 6 * dense + 12 * 8 * 3584
+    # 3 texts of 10 and 2 of 20 tokens, causal, with logits
+    assert budget.flops(FULL, {10: 3, 20: 2}, head=True, causal=True) == \
+        70 * 6 * (dense + 537_600_000) + (3 * 10 * 10 + 2 * 20 * 20) * 6 * 8 * 3584
+
+
+def test_flops_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+    model = Conan(TINY).init_weights()
+    with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:
+        # bidirectional, its attention in plain matmuls
+        model(torch.zeros(400, dtype=torch.int64), [100] * 4).sum().backward()
+    assert counter.get_total_flops() == pytest.approx(budget.flops(TINY, {100: 4}), rel=0.1)
+
+
+def kept(checkpointing, texts, length=320):
+    """Return the bytes that autograd keeps of a forward pass, parameters apart."""
+    model = Conan(TINY).init_weights()
+    model.checkpointing = checkpointing
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages, alive = {}, []
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)           # else its address could come again
+        return tensor
+    with torch.autocast("cpu", torch.bfloat16), \
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(torch.zeros(texts * length, dtype=torch.int64), [length] * texts)
+    return sum(storages.values())
+
+
+def test_activations_are_what_autograd_keeps():
+    grown = kept(False, 4) - kept(False, 2)                # the weights' copies cancel
+    assert budget.activations(TINY, 1280) - budget.activations(TINY, 640) == \
+        pytest.approx(grown, rel=0.05)
+    grown = kept(True, 4) - kept(True, 2)
+    block = (budget.activations(TINY, 640) - 12 * 128 * 640) / 3       # recomputed one by one
+    assert budget.activations(TINY, 640, checkpointing=True) == \
+        pytest.approx(grown + block, rel=0.05)
+
+
+def test_a_dry_run_prints_and_allocates_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("a dry run trains nothing"))
+    config = train.Path(train.__file__).parent / "config/full/embed_weak.py"
+    train.main([str(config), "--dry_run", f"--out={tmp_path / 'x'}"])
+    shown = capsys.readouterr().out
+    assert "1,499,205,120 parameters (1,499.2M)" in shown and "128 texts" in shown
+    assert f"{64 * (512 + 32_768):,} tokens" in shown
+    rows = [line.split() for line in shown.splitlines() if line.startswith(budget.MODES)]
+    assert [(r[0], r[1]) for r in rows] == [(m, str(w)) for m in budget.MODES
+                                            for w in budget.WORLDS]
+    assert rows[0][2:5] == ["6.0", "6.0", "12.0"] and rows[9][2:6] == ["0.7", "0.7", "1.5", "5.0"]
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_micro_batch_is_counted_by_its_longest_texts():
+    cfg = train.TrainConfig(stage="embed_sup", batch_size=8, n_negatives=3, query_len=10,
+                            passage_len=20, micro_batch_size=5)
+    texts = budget.step_texts(cfg)
+    assert texts == {10: 8, 20: 32}
+    assert budget.pass_tokens(cfg, texts, 1) == 100        # five passages
+    assert budget.pass_tokens(cfg, texts, 8) == 4 * 20 + 10        # one query and its passages

@@ -1,0 +1,133 @@
+"""Much data in little memory; each measurement is a process of its own, and its peak is asked for.
+
+LOAD=100 in the environment makes the file of the last test 5 GB instead of 50 MB.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+
+pytestmark = pytest.mark.slow
+ROOT = Path(train.__file__).parent
+LOAD = float(os.environ.get("LOAD", 1))
+BEGIN = """
+import json, resource, sys, time
+import numpy as np
+import torch
+sys.path.insert(0, sys.argv[1])
+import data
+from embed import Embedder
+from mask import FULL
+from model import Conan, ConanConfig
+from tokenizer import Tokenizer
+
+torch.set_num_threads(1)
+
+def peak():                                        # of the whole process, in MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin"
+                                                                 else 1e3)
+
+def tiny(block_size):
+    tokenizer = Tokenizer.train(["the quick brown fox number 0123456789"] * 3, 285)
+    model = Conan(ConanConfig(vocab_size=285, n_layer=1, n_head=2, n_kv_head=1, n_embd=16,
+                              ffn_dim=16, block_size=block_size))
+    model.init_weights()
+    return Embedder.of(model.eval(), tokenizer, "cpu", "float32", FULL, block_size)
+"""
+
+
+def measure(code, *args, folder=None):
+    """Run code in a fresh process; return what its last line prints, parsed."""
+    done = subprocess.run([sys.executable, "-c", BEGIN + code, str(ROOT), *map(str, args)],
+                          capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_million_short_texts():
+    """Peak memory is that of the vectors and of one part, not of the tokens of all texts."""
+    found = measure("""
+class Texts:                                       # made when they are asked for
+    def __len__(self):
+        return 1_000_000
+    def __getitem__(self, part):
+        return [f"fox {i}" for i in range(*part.indices(len(self)))]
+
+embedder = tiny(32)
+embedder.encode(Texts()[:40_000])
+before = peak()
+vectors = embedder.encode(Texts())
+again = embedder.encode(Texts()[999_990:1_000_000])
+print(json.dumps({"grown": peak() - before, "shape": vectors.shape,
+                  "same": bool(np.allclose(vectors[-10:], again, atol=1e-5)),
+                  "finite": bool(np.isfinite(vectors).all())}))
+""")
+    assert found["shape"] == [1_000_000, 16] and found["same"] and found["finite"]
+    assert found["grown"] < 64 + 100, f"{found['grown']:.0f} MB for 64 MB of vectors"
+
+
+def test_a_text_of_32768_tokens():
+    """Attention at alpha 1 and alpha 0 holds no T x T matrix: that would be 4.3 GB a head."""
+    found = measure("""
+from mask import MaskSpec
+embedder = tiny(32_768)
+text = "0 1 2 3 4 5 6 7 8 9 " * 4000
+assert len(embedder.tokenizer.encode(text)) > 32_768
+embedder.encode([text[:2000]])
+before, found = peak(), {}
+for alpha in (1.0, 0.0):
+    embedder.mask = MaskSpec(alpha)
+    vector = embedder.encode([text, "fox"])
+    found[str(alpha)] = bool(np.isfinite(vector).all()) and vector.shape == (2, 16)
+print(json.dumps(found | {"grown": peak() - before}))
+""")
+    assert found["1.0"] and found["0.0"]
+    assert found["grown"] < 400, f"{found['grown']:.0f} MB"
+
+
+def test_mining_over_200_000_passages():
+    """All scores would be 160 GB for as many queries; a chunk of queries is held at a time."""
+    found = measure("""
+rng = np.random.default_rng(0)
+passages = rng.standard_normal((200_000, 16), dtype=np.float32)
+passages /= np.linalg.norm(passages, axis=1, keepdims=True)
+queries, before = passages[:1000], peak()
+pools = data.mine(queries, passages, [[q] for q in range(1000)], np.arange(200_000), depth=50)
+scores = queries[:3] @ passages.T
+right = np.argsort(-scores, axis=1, kind="stable")[:, 1:51]
+print(json.dumps({"grown": peak() - before, "shape": pools.shape,
+                  "right": (pools[:3] == right).mean(), "own": bool((pools[:, :] ==
+                  np.arange(1000)[:, None]).any())}))
+""")
+    assert found["shape"] == [1000, 50] and found["right"] > 0.99 and not found["own"]
+    assert found["grown"] < 500, f"{found['grown']:.0f} MB; 1,000 x 200,000 scores are 800"
+
+
+def test_a_large_file_needs_no_more_memory_than_a_small_one(tmp_path):
+    """Index, random access and token stream of a file, and of one four times as large."""
+    code = """
+path, rows = sys.argv[2], int(sys.argv[3])
+with open(path, "w") as file:
+    for i in range(rows):
+        file.write(json.dumps({"text": f"row {i} " + "the quick brown fox " * 2}) + "\\n")
+tokenizer, before = tiny(32).tokenizer, peak()
+found = data.Rows([path], "text", "cache")
+order = data.shuffled(np.arange(3000), len(found), 0)
+assert all(found[int(i)].startswith(f"row {i} ") for i in order)
+stream = data.TokenStream(found, tokenizer, path + ".bin")
+assert stream.windows(np.arange(100), 64).shape == (100, 65)
+print(json.dumps({"grown": peak() - before, "rows": len(found)}))
+"""
+    sizes = [int(180_000 * LOAD), int(720_000 * LOAD)]         # about 12 and 50 MB
+    grown = []
+    for rows in sizes:
+        found = measure(code, tmp_path / f"{rows}.jsonl", rows, folder=tmp_path)
+        assert found["rows"] == rows
+        grown.append(found["grown"])
+        (tmp_path / f"{rows}.jsonl").unlink()
+    assert grown[1] < grown[0] + 40 and grown[1] < 200, grown  # file pages in use count as well

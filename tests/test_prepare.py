@@ -1,0 +1,313 @@
+"""Public sets: every converter on a row of the set's true schema, runs that stop and go on."""
+
+import builtins
+import json
+from pathlib import Path
+
+import pytest
+
+import prepare
+from data import PARSERS, read_jsonl
+from prepare import SETS, PrepareConfig, Stream, convert
+
+PASSAGES = [{"docid": "1#0", "title": "Field", "text": "A field is a set."},
+            {"docid": "2#0", "title": "", "text": "A ring has two operations."}]
+NEGATIVES = [{"docid": "9#4", "title": "Meadow", "text": "Cows stand there."}]
+NEWS = {"title": "Rain in May", "text": "It rained for a week.", "domain": "example.org",
+        "date": "2018-05-02 00:00:00", "description": "d", "url": "u", "image_url": "i"}
+PAGE = {"id": "12", "url": "https://x", "title": "Anarchism", "text": "A political philosophy."}
+ANSWER = {"type": 0, "entity": "Q545186", "text": "Dave Edmunds", "aliases": []}
+TRIPLET = {"anchor": "what is a field", "positive": "A field is a set.", "negative": "Cows."}
+
+# set -> (a row as the hub gives it, what it becomes but for the prompt)
+ROWS = {
+    "msmarco": (
+        {"answers": ["an 82% share"], "query": "what is rba", "query_id": 19699,
+         "query_type": "description", "wellFormedAnswers": [],
+         "passages": {"is_selected": [0, 1, 0], "passage_text": ["a", "b", "c"],
+                      "url": ["u", "v", "w"]}},
+        [{"query": "what is rba", "pos": ["b"], "neg": ["a", "c"]}]),
+    "nq": ({"query": "when did it start", "answer": "It started in 1999."},
+           [{"query": "when did it start", "pos": ["It started in 1999."]}]),
+    "hotpotqa": (
+        {"id": "5a7a", "question": "Which came first?", "answer": "Arthur's", "type": "comparison",
+         "level": "medium", "supporting_facts": {"title": ["A", "B"], "sent_id": [0, 0]},
+         "context": {"title": ["X", "A", "B"], "sentences": [["x."], ["a.", " b."], ["c."]]}},
+        [{"query": "Which came first?", "pos": ["A\na. b.", "B\nc."], "neg": ["X\nx."]}]),
+    "fever": ({"query": "Nikolaj worked with Fox.", "positive": ["He was in Fox's New Amsterdam."],
+               "negative": ["Cows.", "Grass."]},
+              [{"query": "Nikolaj worked with Fox.", "pos": ["He was in Fox's New Amsterdam."],
+                "neg": ["Cows.", "Grass."]}]),
+    "squad": ({"id": "5733", "title": "Notre_Dame", "context": "A school in Indiana.",
+               "question": "Where is it?", "answers": {"text": ["Indiana"], "answer_start": [12]}},
+              [{"query": "Where is it?", "pos": ["Notre Dame\nA school in Indiana."]}]),
+    "dureader": ({"query_id": "q1", "query": "什么是域",
+                  "positive_passages": [{"docid": "1", "text": "域是一个集合"}],
+                  "negative_passages": [{"docid": "2", "text": "牛在草地上"}]},
+                 [{"query": "什么是域", "pos": ["域是一个集合"], "neg": ["牛在草地上"]}]),
+    "t2ranking": ({"query": "什么是域", "pos": ["域是一个集合"], "neg": ["牛"], "prompt": "theirs"},
+                  [{"query": "什么是域", "pos": ["域是一个集合"], "neg": ["牛"]}]),
+    "miracl": (TRIPLET, [{"query": "what is a field", "pos": ["A field is a set."],
+                          "neg": ["Cows."]}]),
+    "mrtydi": ({"query_id": "1", "query": "what is a field", "positive_passages": PASSAGES,
+                "negative_passages": NEGATIVES},
+               [{"query": "what is a field", "neg": ["Meadow\nCows stand there."],
+                 "pos": ["Field\nA field is a set.", "A ring has two operations."]}]),
+    "stsb": ({"sentence1": "A man plays.", "sentence2": "A man is playing.", "score": 0.76},
+             [{"sentence1": "A man plays.", "sentence2": "A man is playing.", "score": 0.76}]),
+    "afqmc": ({"sentence1": "花呗分期", "sentence2": "花呗怎么分期", "score": 1},
+              [{"sentence1": "花呗分期", "sentence2": "花呗怎么分期", "score": 1.0}]),
+    "mkqa": (
+        {"example_id": "563260143484355911", "query": "who sings it",
+         "queries": {"en": "who sings it", "ru": "кто поёт", "zh_cn": "谁唱", "zh_hk": "誰唱",
+                     "zh_tw": "誰唱", "no": None},
+         "answers": {"en": [ANSWER], "ru": [ANSWER | {"text": "Дейв"}]}},
+        [{"id": f"563260143484355911/{lang}", "lang": lang, "text": text,
+          "answers": ["Dave Edmunds"]}
+         for lang, text in (("en", "who sings it"), ("ru", "кто поёт"), ("zh", "谁唱"))]),
+    "amazon_reviews": ({"text": "Broke after a day", "label": 0},
+                       [{"query": "Broke after a day", "pos": ["1 star"],
+                         "neg": ["2 stars", "3 stars", "4 stars", "5 stars"]}]),
+    "cc_news": (NEWS, [{"text": "Rain in May\nIt rained for a week."}]),
+    "cc_news_pairs": (NEWS, [{"query": "Rain in May", "pos": ["It rained for a week."]}]),
+    "wikipedia": (PAGE, [{"text": "Anarchism\nA political philosophy."}]),
+    "mc4": ({"text": "Some page.", "timestamp": "2018-12-10T05:06:03Z", "url": "https://y"},
+            [{"text": "Some page."}]),
+}
+
+
+def expected(name):
+    """The rows of ROWS with the set's prompt, where it has one."""
+    prompt = SETS[name].prompt
+    return [row | ({"prompt": prompt} if prompt else {}) for row in ROWS[name][1]]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                    encoding="utf-8")
+    return str(path)
+
+
+class FakeStream:
+    """A hub with `rows`, that breaks once row `breaks_at` is reached."""
+
+    def __init__(self, rows, breaks_at=None):
+        self.all, self.breaks_at, self.opened = rows, breaks_at, []
+
+    def __call__(self, entry, lang, local=(), state=None):
+        self.at = state or 0
+        self.opened.append(self.at)
+        return self
+
+    def __iter__(self):
+        while self.at < len(self.all):
+            if self.at == self.breaks_at:
+                raise ConnectionError("the hub is gone")
+            self.at += 1
+            yield self.all[self.at - 1]
+
+    def state(self):
+        return self.at
+
+
+# ---------------------------------------------------------------- converters
+
+def test_every_set_has_a_row_here():
+    assert ROWS.keys() == SETS.keys()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_row_becomes_what_train_reads(name):
+    made, unusable = convert(SETS[name], ROWS[name][0], 0)
+    assert made == expected(name) and unusable == 0
+    if SETS[name].kind != "queries":
+        for row in made:
+            PARSERS[SETS[name].kind](row)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_changed_schema_is_named(name):
+    row = {f"{key}_v2": value for key, value in ROWS[name][0].items()}
+    with pytest.raises(ValueError, match=rf"{SETS[name].hub}: row 7 .*_v2"):
+        convert(SETS[name], row, 7)
+
+
+def test_lists_of_structs_come_in_both_forms():
+    row = ROWS["msmarco"][0]
+    shown = row["passages"]
+    structs = [dict(zip(shown, values)) for values in zip(*shown.values())]
+    assert convert(SETS["msmarco"], row | {"passages": structs}, 0)[0] == expected("msmarco")
+
+
+def test_a_row_without_a_positive_is_counted_not_written():
+    row = ROWS["msmarco"][0] | {"passages": {"is_selected": [0], "passage_text": ["a"],
+                                             "url": ["u"]}}
+    assert convert(SETS["msmarco"], row, 0) == ([], 1)
+    assert convert(SETS["stsb"], ROWS["stsb"][0] | {"sentence2": " "}, 0) == ([], 1)
+    assert convert(SETS["nq"], {"query": "q", "answer": None}, 0) == ([], 1)
+
+
+def test_all_numbered_negatives_are_taken_and_a_positive_is_none_of_them():
+    row = {"anchor": "q", "positive": "p", "negative_1": "a", "negative_2": "p", "negative_3": None}
+    assert convert(SETS["miracl"], row, 0)[0][0]["neg"] == ["a"]
+
+
+# ---------------------------------------------------------------- runs
+
+def config(tmp_path, **keys):
+    return PrepareConfig(**{"name": "nq", "out": str(tmp_path / "out"), **keys})
+
+
+def questions(n):
+    return [{"query": f"question {i}", "answer": f"answer {i}"} for i in range(n)]
+
+
+def test_a_run_writes_data_and_report(tmp_path, monkeypatch, capsys):
+    rows = [*questions(5), {"query": "", "answer": "no question"}]
+    monkeypatch.setattr(prepare, "Stream", FakeStream(rows))
+    path = prepare.prepare(config(tmp_path))
+    assert [row["query"] for row in read_jsonl(path)] == [f"question {i}" for i in range(5)]
+    report = json.loads(path.with_suffix(".json").read_text())
+    assert report["counts"] == {"written": 5, "unusable": 1} and report["read"] == 6
+    assert report["licence"] == SETS["nq"].licence
+    assert sorted(p.name for p in path.parent.iterdir()) == ["nq.json", "nq.jsonl"]
+    assert "licence" in capsys.readouterr().out
+    prepare.prepare(config(tmp_path))                  # does not touch what is there
+    assert "already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("breaks_at", [0, 9, 10, 25, 29])
+@pytest.mark.parametrize("tear", [b"", b'{"query": "questio', b"\xff\n\n"])
+def test_a_stopped_run_goes_on_to_the_same_file(tmp_path, monkeypatch, breaks_at, tear):
+    monkeypatch.setattr(prepare, "SAVE_EVERY", 10)
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "this is question 4"}, {"text": "Answer 4"},
+                                               {"text": "the answer 26"}])
+    whole = [*questions(30)]
+    whole[26] = {"query": "The ANSWER, 26", "answer": "something else"}
+    monkeypatch.setattr(prepare, "Stream", FakeStream(whole))
+    clean = prepare.prepare(config(tmp_path / "clean", decontaminate=(bad,)))
+    stream = FakeStream(whole, breaks_at)
+    monkeypatch.setattr(prepare, "Stream", stream)
+    with pytest.raises(ConnectionError):
+        prepare.prepare(config(tmp_path, decontaminate=(bad,)))
+    path = tmp_path / "out" / "nq.jsonl"
+    assert not path.exists()
+    for part in (f"{path}.part", path.with_suffix(".removed.jsonl")):      # a torn last line
+        with open(part, "ab") as file:
+            file.write(tear)
+    stream.breaks_at = None
+    prepare.prepare(config(tmp_path, decontaminate=(bad,)))
+    assert stream.opened == [0, breaks_at // 10 * 10]
+    for name in ("nq.jsonl", "nq.removed.jsonl"):
+        assert (path.parent / name).read_bytes() == (clean.parent / name).read_bytes()
+    a, b = (json.loads(p.with_suffix(".json").read_text()) for p in (path, clean))
+    assert a == b and a["counts"] == {"written": 29, "equal to an evaluation text": 1}
+
+
+def test_a_cursor_of_other_settings_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "SAVE_EVERY", 1)
+    monkeypatch.setattr(prepare, "Stream", FakeStream(questions(5), breaks_at=3))
+    with pytest.raises(ConnectionError):
+        prepare.prepare(config(tmp_path))
+    with pytest.raises(ValueError, match="delete it to start anew"):
+        prepare.prepare(config(tmp_path, local=("x.json",)))
+
+
+def test_limit_counts_rows_of_ours(tmp_path, monkeypatch):
+    stream = FakeStream([ROWS["mkqa"][0]] * 4)
+    monkeypatch.setattr(prepare, "Stream", stream)
+    path = prepare.prepare(config(tmp_path, name="mkqa", limit=5))
+    assert [row["lang"] for row in read_jsonl(path)] == ["en", "ru", "zh", "en", "ru"]
+
+
+def test_what_overlaps_an_evaluation_text_is_set_aside_with_the_reason(tmp_path, monkeypatch):
+    long = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    rows = [{"query": "What is the capital?", "answer": "a"}, {"query": "b", "answer": f"x {long}"},
+            {"query": "c", "answer": long.replace("seven", "7")}]
+    folder = tmp_path / "eval"
+    folder.mkdir()
+    write_jsonl(folder / "queries.jsonl", [{"id": "1", "text": "what IS the capital"}])
+    write_jsonl(folder / "sts.jsonl", [{"sentence1": long, "sentence2": "s", "score": 1}])
+    write_jsonl(folder / "corpus.jsonl", [{"id": "d", "text": "c d e"}])
+    monkeypatch.setattr(prepare, "Stream", FakeStream(rows))
+    path = prepare.prepare(config(tmp_path, decontaminate=(str(folder),)))
+    assert [row["query"] for row in read_jsonl(path)] == ["c"]
+    assert [row["reason"] for row in read_jsonl(path.with_suffix(".removed.jsonl"))] == [
+        "equal to an evaluation text", "13 words of an evaluation text"]
+
+
+# ---------------------------------------------------------------- command line
+
+def test_the_list_names_every_set_with_licence_and_size(capsys):
+    prepare.main(["--list"])
+    shown = capsys.readouterr().out
+    for name, entry in SETS.items():
+        assert name in shown and entry.licence in shown and entry.size in shown
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["squat"], "no set 'squat'"), (["nq", "--lang=de"], "one language"),
+    (["nq", "--limit=0"], "at least 1"), ([], "--name")])
+def test_wrong_arguments_are_named(argv, message):
+    with pytest.raises(ValueError, match=message):
+        prepare.main(argv)
+
+
+def test_without_the_package_the_message_says_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "datasets":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        Stream(SETS["nq"], None)
+
+
+# ---------------------------------------------------------------- the real loader, local copies
+
+@pytest.mark.extras
+@pytest.mark.parametrize("form", ["json", "parquet"])
+@pytest.mark.parametrize("name", SETS)
+def test_local_copies_of_each_schema_go_through_datasets(tmp_path, name, form):
+    datasets = pytest.importorskip("datasets")
+    row, local = ROWS[name][0], tmp_path / f"copy.{form}"
+    if form == "json":
+        write_jsonl(local, [row] * 3)
+    else:
+        datasets.Dataset.from_list([row] * 3).to_parquet(str(local))
+    prepare.main([name, f"--out={tmp_path / 'out'}", f"--local={local}"])
+    lang = f"-{SETS[name].lang}" if SETS[name].lang else ""
+    rows = list(read_jsonl(tmp_path / "out" / f"{name}{lang}.jsonl"))
+    assert rows == expected(name) * 3
+
+
+@pytest.mark.extras
+def test_a_stream_goes_on_after_the_row_its_state_was_taken_at(tmp_path):
+    pytest.importorskip("datasets")
+    files = tuple(write_jsonl(tmp_path / f"{k}.json", questions(25)[8 * k:8 * k + 8])
+                  for k in range(3))
+    rows = list(Stream(SETS["nq"], None, files))
+    assert [row["query"] for row in rows] == [f"question {i}" for i in range(24)]
+    for stop in (1, 8, 13, 24):
+        stream = Stream(SETS["nq"], None, files)
+        for i, _ in enumerate(stream, 1):
+            if i == stop:
+                break
+        state = json.loads(json.dumps(stream.state()))
+        assert list(Stream(SETS["nq"], None, files, state)) == rows[stop:]
+
+
+@pytest.mark.extras
+def test_an_unreachable_hub_is_said_so(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def gone(*args, **kwargs):
+        raise TimeoutError("timed out")
+    monkeypatch.setattr(datasets, "load_dataset", gone)
+    with pytest.raises(ConnectionError, match="natural-questions cannot be read.*HF_ENDPOINT"):
+        prepare.main(["nq", f"--out={tmp_path}"])
+    with pytest.raises(ConnectionError, match="missing.json cannot be read"):
+        monkeypatch.undo()
+        prepare.main(["nq", f"--out={tmp_path}", f"--local={Path(tmp_path) / 'missing.json'}"])

@@ -1,0 +1,54 @@
+"""The log and, where it is asked for, tensorboard: the same numbers in both."""
+
+import builtins
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from engine.progress import Log, open_board
+
+WORLD = SimpleNamespace(is_main=True, size=1, mean=lambda numbers: numbers)
+
+
+def run(folder, steps, start=0, **keys):
+    cfg = SimpleNamespace(run_dir=folder, steps=4, stage="sft", log_every=1, **keys)
+    log = Log(cfg, WORLD, start)
+    for step in range(start, steps):
+        batch = SimpleNamespace(ids=[0] * 8, task="sft")
+        log.step(step, batch, {"loss": 3.0 - step / 2}, 0.0, {"lr": 0.25, "alpha": None})
+    log.close()
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_without_being_asked_there_is_no_board(tmp_path):
+    rows = run(tmp_path, 3)
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 3.0), (2, 2.5), (3, 2.0)]
+    assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+    run(tmp_path, 3, tensorboard=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_without_the_package_the_message_says_what_to_install(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if "tensorboard" in name:
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        open_board(tmp_path, 0)
+
+
+@pytest.mark.extras
+def test_the_board_shows_what_the_log_holds(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run(tmp_path, 3, tensorboard=True)
+    rows = run(tmp_path, 4, start=2, tensorboard=True)             # killed after step 3, from 2 on
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 3.0), (2, 2.5), (3, 2.0), (4, 1.5)]
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 3.0), (2, 2.5), (3, 2.0),
+                                                                  (4, 1.5)]
+    assert sorted(board.Tags()["scalars"]) == ["data_share", "loss", "lr", "tokens_per_second"]
