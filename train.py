@@ -473,7 +473,8 @@ def summary(cfg, minutes):
         if path.is_file():
             found[stage] = json.loads(path.read_text())
     keys = sorted({key for results in found.values() for key in results if "/ndcg@10" in key})
-    for name in sorted({key.rsplit("/", 1)[0] for key in keys if "-" not in key.split("/")[2]}):
+    whole = {key.rsplit("/", 1)[0] for key in keys if "-" not in key.split("/")[2]}
+    for name in sorted(name for name in whole if not name.split("/")[2].startswith("mean_")):
         print_table(name, found, cfg.dims)
     print_languages(found)
     for key, value in found.get(cfg.stage, {}).items():

@@ -2,8 +2,11 @@
 import json
 import signal
 import time
+from collections import Counter
 
 from tqdm import tqdm
+
+from engine import budget, distributed
 
 
 class StopSignal:
@@ -67,7 +70,11 @@ class Log:
         self.board = open_board(cfg.run_dir / "tensorboard", step) if wanted else None
         self.bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step",
                         disable=not world.is_main, mininterval=1.0)
-        self.since, self.tokens, self.data = time.perf_counter(), 0, 0.0
+        self.peak = distributed.peak_flops(world.device)
+        self._restart()
+
+    def _restart(self):
+        self.since, self.tokens, self.data, self.flops = time.perf_counter(), 0, 0.0, 0
 
     def candidates(self, tasks):
         """Say once how many candidates each query sees: accumulation would not add any."""
@@ -81,8 +88,13 @@ class Log:
     def step(self, step, batch, measured, data_seconds, known):
         """Take one step's numbers; every `log_every` steps write them.
 
-        measured: this rank's, to be averaged over ranks; known: the same on all ranks.
+        measured: this rank's, to be averaged over ranks; known: the same on all ranks. `mfu`, the
+        share of the chip's nominal FLOP/s that the model's own FLOPs make, is there on chips whose
+        figure is known.
         """
+        lm = batch.targets is not None
+        if self.peak:
+            self.flops += budget.flops(self.cfg.model_config(), Counter(batch.lengths), lm, lm)
         self.tokens += len(batch.ids) * self.world.size
         self.data += data_seconds
         self.bar.update()
@@ -91,6 +103,8 @@ class Log:
         seconds = time.perf_counter() - self.since
         row = {"step": step + 1, "task": batch.task, **self.world.mean(measured), **known,
                "tokens_per_second": self.tokens / seconds, "data_share": self.data / seconds}
+        if self.peak:
+            row["mfu"] = self.flops / seconds / self.peak
         if self.file:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
@@ -99,7 +113,7 @@ class Log:
         for key, value in row.items() if self.board else ():
             if isinstance(value, (int, float)) and key != "step":
                 self.board.add_scalar(key, value, row["step"])
-        self.since, self.tokens, self.data = time.perf_counter(), 0, 0.0
+        self._restart()
 
     def close(self):
         """Finish the bar and the files."""

@@ -27,8 +27,9 @@ def test_summary_and_body(text, summary, body):
 
 def test_sources_are_parsed_not_imported(tmp_path):
     path = tmp_path / "m.py"
-    path.write_text('"""Module."""\nraise SystemExit\nclass A:\n    """Class."""\n    def f(self):\n'
-                    '        """Method."""\nif True:\n    def g():\n        """Inside if."""\n'
+    path.write_text('"""Module."""\nraise SystemExit\nclass A:\n    """Class."""\n'
+                    '    def f(self):\n        """Method."""\n'
+                    'if True:\n    def g():\n        """Inside if."""\n'
                     'det = _add_docstr(_C.det, r"""Attached {x}.""".format(x=1))\n'
                     'add_newdoc("numpy._core", "array", "Newdoc.")\n'
                     'add_newdoc("numpy._core", "nd", ("T", "Attribute."))\n')

@@ -1,0 +1,42 @@
+"""README.md: its numbers come from results/, its commands and paths exist, and it stays short."""
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_the_default_run_is_the_recorded_one():
+    found = json.loads((ROOT / "results" / "default_run.json").read_text())
+    name = "retrieval/installed_docs/test"
+    rows = re.findall(r"^\| (BM25|pretrain|sft|embed_weak|embed_sup)(?:, first (\d+) dims)? \| "
+                      r"([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.M)
+    assert {row[0] for row in rows} == {"BM25", "pretrain", "sft", "embed_weak", "embed_sup"}
+    for stage, dim, *shown in rows:
+        cut = f":{dim}" if dim else ""
+        for metric, value in zip(("ndcg@10", "recall@1", "recall@10"), shown):
+            assert value == f"{found[stage][f'{name}/{metric}{cut}']:.3f}", (stage, dim, metric)
+    minutes = re.search(r"([\d.]+) minutes on two cores", README).group(1)
+    assert float(minutes) == round(found["minutes"], 1) <= 10
+    mean = re.search(r"mean over 26 query languages: ([\d.]+) after stage 3, ([\d.]+) after",
+                     README)
+    for stage, value in zip(("embed_weak", "embed_sup"), mean.groups()):
+        assert value == f"{found[stage]['retrieval/clr_test/mean/ndcg@10']:.3f}"
+
+
+def test_files_that_are_named_exist():
+    for path in re.findall(r"`((?:config|tests|results|engine|experiments)/[\w./]+)`", README):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"\b(?:python|train\.py|torchrun) ([\w/]+\.py)", README):
+        assert (ROOT / path).is_file(), path
+    for module, name in re.findall(r"`(\w+)\.(\w+)`", README):
+        path = ROOT / f"{module}.py"
+        if path.is_file() and name != "py":
+            assert re.search(rf"\b{name}\b", path.read_text(encoding="utf-8")), f"{module}.{name}"
+    for path in re.findall(r"\]\((results/[^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_it_can_be_read_in_one_go():
+    assert len(README.splitlines()) <= 240
