@@ -411,7 +411,7 @@ def run_steps(cfg, world, step, model, optimizer, tasks, counters, keep, dtype, 
         log.step(step, batch, {"loss": float(loss), **stats}, data_seconds,
                  {"alpha": stage_mask(cfg, step).alpha, "lr": lr_at(step, cfg),
                   "grad_norm": float(norm), **counters})
-        if world.device.type == "cpu" and step % 20 == 19:
+        if world.device.type == "cpu" and step % 50 == 49:
             distributed.release_memory()
         if told["stop"]:
             keep(step + 1)
