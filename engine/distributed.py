@@ -173,7 +173,7 @@ def release_memory():
     """Hand the pages of freed blocks back to the kernel, now and then.
 
     Blocks that change their size with every batch leave holes: kept for ever they grow to several
-    times what is in use (measured: 9 GB instead of 5 GB in the laptop's stage 3).
+    times what is in use (seen: 8.9 GB in the laptop's stage 3; LOG.md).
     """
     if _glibc():
         _glibc().malloc_trim(0)
