@@ -35,7 +35,7 @@ PACKAGES = ("torch", "numpy", "sympy", "mpmath", "networkx", "jinja2", "markupsa
             "pytest", "_pytest", "pluggy", "packaging", "pygments")
 SKIP_PARTS = {"test", "tests", "testing", "_vendor", "__pycache__", "site-packages", "idlelib",
               "lib2to3", "ensurepip", "turtledemo", "benchmarks"}
-VERSION = 3                       # raise it when the files below change: old ones are rebuilt
+VERSION = 4                       # raise it when the files below change: old ones are rebuilt
 DEV_SIZE = TEST_SIZE = 1000       # documents of the dev and the test collection
 SUPERVISED_SIZE = 3000            # pairs of stage 4: few enough to come back while DHNM watches
 MAX_BODY_CHARS = 4000
@@ -346,9 +346,9 @@ def fingerprint():
 def build(out):
     """Write the embedded corpus into the folder `out` and return its manifest.
 
-    text.jsonl {text}, pairs.jsonl {input, output}, retrieval.jsonl {query, pos},
-    classification.jsonl {query, pos, neg}, sts.jsonl {sentence1, sentence2, score}; dev/ and test/
-    {corpus, queries, qrels}; search/corpus.jsonl with everything, for `embed.py --query`;
+    text.jsonl {text}, pairs/documentation.jsonl {input, output, name}, retrieval.jsonl {query,
+    pos}, classification.jsonl {query, pos, neg}, sts.jsonl {sentence1, sentence2, score}; dev/ and
+    test/ {corpus, queries, qrels}; search/corpus.jsonl with everything, for `embed.py --query`;
     labelled_test.jsonl {text, label} for the evaluation. The manifest is written last.
     """
     out = Path(out)
@@ -358,8 +358,9 @@ def build(out):
     train = splits["train"]
     pairs = [row for row in train if is_pair(row)]
     write_jsonl(out / "text.jsonl", ({"text": row["text"]} for row in train))
-    write_jsonl(out / "pairs.jsonl", ({"input": row["summary"], "output": row["body"]}
-                                      for row in pairs))
+    (out / "pairs").mkdir(exist_ok=True)
+    write_jsonl(out / "pairs" / "documentation.jsonl", ({"input": row["summary"], "output":
+                row["body"], "name": row["name"]} for row in pairs))
     supervised = sorted(pairs, key=lambda row: _share(row["name"]))[:SUPERVISED_SIZE]
     write_jsonl(out / "retrieval.jsonl", ({"query": row["summary"], "pos": [row["body"]],
                                            "id": row["name"]} for row in supervised))

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 PROMPTS = {                        # what a query of each task asks for, unless its row says so
-    "retrieval": "Find the documentation",
-    "clr": "Find the documentation",
+    "retrieval": "Find the passage",
+    "clr": "Find the passage",
     "classification": "Name the topic",
     "sts": "",
     "bitext": "",
@@ -528,10 +528,19 @@ class Batch:
         return self
 
     def chunks(self, n_texts):
-        """Yield (ids, lengths, targets or None) of at most `n_texts` texts at a time; 0: all."""
-        n_texts, start = n_texts or len(self.lengths), 0
-        for first in range(0, len(self.lengths), n_texts):
-            lengths = self.lengths[first:first + n_texts]
+        """Yield (ids, lengths, targets or None) of about `n_texts` texts at a time; 0: all.
+
+        Absent negatives are counted as texts: all ranks get the same number of chunks, whichever
+        of their negatives are there. Under fsdp each chunk is a meeting of all ranks.
+        """
+        texts = sure = len(self.lengths)
+        if self.negative_ids is not None:
+            sure = 2 * len(self.negative_ids)              # queries and positives are always there
+            texts = sure + self.negative_ids.numel()
+        count, start = min(-(-texts // (n_texts or texts)), sure), 0
+        cuts = [-(-i * len(self.lengths) // count) for i in range(count + 1)]
+        for first, last in zip(cuts, cuts[1:]):
+            lengths = self.lengths[first:last]
             end = start + sum(lengths)
             targets = None if self.targets is None else self.targets[start:end]
             yield self.ids[start:end], lengths, targets

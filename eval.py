@@ -107,7 +107,7 @@ class EvalConfig:
     split: str | None = None  # rows of this split (none: test, else dev, else validation, else all)
     dims: tuple[int, ...] = ()  # also score these first dimensions (MRL)
     batch_size: int = 32  # texts per forward pass
-    out: str = ""  # the JSON file (empty: eval.json in the checkpoint's folder)
+    out: str = ""  # the JSON file to write (empty: add to the run's eval.json, see `place`)
 
     def __post_init__(self):
         if sum(map(bool, (self.checkpoint, self.sentence_transformer, self.bm25))) != 1:
@@ -341,6 +341,26 @@ class MTEBModel:
         return (torch.as_tensor(left).float() * torch.as_tensor(right).float()).sum(-1)
 
 
+def mteb_tasks(name):
+    """Return (the tasks of one of mteb's tasks or benchmarks, whether it is a benchmark).
+
+    Raises ValueError for an unknown name, ImportError without mteb.
+    """
+    try:
+        import mteb
+    except ImportError as error:
+        raise ImportError("mteb is not installed: pip install mteb") from error
+    try:
+        return list(mteb.get_benchmark(name).tasks), True
+    except KeyError:
+        pass
+    try:
+        return list(mteb.get_tasks(tasks=[name])), False
+    except KeyError as error:
+        reason = error.args[0].removeprefix("KeyError: ")
+        raise ValueError(f"mteb has no such task or benchmark: {reason}") from None
+
+
 def evaluate_mteb(encoder, name, folder, dims=(), batch_size=32):
     """Run one of mteb's tasks or benchmarks -> {"mteb/<task>/<subset>/<metric>[:dim]": float}.
 
@@ -348,20 +368,9 @@ def evaluate_mteb(encoder, name, folder, dims=(), batch_size=32):
     "types". mteb's own files go to `folder`; what is there already is not run again.
     Raises ValueError for an unknown name, ImportError without mteb.
     """
-    try:
-        import mteb
-    except ImportError as error:
-        raise ImportError("--mteb needs: pip install mteb") from error
-    try:
-        chosen = list(mteb.get_benchmark(name).tasks)
-        is_benchmark = True
-    except KeyError:
-        is_benchmark = False
-        try:
-            chosen = list(mteb.get_tasks(tasks=[name]))
-        except KeyError as error:
-            reason = error.args[0].removeprefix("KeyError: ")
-            raise ValueError(f"mteb has no such task or benchmark: {reason}") from None
+    chosen, is_benchmark = mteb_tasks(name)
+    import mteb
+
     results, cache = {}, mteb.ResultCache(folder)
     for dim in (None, *dims):
         cut = "" if dim is None else f":{dim}"
@@ -466,12 +475,40 @@ def main():
         sys.exit(f"eval.py: error: {error}")
 
 
+def place(config):
+    """Return the JSON file to write: one for each model, so that no two models' scores mix.
+
+    A run has eval.json, which train.py begins; a single checkpoint and a baseline have their own
+    beside it.
+    """
+    if config.out:
+        return Path(config.out)
+    path = Path(config.checkpoint)
+    if not config.checkpoint:
+        return Path("out") / f"eval_{model_name(config)}.json"
+    one = (path / "manifest.json").is_file()
+    return path.with_name(f"eval_{path.name}.json") if one else path / "eval.json"
+
+
+def model_name(config):
+    """Return a short name of the model that the options name."""
+    return Path(config.checkpoint or config.sentence_transformer or "bm25").name
+
+
+def earlier(config, out):
+    """Return the scores that stay: those of the file, unless --out has named it."""
+    if config.out or not out.is_file():
+        return {}
+    try:
+        return dict(json.loads(out.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{out}: not a JSON object, delete it or give --out: {error}") from None
+
+
 def run(config):
     """Score every set of the config, print the tables and write the JSON file."""
-    encoder, results = load_encoder(config), {}
-    checkpoint = Path(config.checkpoint or "out")
-    folder = checkpoint.parent if (checkpoint / "manifest.json").is_file() else checkpoint
-    out = Path(config.out) if config.out else folder / "eval.json"
+    encoder, results, out = load_encoder(config), {}, place(config)
+    kept = earlier(config, out)  # raises before hours of scoring
     out.parent.mkdir(parents=True, exist_ok=True)
     names = ("retrieval", "mkqa", *ROW_TASKS)
     jobs = [(task, path) for task in names for path in getattr(config, task)]
@@ -491,8 +528,13 @@ def run(config):
             raise ValueError(f"{path}: another set gave {min(twice)!r} already; rename its folder")
         results |= scores
         print(f"{table(scores)}\n({path}: {time.perf_counter() - start:.1f} s)", flush=True)
-    out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{table_1(results)}\n\nwrote {out}".lstrip("\n"))
+    if not config.bm25:
+        size = sum(p.numel() for p in encoder.model.parameters())
+        results[f"model/{model_name(config)}/all/parameters"] = size
+    text = json.dumps(kept | results, indent=1, ensure_ascii=False)
+    out.write_text(f"{text}\n", encoding="utf-8")
+    added = f", beside {len(kept.keys() - results.keys())} earlier numbers" if kept else ""
+    print(f"{table_1(results)}\n\nwrote {out}{added}".lstrip("\n"))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ NEEDS = "sentence-transformers >= 6.0, transformers >= 5.2"
 FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", EXPORTED,
          "golden.json", "modules.json", "sentence_bert_config.json", "1_Pooling", "2_Normalize",
          "config_sentence_transformers.json", "tokenizer.json", "tokenizer_config.json",
-         "tokenizer.tiktoken"}
+         "tokenizer.tiktoken", "eval.json", "mteb"}     # the last two: scores that eval.py adds
 MACHINE = {"previous", "train_missing", "out", "resume", "docs", "evaluate", "skip_bad_lines",
            "device", "log_every", "save_every", "keep_last"}       # no part of a training recipe
 MTEB_NAMES = {"classification": "Classification", "sts": "STS", "bitext": "BitextMining"}
@@ -427,7 +427,7 @@ def measured(embedder):
         return "Nothing was measured with this checkpoint."
     sets = {}
     for key, value in json.loads(path.read_text(encoding="utf-8")).items():
-        if key.count("/") == 3 and not key.startswith("dhnm/"):
+        if key.count("/") == 3 and not key.startswith(("dhnm/", "model/")):
             where, subset, metric = key.rsplit("/", 2)
             metric, _, dim = metric.partition(":")
             row = f"{subset}, first {dim} dims" if dim else subset

@@ -3,12 +3,13 @@
     python filters.py --input=pairs.jsonl --out=clean.jsonl --min_chars=20 --dedup=near
     python filters.py --input=pairs.jsonl --out=clean.jsonl --min_score=0.4 --scorer=out/embed_sup
     python filters.py --input=text.jsonl.gz --out=clean.jsonl --script=zh --decontaminate=eval/
+    python filters.py --input=pairs.jsonl --out=clean.jsonl --decontaminate="mteb:MTEB(eng, v2)"
 
 PAPER Sec. 3.1.2: pairs that gte-Qwen2-7B scores below 0.4 are dropped; a scorer here is a folder of
 train.py, an exported directory, or any sentence-transformers model. Each filter is a generator
 (rows, drop) -> rows that calls drop(row, reason) for what it leaves out, so filters chain, and
 memory stays bounded but for the duplicates: 16 bytes a row exact, about 3 kB a row near.
-For terabytes of web text use Data-Juicer first; it reads and writes these {"text"} lines.
+For terabytes of web text use Data-Juicer first: it writes {"text"} lines, which go on from here.
 UNSPECIFIED: everything but the 0.4; which filters ran and what they dropped is OUT.report.json.
 """
 import hashlib
@@ -196,14 +197,16 @@ class Decontaminator:
 
     paths: JSONL(.gz) files, or folders of them, of which corpus.jsonl is passed over: a
     collection's documents are common background (Wikipedia), its queries are not. Name the file
-    to compare with it. Any string in a row counts as a text, but ids and labels do not. A text is
-    found if it is equal, or if 13 words in a row are; a text below 13 words has only the first.
+    to compare with it. "mteb:NAME" stands for a task or a benchmark of mteb. Any string in a row
+    counts as a text, but ids and labels do not. A text is found if it is equal, or if 13 words in
+    a row are; a text below 13 words has only the first.
     """
 
     def __init__(self, paths):
         self.whole, self.grams = set(), set()
-        for path in _files(paths):
-            for row in read_jsonl(path):
+        for path in paths:
+            named = str(path).startswith("mteb:")
+            for row in mteb_rows(path.removeprefix("mteb:")) if named else _rows([path]):
                 for text in _strings(row):
                     words = words_of(text)
                     if len(words) >= 3:                  # "yes", a label: equal by chance
@@ -229,6 +232,41 @@ class Decontaminator:
                 drop(row, reason)
             else:
                 yield row
+
+
+def mteb_rows(name):
+    """Yield the rows that a task or a benchmark of mteb evaluates on; their data is downloaded.
+
+    Of retrieval the queries only, as of a collection. Raises ValueError for an unknown name,
+    ImportError without mteb.
+    """
+    from eval import mteb_tasks                           # only here: the rest needs no model
+    for task in tqdm(mteb_tasks(name)[0], desc=name, unit="task", disable=None):
+        task.load_data()
+        yield from _held_out(task.dataset, set(task.metadata.eval_splits))
+        task.unload_data()
+
+
+def _held_out(data, splits):
+    """Yield the rows of {subset: {split: rows}}, in which rows may be {"queries": rows, ...}."""
+    if not hasattr(data, "keys"):
+        yield from data
+        return
+    for key in data.keys():
+        background = key in ("corpus", "relevant_docs", "top_ranked")
+        if not background and (key in splits or key not in ("train", "validation", "dev", "test")):
+            yield from _held_out(data[key], splits)
+
+
+def joined(names):
+    """Undo the command line's split of "mteb:MTEB(eng, v2)" at its comma."""
+    from eval import join_names                           # only here: the rest needs no model
+    return join_names(names) if any("(" in name for name in names) else list(names)
+
+
+def _rows(paths):
+    for path in _files(paths):
+        yield from read_jsonl(path)
 
 
 def _grams(words):
@@ -268,7 +306,7 @@ class FilterConfig:
     min_script: float = 0.5                    # least share of such letters
     dedup: Literal["none", "exact", "near"] = "none"
     near: float = 0.8                          # least Jaccard overlap of a near duplicate
-    decontaminate: tuple[str, ...] = ()        # files or folders with evaluation texts
+    decontaminate: tuple[str, ...] = ()        # files or folders of evaluation texts, mteb:NAME
     min_score: float | None = None             # least cosine of query and passage; the paper's 0.4
     scorer: str | None = None                  # checkpoint, exported or sentence-transformers model
 
@@ -305,7 +343,7 @@ def make_filters(cfg):
     if cfg.dedup == "near":
         filters.append(partial(near_duplicates, least=cfg.near))
     if cfg.decontaminate:
-        filters.append(Decontaminator(cfg.decontaminate))
+        filters.append(Decontaminator(joined(cfg.decontaminate)))
     if cfg.min_score is not None:
         scorer = load_scorer(cfg.scorer) if cfg.scorer else None
         filters.append(partial(by_score, encoder=scorer, least=cfg.min_score))
@@ -370,5 +408,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"filters.py: error: {error}")

@@ -1,13 +1,16 @@
-"""A dictionary of 600 words in 26 languages, and queries put through it word by word.
+"""A dictionary of 761 words in 26 languages, and queries put through it word by word.
 
     LexiconTranslator()("the determinant of a matrix", "es")         # "determinante matriz"
 
-lexicon.tsv holds the most frequent content words of the embedded corpus's summary lines, one row a
-word. This is the oldest way of cross-lingual retrieval, a dictionary and no grammar, and it is no
-translation: function words are dropped, inflections folded, words that are not in the table stay as
-technical terms do, one sense stands for all. Word order follows the language in three rules.
-Offline, it lets `clr.py` teach a model many languages (PAPER Sec. 3.3; DEVIATES from its LLM).
+lexicon.tsv holds the content words of the embedded corpus's summary lines, one row a word: the 600
+most frequent, and of the next ones those that most packages use. This is the oldest way of cross-
+lingual retrieval, a dictionary and no grammar, and it is no translation: function words are
+dropped, inflections folded, words that are not in the table stay as technical terms do, one sense
+stands for all. Word order follows the language in three rules; `Phrasing` adds what people type
+around and onto the words. Offline, it lets `clr.py` and the weak stage teach a model many languages
+(PAPER Sec. 3.1.2, 3.3; DEVIATES from the paper's LLM and from its mined bitext).
 """
+import random
 import re
 from pathlib import Path
 
@@ -26,20 +29,21 @@ PHRASE_ENDS = ATTRIBUTIVE | frozenset("""
 and as at before after by from if into or per so than that through to using via when where whether
 which while with without within""".split())
 VERBS = frozenset("""
-add allocate allow append apply attach break broadcast build calculate call cancel
-capture change check close collect combine compare compile complete compose compress
-compute concatenate construct contain control convert copy correspond count create decode
-decompress define delete depend describe detect determine disable dispatch display
-distribute divide download draw enable encode encrypt escape estimate evaluate exclude
-execute exist exit expand export extend extract fail fill find fix flatten follow fuse
-gather generate get give handle hold ignore implement import include indicate initialize
-insert install integrate interpolate iterate join keep learn load look make match measure
-merge modify move multiply need normalize open override pad parse pass perform prepare
-print produce provide quantize raise reach read receive reduce register release remove
-repeat replace represent require reset restore retrieve return reverse rewrite rotate
-round run save search see select send share shift show simplify skip solve sort specify
-split start stop store subtract support swap take test track transform translate
-transpose truncate try update use validate verify wait work wrap write""".split())
+accept acquire add allocate allow append apply assign associate attach avoid begin bind break
+broadcast build calculate call cancel capture change check choose clear clone close collect
+combine compare compile complete compose compress compute concatenate configure connect construct
+contain control convert copy correspond count create decide decode decompress define delete depend
+derive describe detect determine disable dispatch display distribute divide download draw enable
+encode encrypt ensure escape estimate evaluate exclude execute exist exit expand export extend
+extract fail fetch fill find finish fix flatten follow fuse gather generate get give handle hold
+ignore implement import include indicate initialize insert install integrate interpolate invoke
+iterate join keep learn load look make mark match measure merge modify move multiply need
+normalize obtain occur open override pad parse pass perform prepare preserve prevent print produce
+provide quantize raise reach read receive recognize reduce register release remove rename repeat
+replace represent require reset restore retrieve return reverse rewrite rotate round run save scan
+search see select send separate share shift show simplify skip solve sort specify split start stop
+store subtract support swap switch take test track transform translate transpose traverse truncate
+try update use validate verify wait work wrap write""".split())
 IRREGULAR = {"axes": "axis", "built": "build", "children": "child", "found": "find", "got": "get",
              "held": "hold", "indices": "index", "kept": "keep", "leaves": "leaf", "made": "make",
              "matrices": "matrix", "sent": "send", "taken": "take", "used": "use",
@@ -87,17 +91,118 @@ class LexiconTranslator:
         """Return the words of `text` in `lang`, in its order; ValueError for unknown languages."""
         if lang not in self.table:
             raise ValueError(f"no language {lang!r} in the lexicon: {', '.join(self.table)}")
+        return join([word for word, _ in self.words(text, lang)], lang)
+
+    def words(self, text, lang):
+        """Return [(word in `lang`, was it in the table)] of the content words, in its order."""
         words = []
         for verb, others in order_phrases(split_phrases(text, self.table["en"]), lang):
             words += others + verb if lang in VERB_LAST else verb + others
-        words = [self.table[lang].get(lemma, word) for word, lemma in words]
-        if lang not in UNSPACED:
-            return " ".join(words)
-        joined = ""
-        for word in words:
-            foreign = joined and (joined[-1].isascii() or word[0].isascii())
-            joined += " " + word if foreign else word
-        return joined
+        return [(self.table[lang].get(lemma, word), lemma is not None) for word, lemma in words]
+
+
+class Phrasing:
+    """Give bare words the look of what people type: "matriz determinante" -> "¿cómo ...?".
+
+    phrasing.tsv has a row for each language: questions and requests around a "{}", function words
+    that may stand between two words, and endings and prefixes that a word may have instead of its
+    dictionary form. All are drawn at random and rarely make good grammar. What they teach is which
+    part of a word carries its meaning, and which words carry none: a query typed by a person has
+    "матрицы" and "how do I", where the lexicon has "матрица" and nothing.
+    """
+
+    def __init__(self, path=Path(__file__).with_name("phrasing.tsv")):
+        with open(path, encoding="utf-8") as file:
+            rows = [line.rstrip("\r\n").split("\t") for line in file][1:]
+        self.frames = {row[0]: row[1].split(" / ") for row in rows}
+        self.between = {row[0]: row[2].split() for row in rows}
+        self.endings = {row[0]: [self._rule(rule) for rule in row[3].split(";") if rule]
+                        for row in rows}
+        self.prefixes = {row[0]: row[4].split() for row in rows}
+
+    @staticmethod
+    def _rule(text):
+        """Parse "ar,er=o as": a word that ends in one of the first may end in one of the others."""
+        old, new = text.split("=")
+        return sorted(old.split(","), key=len, reverse=True), new.split()
+
+    def inflect(self, word, lang, rng):
+        """Return `word` with another ending, by the first rule that fits; most of it stays."""
+        least = 1 if lang in ("ja", "ko") else 3                # characters that stay
+        for old, new in self.endings[lang]:
+            for ending in old:
+                if word.endswith(ending) and len(word) - len(ending) >= least:
+                    return word[:len(word) - len(ending)] + rng.choice(new)
+        return word
+
+    def __call__(self, words, lang, rng, framed=0.6, joined=0.4):
+        """Return a text from [(word, may it change)], as LexiconTranslator.words gives them.
+
+        framed: share of the texts that become a question or request; joined: share of the gaps that
+        get a function word.
+        """
+        out, prefixes, between = [], self.prefixes[lang], self.between[lang]
+        for word, changes in words:
+            if out and rng.random() < joined:
+                out.append(rng.choice(between))
+            if changes:
+                *first, last = word.split(" ")
+                last = self.inflect(last, lang, rng) if rng.random() < 0.5 else last
+                prefix = rng.choice(prefixes) if prefixes and rng.random() < 0.4 else ""
+                word = prefix + " ".join([*first, last])
+            out.append(word)
+        text = join(out, lang)
+        if rng.random() < framed:
+            text = rng.choice(self.frames[lang]).replace("{}", text)
+        if rng.random() < 0.5:
+            start = next((i for i, c in enumerate(text) if c.isalpha()), 0)
+            text = text[:start] + text[start:start + 1].upper() + text[start + 1:]
+        return text
+
+
+def bitext_rows(rows, translate, phrase, seed=0):
+    """Yield pairs for the weak stage: a summary line in some language -> its name and English text.
+
+    rows: {"input": summary, "name"}. In half of the texts the words that the dictionary does not
+    have are left out: with them there, a pair can be told without knowing the language.
+    """
+    rng, langs = random.Random(seed), list(translate.table)
+    for row in rows:
+        lang = rng.choice(langs)
+        words = translate.words(row["input"], lang)
+        known = [word for word in words if word[1]]
+        if known:
+            words = known if len(known) > 1 and rng.random() < 0.5 else words
+            yield {"input": phrase(words, lang, rng), "output": f"{row['name']}\n{row['input']}"}
+
+
+def dictionary_rows(translate, phrase, times, seed=0):
+    """Yield pairs {instruction, input, output} of one to three words of a language and of English.
+
+    Every word comes `times` times in each language, inflected at random. Short texts: a step of
+    them costs a sixth of one of documents, and the rare words are met as often as the others.
+    """
+    rng, english = random.Random(seed), list(translate.table["en"])
+    for lang in [lang for lang in translate.table if lang != "en"] * times:
+        rng.shuffle(english)
+        start = 0
+        while start < len(english):
+            part = english[start:start + rng.choice((1, 2, 3))]
+            start += len(part)
+            words = [(translate.table[lang][word], True) for word in part]
+            yield {"instruction": "", "input": phrase(words, lang, rng, framed=0.1, joined=0.2),
+                   "output": " ".join(part)}
+
+
+def join(words, lang):
+    """Join words, by spaces where the language has them; Latin words keep theirs everywhere."""
+    if lang not in UNSPACED:
+        return " ".join(words)
+    joined = ""
+    for word in words:
+        foreign = joined and (joined[-1].isascii() or word[0].isascii())
+        joined += " " + word if foreign else word
+    return joined
 
 
 def split_phrases(text, known):

@@ -227,7 +227,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             g = log_p.exp_().scatter_add_(1, at, -torch.ones_like(at, dtype=torch.float32))
             g = g.mul_((keep / count)[:, None]).to(hidden.dtype)                # (chunk, V)
             part.copy_(g @ cast)
-            grad_w += (g.T @ h).float()
+            if h.dtype == grad_w.dtype:
+                grad_w.addmm_(g.T, h)                       # without a second (V, D)
+            else:
+                grad_w += g.T @ h
         ctx.save_for_backward(grad_h, grad_w.to(weight.dtype))
         return total / count
 
@@ -237,13 +240,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_h * grad, grad_w * grad, None, None
 
 
-def lm_cross_entropy(hidden, weight, targets, chunk=1024):
+def logits_chunk(vocab_size, kind):
+    """Return the tokens whose logits are held at a time: 64 MB of float32 on a CPU, 2 GB on a card.
+
+    Fewer would starve the matmuls, and for a small vocabulary more would not make them faster.
+    """
+    least, most, numbers = (128, 1024, 2 ** 24) if kind == "cpu" else (1024, 16_384, 2 ** 29)
+    return min(max(numbers // vocab_size, least), most)
+
+
+def lm_cross_entropy(hidden, weight, targets, chunk=None):
     """Return the mean next-token loss, a float32 scalar, without ever holding all logits.
 
     hidden: (S, D), weight: (V, D) the (tied) output embedding, targets: (S,) int64 with -100 where
     nothing is predicted. The gradient is formed chunk by chunk in the forward pass, so peak memory
     is chunk * V instead of S * V (at V = 150,000 and S = 32,768: 20 GB in float32). The matmuls run
-    in hidden's dtype, softmax and the sums in float32. No target at all gives 0.
+    in hidden's dtype, softmax and the sums in float32. No target at all gives 0. `chunk` in tokens;
+    None: see `logits_chunk`.
     """
+    chunk = chunk or logits_chunk(len(weight), hidden.device.type)
     with torch.autocast(hidden.device.type, enabled=False):
         return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)

@@ -48,9 +48,13 @@ def mask_weights(row, col, length, alpha, axis="row"):
     """
     if axis not in ("row", "col"):
         raise ValueError(f"axis {axis!r} is unknown; choose row (the formula) or col (the prose)")
-    i = (row if axis == "row" else col) + 1            # PAPER Eq. 4: i counts from 1
-    future = (alpha * length / i).clamp(max=1.0)
+    future = future_weight(row if axis == "row" else col, length, alpha)
     return torch.where(row >= col, torch.ones_like(future), future)
+
+
+def future_weight(at, length, alpha):
+    """Return min(alpha * l / i, 1) of tokens at the 0-based place `at` of texts of `length`."""
+    return (alpha * length / (at + 1)).clamp(max=1.0)  # PAPER Eq. 4: i counts from 1
 
 
 def soft_mask(seq_len, alpha, axis="row"):

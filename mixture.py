@@ -4,6 +4,7 @@ PAPER Sec. 3.1.2, App. A, Table 11: retrieval, CLR and classification with InfoN
 negatives, STS with CoSENT; one task a step, the same on every rank. Without data of one's own the
 embedded documentation corpus stands in, its queries put through clr.py for CLR.
 """
+import random
 from pathlib import Path
 
 import numpy as np
@@ -13,41 +14,56 @@ from tqdm import tqdm
 import clr
 import corpus
 import data
+import sets
 from bm25 import BM25
 from dhnm import HardNegativePool
-from lexicon import LexiconTranslator
+from lexicon import LexiconTranslator, Phrasing, bitext_rows, dictionary_rows
 from tokenizer import Tokenizer
 
 
 def sources(cfg, kind):
-    """Return the files of a kind: those given, else the embedded corpus's."""
+    """Return the files of a kind: those given, else those made of `root` or the embedded corpus."""
     given = getattr(cfg, kind)
     if given:
         return given
-    path = Path(cfg.docs) / f"{kind}.jsonl"
-    return (str(path),) if uses_docs(cfg) and path.is_file() else ()
+    path = Path(cfg.out) / "sets" if cfg.root else Path(cfg.docs)
+    found = sorted(map(str, (path / kind).glob("*.jsonl"))) or [str(path / f"{kind}.jsonl")]
+    return tuple(found) if (cfg.root or uses_docs(cfg)) and Path(found[0]).is_file() else ()
 
 
 def uses_docs(cfg):
     """Tell whether a run reads the embedded corpus: if it names no data of its own."""
-    return not (cfg.text or cfg.pairs or cfg.retrieval or cfg.clr or cfg.classification or cfg.sts)
+    return not (cfg.root or cfg.text or cfg.pairs or cfg.retrieval or cfg.clr
+                or cfg.classification or cfg.sts)
+
+
+def ensure_files(cfg):
+    """Make the files that a run reads, where they are made of something: see `sources`."""
+    if cfg.root:
+        sets.ensure(cfg.root, Path(cfg.out) / "sets")
+    elif uses_docs(cfg):
+        ensure_docs(cfg)
 
 
 def ensure_docs(cfg):
     """Build the embedded corpus, and its queries in 26 languages, unless they are there."""
     folder = Path(cfg.docs)
     corpus.ensure(folder)
-    translate = LexiconTranslator()
+    translate, phrase, pairs = LexiconTranslator(), Phrasing(), folder / "pairs"
     built = (folder / "manifest.json").stat().st_mtime
 
     def is_stale(path):
         return not path.is_file() or path.stat().st_mtime < built
 
-    if is_stale(folder / "clr.jsonl"):
-        rows = [{"query": row["input"], "pos": [row["output"]]}
-                for row in data.read_jsonl(folder / "pairs.jsonl")]
-        gates = [clr.script_gate(0.2), clr.copy_gate]
-        corpus.write_jsonl(folder / "clr.jsonl", clr.build_clr(rows, translate, gates=gates))
+    if is_stale(folder / "clr.jsonl"):     # the last file: if it is there, all are
+        rows = list(data.read_jsonl(pairs / "documentation.jsonl"))
+        corpus.write_jsonl(pairs / "bitext.jsonl", bitext_rows(rows, translate, phrase))
+        corpus.write_jsonl(pairs / "dictionary.jsonl", dictionary_rows(translate, phrase, times=6))
+        rng = random.Random(0)
+        corpus.write_jsonl(folder / "clr.jsonl", clr.build_clr(
+            ({"query": row["input"], "pos": [row["output"]]} for row in rows),
+            lambda text, lang: phrase(translate.words(text, lang), lang, rng),
+            gates=[clr.script_gate(0.2), clr.copy_gate]))
     queries = folder / "clr_test" / "queries.jsonl"
     if is_stale(queries):                  # the same 100 questions in every language
         found = data.load_collection(folder / "test")
@@ -68,7 +84,8 @@ def load_tokenizer(cfg, world):
 
     def make():
         if not path.is_file():
-            kinds = [k for k in ("text", "clr") if sources(cfg, k)] or ["pairs"]
+            kinds = ["text", "pairs" if uses_docs(cfg) else "clr"]     # queries hold the languages
+            kinds = [k for k in kinds if sources(cfg, k)] or ["pairs"]
             rows = [data.Rows(sources(cfg, k), k, skip_bad=True) for k in kinds]
             texts = (row if isinstance(row, str) else f"{row['query']}\n{row['pos'][0]}"
                      if kinds == ["pairs"] else row["query"]
@@ -88,9 +105,9 @@ def load_tokenizer(cfg, world):
 class Task:
     """One kind of example and how its batches are made; `pool` is there where DHNM works."""
 
-    def __init__(self, kind, cfg, tokenizer, world):
+    def __init__(self, kind, cfg, tokenizer, world, files=()):
         self.kind, self.cfg, self.tokenizer, self.world = kind, cfg, tokenizer, world
-        self.rows = world.main_first(lambda: data.Rows(sources(cfg, kind), kind,
+        self.rows = world.main_first(lambda: data.Rows(files or sources(cfg, kind), kind,
                                                        skip_bad=cfg.skip_bad_lines))
         if self.rows.bad and world.is_main:
             tqdm.write(f"{kind}: {self.rows.bad:,} bad lines left out, {len(self.rows):,} taken")
@@ -190,8 +207,11 @@ def build_tasks(cfg, tokenizer, world):
     """Return [(task, weight)] of a stage: one task, or the supervised mixture."""
     if cfg.stage == "pretrain":
         return [(Task("text", cfg, tokenizer, world), 1.0)]
-    if cfg.stage in ("sft", "embed_weak"):
+    if cfg.stage == "sft":
         return [(Task("pairs", cfg, tokenizer, world), 1.0)]
+    if cfg.stage == "embed_weak":      # one file a step: negatives of the positive's own origin
+        tasks = [Task("pairs", cfg, tokenizer, world, [f]) for f in sources(cfg, "pairs")]
+        return [(task, len(task.rows)) for task in tasks]
     kinds = [k for k, w in cfg.task_weights.items() if w > 0 and sources(cfg, k)]
     if not kinds:
         raise ValueError("embed_sup needs data: --retrieval=, --clr=, --classification= or --sts=")

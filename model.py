@@ -7,8 +7,9 @@ UNSPECIFIED: activation, norm and tying; SwiGLU + tied + head dim 112 gives 1,49
 one combination next to Table 5's 1503M.
 
 Texts come as one flat list of tokens and their lengths, so there is no padding to leak and none to
-pay for: linear layers see (S, D), attention sees groups of texts of like lengths. One `forward`
-serves the LM loss and the embedding, because DDP and FSDP hook nothing but `forward`.
+pay for: linear layers see (S, D), attention sees groups of texts of like lengths, or on CUDA the
+list itself (attention.py). One `forward` serves the LM loss and the embedding, because DDP and FSDP
+hook nothing but `forward`.
 
 B texts, S tokens of all texts, T tokens of the longest text of a group, D width, H heads,
 K key/value heads, E head dim, F ffn dim, V vocabulary.
@@ -21,8 +22,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import attention
 from losses import lm_cross_entropy
-from mask import FULL, mask_weights
+from mask import FULL, future_weight, mask_weights
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,12 @@ class ConanConfig:
     n_kv_head: int = 8
     n_embd: int = 3584
     ffn_dim: int = 8192
+    attention_dim: int = 0         # of all heads together; 0: n_embd
     block_size: int = 32_768       # longest text in tokens; longer ones are cut by the caller
     rope_base: float = 10_000.0    # UNSPECIFIED
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-5         # a token far below its square root keeps its own length
+    embed_std: float = 0.02        # initial token embeddings; see `Conan.rank_scale`
+    embed_rank_power: float = 0.0
     pooling: str = "mean"          # UNSPECIFIED: "mean" over tokens, or the "last" token
 
     def __post_init__(self):
@@ -44,9 +49,10 @@ class ConanConfig:
                      "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise ValueError(f"n_embd {self.n_embd} must be n_head {self.n_head} times an even "
-                             "head dim")
+        name = "attention_dim" if self.attention_dim else "n_embd"
+        if getattr(self, name) % self.n_head or self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"{name} {getattr(self, name)} must be n_head {self.n_head} times an "
+                             "even head dim")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head "
                              f"{self.n_kv_head}")
@@ -56,7 +62,7 @@ class ConanConfig:
     @property
     def head_dim(self):
         """Return E, the width of one head."""
-        return self.n_embd // self.n_head
+        return (self.attention_dim or self.n_embd) // self.n_head
 
 
 # ---------------------------------------------------------------- texts of unequal length
@@ -78,6 +84,7 @@ class Packing:
     list; `Conan.forward` applies it on entry and undoes it on the embeddings. `padded` holds, for
     all groups one after the other, the flat place of each of their B * T places (P in all; a pad
     repeats a token), `flat` the place among those P of each flat token, `real` which are tokens.
+    On CUDA there may be no groups: `texts` then says where the texts of the flat list start.
     """
     WASTE = 0.85                   # the shortest text of a group has at least this share of T
 
@@ -93,6 +100,16 @@ class Packing:
         self.position = torch.arange(int(lengths.sum())) - starts[self.text]              # (S,)
         self.source = given[self.text] + self.position                                    # (S,)
         self.last = starts + self.lengths - 1                                             # (B,)
+        self.mask = self.texts = self.groups = None
+        for name in ("order", "text", "position", "source", "last"):
+            setattr(self, name, getattr(self, name).to(device))
+        self.counts = self.lengths.to(device)
+        if torch.device(device).type != "cuda":
+            self._form_groups(device)
+
+    def _form_groups(self, device):
+        """Lay the texts out as padded groups."""
+        starts = self.lengths.cumsum(0) - self.lengths
         self.groups, padded, real = [], [], []
         for first, end in self._ranges():
             inside = self.lengths[first:end]
@@ -106,9 +123,8 @@ class Packing:
         self.padded = torch.cat([p.reshape(-1) for p in padded])                          # (P,)
         self.flat = self.real.nonzero()[:, 0]                                             # (S,)
         self.is_dense = len(self.flat) == len(self.padded)
-        for name in ("order", "text", "position", "source", "last", "padded", "real", "flat"):
+        for name in ("padded", "real", "flat"):
             setattr(self, name, getattr(self, name).to(device))
-        self.counts = self.lengths.to(device)
 
     def _ranges(self):
         """Yield (first, end) of each group of the sorted texts."""
@@ -119,11 +135,21 @@ class Packing:
                 first = i
 
     def set_mask(self, mask, dtype):
-        """Form each group's mask tensors once; every layer then shares them.
+        """Form what attention needs of the mask, once a batch; every layer then shares it.
 
-        Causal and bidirectional groups without pads need none. Pads are on the right, so a causal
-        group needs none either. Soft: log M of each text's own length, (B, 1, T, T).
+        Packed texts: the weight of each token's future, (S,). Groups: causal and bidirectional ones
+        without pads need no tensor. Pads are on the right, so a causal group needs none either.
+        Soft: log M of each text's own length, (B, 1, T, T).
         """
+        self.mask, device = mask, self.position.device
+        if takes_packed_texts(device, dtype):
+            self.texts = attention.Texts(self.lengths, device)
+            if not (mask.is_causal or mask.is_full):
+                own = self.counts[self.text].float()                            # l of each token
+                self.texts.weigh(future_weight(self.position, own, mask.alpha), mask.axis)
+            return
+        if self.groups is None:
+            self._form_groups(device)
         for group in self.groups:
             group.bias = group.weights = None
             b, t = group.shape
@@ -132,8 +158,9 @@ class Packing:
                 group.bias = closed.masked_fill(~group.tokens[:, None, None], -torch.inf)
             if not (mask.is_causal or mask.is_full):
                 at = torch.arange(t, device=group.lengths.device)
-                weights = mask_weights(at[:, None], at[None], group.lengths[:, None, None].float(),
-                                       mask.alpha, mask.axis)[:, None]           # (B, 1, T, T)
+                own = group.lengths if group.tokens is not None else group.lengths[:1]   # all equal
+                weights = mask_weights(at[:, None], at[None], own[:, None, None].float(),
+                                       mask.alpha, mask.axis)[:, None]       # (B or 1, 1, T, T)
                 if mask.apply == "logits":
                     group.weights = weights
                 else:
@@ -194,6 +221,27 @@ def explicit_attention(q, k, v, bias=None, is_causal=False, weights=None):
     return (probs.reshape(b, kv, h // kv * t, t) @ v).view(b, h, t, e)
 
 
+def takes_packed_texts(device, dtype):
+    """Tell whether attention takes the flat list: flash attention is for 16 bits on CUDA."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def attend_packed(q, k, v, texts, mask):
+    """Choose the attention kernel of packed texts; q (S, H, E), k, v (S, K, E) -> like q.
+
+    Causal and bidirectional: flash attention, no mask tensor. Soft: two calls of it. Multiplied
+    logits: FlexAttention. Never a (T, T) tensor.
+    """
+    if mask.is_causal or mask.is_full:
+        t = texts.longest
+        if t % 128 == 0 and t * len(texts.lengths) == len(q):               # windows of text
+            return attention.equal_lengths(q, k, v, len(texts.lengths), mask.is_causal)
+        return attention.packed(q, k, v, texts, "past" if mask.is_causal else "all")
+    if mask.apply == "logits":
+        return attention.flex(q, k, v, texts, "logits")
+    return attention.packed(q, k, v, texts, "soft")
+
+
 def attend(q, k, v, group, mask):
     """Choose the attention kernel of one group; q (B, H, T, E), k, v (B, K, T, E) -> like q.
 
@@ -249,23 +297,33 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * e, bias=False)
         self.o_proj = nn.Linear(c.n_head * e, c.n_embd, bias=False)
 
-    def forward(self, x, packing, cos, sin, mask):                          # (S, D)
+    def forward(self, x, packing, cos, sin):                                # (S, D)
         h, kv, e = self.n_head, self.n_kv_head, self.head_dim
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
         qkv = F.linear(x, weight).view(len(x), h + 2 * kv, e)               # one matmul for three
         qk, v = qkv.split([h + kv, kv], dim=1)
         qkv = torch.cat([apply_rope(qk, cos, sin), v], dim=1)               # (S, H + 2K, E)
+        return self.o_proj(self.mix(qkv, packing))                          # (S, D)
+
+    def mix(self, qkv, packing):
+        """Let the tokens of each text look at each other: qkv (S, H + 2K, E) -> (S, D).
+
+        The shapes in here change with every batch, so torch.compile leaves it alone.
+        """
+        heads, mask = [self.n_head, self.n_kv_head, self.n_kv_head], packing.mask
+        if packing.texts is not None:
+            return attend_packed(*qkv.split(heads, dim=1), packing.texts, mask).flatten(1)
         if not packing.is_dense:
             qkv = _Pad.apply(qkv, packing)                                  # (P, H + 2K, E)
         out = []
         sizes = [b * t for b, t in (group.shape for group in packing.groups)]
         for group, part in zip(packing.groups, qkv.split(sizes)):
-            part = part.view(*group.shape, -1, e).transpose(1, 2)           # (B, H + 2K, T, E)
-            q, k, v = part.split([h, kv, kv], dim=1)
+            part = part.view(*group.shape, *part.shape[1:]).transpose(1, 2)    # (B, H + 2K, T, E)
+            q, k, v = part.split(heads, dim=1)
             y = attend(q, k, v, group, mask)                                # (B, H, T, E)
-            out.append(y.transpose(1, 2).reshape(-1, h * e))                # (B * T, D)
+            out.append(y.transpose(1, 2).flatten(2).flatten(0, 1))          # (B * T, D)
         y = torch.cat(out)
-        return self.o_proj(y if packing.is_dense else _Unpad.apply(y, packing))     # (S, D)
+        return y if packing.is_dense else _Unpad.apply(y, packing)
 
 
 class FeedForward(nn.Module):
@@ -293,8 +351,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x, packing, cos, sin, mask):                          # (S, D)
-        x = x + self.self_attn(self.input_layernorm(x), packing, cos, sin, mask)
+    def forward(self, x, packing, cos, sin):                                # (S, D)
+        x = x + self.self_attn(self.input_layernorm(x), packing, cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -316,14 +374,43 @@ class Conan(nn.Module):
         The projections that write to the residual stream (o_proj, down_proj) are scaled by
         1 / sqrt(2 * n_layer), so that its variance does not grow with depth.
         """
-        for name, p in self.named_parameters():
-            if p.dim() == 1:
-                nn.init.ones_(p)
-                continue
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-            nn.init.normal_(p, std=std, generator=generator)
+        with torch.no_grad():
+            for name, value in self.fresh_weights(generator):
+                self.get_parameter(name).copy_(value)
         return self
+
+    def fresh_weights(self, generator=None):
+        """Yield (name, initial value) of each parameter, on the CPU, one at a time."""
+        for name, p in self.named_parameters():
+            value = torch.ones(p.shape, device="cpu")
+            if p.dim() > 1:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                value.normal_(std=std, generator=generator)
+            if name == "embed_tokens.weight":
+                value *= self.rank_scale()[:, None] * (self.config.embed_std / 0.02)
+            yield name, value
+
+    def rank_scale(self):
+        """Return the (V,) float32 factors of the initial token embeddings, rare tokens' near 1.
+
+        BPE numbers tokens by falling frequency, so log(rank) / log(V) grows with a token's rarity
+        as IDF does. With its power as the length of a vector, and a `norm_eps` large enough for
+        lengths to outlive the norms, the mean over a text starts as a bag of words weighted by IDF.
+        Power 0, the default, is the usual initialisation.
+        """
+        rank = torch.arange(2, self.config.vocab_size + 2, dtype=torch.float32, device="cpu")
+        return (rank.log() / rank[-1].log()) ** self.config.embed_rank_power
+
+    @staticmethod
+    def skip_constructor(config):
+        """Draw, block by block, the random numbers that constructing a model in memory draws.
+
+        On the meta device nothing is drawn; after this, `fresh_weights` are the same there.
+        """
+        nn.Embedding(config.vocab_size, config.n_embd)
+        for _ in range(config.n_layer):
+            Block(config)
 
     def count_params(self):
         """Return the number of parameters; the tied output embedding counts once."""
@@ -360,9 +447,9 @@ class Conan(nn.Module):
         cos, sin = (c[packing.position][:, None].to(dtype) for c in self._cos_sin(x.device))
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, packing, cos, sin, mask, use_reentrant=False)
+                x = checkpoint(block, x, packing, cos, sin, use_reentrant=False)
             else:
-                x = block(x, packing, cos, sin, mask)
+                x = block(x, packing, cos, sin)
         return self.norm(x).to(dtype)
 
     def _cos_sin(self, device):

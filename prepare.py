@@ -2,15 +2,15 @@
 
     python prepare.py --list
     python prepare.py msmarco --out=data
-    python prepare.py miracl --lang=fi --out=data --decontaminate=data/eval
+    python prepare.py miracl --lang=fi --out=data --decontaminate="mteb:MTEB(eng, v2),data/eval"
     python prepare.py wikipedia --lang=km --out=data --limit=100000
 
 Writes DIR/NAME.jsonl for train.py, DIR/NAME.json with source, licence and counts, and what
-overlapped the evaluation texts as DIR/NAME.removed.jsonl. Rows are streamed: nothing is kept but
-the output. A run that was stopped goes on where it was; NAME.jsonl appears once it is whole.
-Needs `pip install datasets`. Licences are as their publishers state them: read them before you
-train, several are for research only. UNSPECIFIED: revisions, splits and prompts; the paper names
-the sets alone.
+overlapped the evaluation texts (files, folders, mteb's tasks and benchmarks) as
+DIR/NAME.removed.jsonl. Rows are streamed: nothing is kept but the output. A run that was stopped
+goes on where it was. Needs `pip install datasets`. Licences are as their publishers state them:
+read them before you train, several are for research only.
+UNSPECIFIED: revisions, splits and prompts; the paper names the sets alone.
 """
 import json
 import os
@@ -24,12 +24,13 @@ from tqdm import tqdm
 from clr import to_line
 from configurator import load_config
 from data import PARSERS
-from filters import Decontaminator
+from filters import Decontaminator, joined
 
 SAVE_EVERY = 1000                  # source rows between two savings of the cursor
 LANGUAGE_NAMES = {"ar": "arabic", "bn": "bengali", "en": "english", "fi": "finnish",
                   "id": "indonesian", "ja": "japanese", "ko": "korean", "ru": "russian",
                   "sw": "swahili", "te": "telugu", "th": "thai"}          # Mr. TyDi's folders
+C4_NAMES = {"he": "iw"}                                                   # the code before 1989
 
 
 # ---------------------------------------------------------------- converters: row -> our rows
@@ -140,8 +141,8 @@ def from_web(row):
 class PublicSet:
     """Where a set lies, how a row of it becomes rows of ours, and what a user must know of it.
 
-    config, files: "{lang}" and "{language}" stand for --lang. files: read these directly where the
-    hub's own loader is a script, which `datasets` no longer runs.
+    config, files: "{lang}", "{language}" and "{c4}" stand for --lang, see `named`. files: read
+    these directly where the hub's own loader is a script, which `datasets` no longer runs.
     """
     hub: str
     kind: str
@@ -154,6 +155,12 @@ class PublicSet:
     revision: str | None = None
     split: str = "train"
     lang: str | None = None            # the default of --lang; None: one language only
+
+    def named(self, field, lang):
+        """Return `config` or `files` for a language, by the name that the set has for it."""
+        given = getattr(self, field)
+        return given and given.format(lang=lang, language=LANGUAGE_NAMES.get(lang, lang),
+                                      c4=C4_NAMES.get(lang, lang))
 
 
 FIND, WIKI = "Find the passage that answers the question", "Find the Wikipedia passage"
@@ -186,9 +193,9 @@ SETS = {
                               "train.jsonl.gz"),
     "stsb": PublicSet("sentence-transformers/stsb", "sts", from_sts,
                       "CC BY-SA 4.0 (sources differ)", "5.7k rows, 0.5 MB"),
-    "afqmc": PublicSet("mteb/AFQMC", "sts", from_sts, "Ant Financial: academic use",
+    "afqmc": PublicSet("C-MTEB/AFQMC", "sts", from_sts, "Ant Financial: academic use",
                        "34k rows, 2 MB"),
-    "mkqa": PublicSet("apple/mkqa", "queries", from_mkqa, "CC BY-SA 3.0",
+    "mkqa": PublicSet("apple/mkqa", "queries", from_mkqa, "CC BY-SA 3.0 (its hub page: CC BY 3.0)",
                       "10k questions in 24 of the languages, 20 MB", revision="refs/pr/5"),
     "amazon_reviews": PublicSet("mteb/AmazonReviewsClassification", "classification", from_reviews,
                                 "Amazon's research terms: non-commercial", "200k rows, 30 MB a "
@@ -202,7 +209,7 @@ SETS = {
     "wikipedia": PublicSet("wikimedia/wikipedia", "text", from_article, "CC BY-SA 3.0 and GFDL",
                            "en: 6.4M rows, 11 GB", config="20231101.{lang}", lang="en"),
     "mc4": PublicSet("allenai/c4", "text", from_web, "ODC-BY and Common Crawl's terms",
-                     "en: 365M rows, 305 GB; 108 languages", config="{lang}", lang="en"),
+                     "en: 365M rows, 305 GB; 108 languages", config="{c4}", lang="en"),
 }
 
 
@@ -220,15 +227,14 @@ class Stream:
         except ImportError:
             raise ValueError("public sets are read with the package datasets: `pip install "
                              "datasets`") from None
-        names = {"lang": lang, "language": LANGUAGE_NAMES.get(lang, lang)}
         self.where = ", ".join(local) or f"https://huggingface.co/datasets/{entry.hub}"
         try:
             if local or entry.files:
-                files = list(local) or [entry.files.format(**names)]
+                files = list(local) or [entry.named("files", lang)]
                 form = "parquet" if files[0].endswith(".parquet") else "json"
                 self.rows = load_dataset(form, data_files=files, split="train", streaming=True)
             else:
-                self.rows = load_dataset(entry.hub, entry.config and entry.config.format(**names),
+                self.rows = load_dataset(entry.hub, entry.named("config", lang),
                                          split=entry.split, revision=entry.revision,
                                          streaming=True)
             if state:
@@ -285,7 +291,7 @@ class PrepareConfig:
     out: str = "data"                          # folder to write to
     lang: str | None = None                    # language code, for the sets that have several
     limit: int | None = None                   # rows to write at most
-    decontaminate: tuple[str, ...] = ()        # files or folders with evaluation texts
+    decontaminate: tuple[str, ...] = ()        # files or folders of evaluation texts, mteb:NAME
     local: tuple[str, ...] = ()                # copies of the set's files, instead of the hub
 
     def __post_init__(self):
@@ -365,14 +371,14 @@ def prepare(cfg):
         print(f"{path} is there already; delete it to fetch it again")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    clean = Decontaminator(cfg.decontaminate) if cfg.decontaminate else None
+    clean = Decontaminator(joined(cfg.decontaminate)) if cfg.decontaminate else None
     output = Output(path, {"name": cfg.name, "lang": lang, "local": list(cfg.local),
                            "decontaminate": list(cfg.decontaminate)})
     try:
         fill(output, entry, lang, clean, cfg)
         counts = dict(output.counts)
         output.finish({"set": cfg.name, "hub": entry.hub, "kind": entry.kind, "lang": lang,
-                       "config": entry.config and entry.config.format(lang=lang),
+                       "config": entry.named("config", lang),
                        "split": entry.split, "licence": entry.licence, "limit": cfg.limit,
                        "local": list(cfg.local), "decontaminate": list(cfg.decontaminate),
                        "read": output.read, "counts": counts})
@@ -430,7 +436,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"prepare.py: error: {error}")
     except KeyboardInterrupt:
         print("prepare.py: stopped; the same command goes on", file=sys.stderr)

@@ -429,25 +429,32 @@ def language_separation(encoder, rows, dim=None, seed=0):
 
 
 def draw_languages(encoder, rows, path):
-    """Draw the first two principal components of the texts, a colour per language, as a PNG."""
+    """Draw Figure 3 of the texts as a PNG."""
     try:
-        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         print(f"{path} is not drawn: that needs pip install matplotlib")
         return
+    figure = Figure(figsize=(6, 6))
+    plot = figure.add_subplot()
+    scatter_languages(encoder, rows, plot)
+    plot.legend(markerscale=3, fontsize="small", ncols=1 + len(languages_in(rows)) // 12)
+    plot.set(title="Embeddings by language")
+    figure.savefig(path, dpi=150)
+
+
+def scatter_languages(encoder, rows, plot):
+    """Draw the first two principal components of the texts into a plot, a colour per language."""
+    from matplotlib import colormaps
+
     vectors, codes, languages = _by_language(encoder, rows)
     centered = vectors - vectors.mean(0)
     widest = np.linalg.eigh(centered.T @ centered)[1][:, :-3:-1]  # (D, 2)
     points = centered @ widest  # (N, 2)
-    figure = Figure(figsize=(6, 6))
-    plot = figure.add_subplot()
     for code, language in enumerate(languages):
         color = [colormaps["turbo"]((code + 0.5) / len(languages))]
         plot.scatter(*points[codes == code].T, s=4, alpha=0.5, c=color, label=language)
-    plot.legend(markerscale=3, fontsize="small", ncols=1 + len(languages) // 12)
-    plot.set(xlabel="first principal component", ylabel="second", title="Embeddings by language")
-    figure.savefig(path, dpi=150)
+    plot.set(xlabel="first principal component", ylabel="second")
 
 
 def _by_language(encoder, rows, dim=None):

@@ -35,6 +35,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import sets
 from configurator import load_config, split_args
 from embed import Embedder
 from engine import budget, checkpoint, distributed
@@ -43,13 +44,14 @@ from eval import evaluate_collection
 from tasks import LexicalBaseline
 from losses import cached_backward, cosent_loss, info_nce, matryoshka
 from mask import MaskSpec, alpha
-from mixture import build_tasks, ensure_docs, fill_pools, load_tokenizer, uses_docs
+from mixture import build_tasks, ensure_files, fill_pools, load_tokenizer, uses_docs
 from model import Conan, ConanConfig
 
 STAGES = ("pretrain", "sft", "embed_weak", "embed_sup")
-RUN_WIDE = {"out", "docs", "text", "pairs", "evaluate", "skip_bad_lines", "vocab_size", "n_layer",
-            "n_head", "n_kv_head", "n_embd", "ffn_dim", "block_size", "rope_base", "pooling",
-            "seed", "device", "dtype", "log_every", "keep_last", "checkpointing", "parallel"}
+RUN_WIDE = {"out", "docs", "root", "text", "pairs", "evaluate", "skip_bad_lines", "vocab_size",
+            "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "attention_dim", "block_size",
+            "rope_base", "norm_eps", "embed_std", "embed_rank_power", "pooling", "seed", "device",
+            "dtype", "log_every", "keep_last", "checkpointing", "compile", "parallel"}
 LIMITS = {                         # of settings; those not named here may be all of their type
     **dict.fromkeys(("steps", "batch_size", "log_every", "save_every", "keep_last", "query_len",
                      "passage_len", "n_negatives", "pool_size"), (1, 10 ** 12)),
@@ -57,9 +59,11 @@ LIMITS = {                         # of settings; those not named here may be al
     **dict.fromkeys(("temperature", "sts_temperature"), (1e-4, 1e4)),
     **dict.fromkeys(("warmup", "final_lr"), (0, 1)), "beta2": (0, 1 - 1e-9),
     "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "grad_clip": (1e-9, 1e9),
-    "negative_cap": (0, 1e3), "rope_base": (1, 1e12), "vocab_size": (258, 2 ** 31),
+    "negative_cap": (0, 1e3), "rope_base": (1, 1e12), "norm_eps": (0, 1e6),
+    "embed_std": (1e-6, 1e3), "embed_rank_power": (0, 100), "vocab_size": (258, 2 ** 31),
     "seed": (0, 2 ** 62),
 }
+SLOW_SAVE = 20.0                   # seconds; a save that takes longer warns
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class TrainConfig:
     seed: int = 0                  # of weights, order and task draw
     # --- data: files of data.py's formats; empty: the embedded documentation corpus
     docs: str = "out/installed_docs"         # where the embedded corpus is built
+    root: str = ""                 # a folder of public sets: sets.py makes the files, in OUT/sets
     text: tuple[str, ...] = ()     # pretraining, and the tokenizer's training text
     pairs: tuple[str, ...] = ()    # sft and embed_weak
     retrieval: tuple[str, ...] = ()        # embed_sup, with DHNM
@@ -85,14 +90,18 @@ class TrainConfig:
     query_len: int = 48            # tokens of a query at most; longer ones are cut and counted
     passage_len: int = 96          # tokens of a passage, of an SFT example, and of `encode`
     # --- model (ConanConfig)
-    vocab_size: int = 16384
+    vocab_size: int = 24_576       # English and 25 other languages (LOG.md)
     n_layer: int = 1
-    n_head: int = 8
-    n_kv_head: int = 4
-    n_embd: int = 512
-    ffn_dim: int = 128
+    n_head: int = 4
+    n_kv_head: int = 1
+    n_embd: int = 768
+    ffn_dim: int = 64
+    attention_dim: int = 256       # of all heads together; 0: n_embd
     block_size: int = 1024
     rope_base: float = 10_000.0
+    norm_eps: float = 25.0         # with the next two, untrained, a bag of words weighted by IDF:
+    embed_std: float = 0.2         # Conan.rank_scale; the customary 1e-5, 0.02 and 0 need several
+    embed_rank_power: float = 4.0  # times the steps at this scale (LOG.md)
     pooling: Literal["mean", "last"] = "mean"
     # --- losses
     temperature: float = 0.05      # InfoNCE; 1.0 is the printed formula
@@ -125,6 +134,7 @@ class TrainConfig:
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
     checkpointing: bool = False    # recompute blocks in backward: memory for time
+    compile: bool = False          # torch.compile of each block: a minute at the start, then faster
     parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"  # with torchrun (engine/distributed.py)
     dry_run: bool = False          # print parameters, memory, tokens and FLOPs; train nothing
     tensorboard: bool = False      # numbers to OUT/STAGE/tensorboard as well
@@ -259,7 +269,36 @@ def initial_weights(cfg, argv, world):
     if shape != dataclasses.asdict(cfg.model_config()):
         raise ValueError(f"{where}: its model is {shape}, this stage asks for "
                          f"{dataclasses.asdict(cfg.model_config())}")
-    return checkpoint.load(where, "model.pt")
+    return load_weights(cfg, world, where)
+
+
+def load_weights(cfg, world, where):
+    """Return a checkpoint's state dict; under fsdp on the main rank alone, {} on the others."""
+    return checkpoint.load(where, "model.pt") if world.is_main or cfg.parallel != "fsdp" else {}
+
+
+def build_model(cfg, world, weights, dtype):
+    """Return (the model, the model as `world` trains it); weights: a state dict, None: random ones.
+
+    Under fsdp no device ever holds the model: it is built without memory, sharded, then filled.
+    """
+    shape = cfg.model_config()
+    sharded = cfg.parallel == "fsdp" and world.size > 1
+    with torch.device("meta") if sharded else contextlib.nullcontext():
+        model = Conan(shape)
+    if not sharded:
+        model.load_state_dict(weights) if weights else model.init_weights()
+        model.to(world.device)
+    model.checkpointing = cfg.checkpointing
+    wrapped = distributed.parallelize(model, world, cfg.parallel, dtype)
+    if sharded and weights is None:
+        Conan.skip_constructor(shape)              # one process has drawn these numbers
+        distributed.fill(model, world, model.fresh_weights())
+    elif sharded:
+        distributed.fill(model, world, distributed.from_main(weights, model, world))
+    if cfg.compile:
+        distributed.compile_blocks(model)
+    return model, wrapped
 
 
 def finished(cfg):
@@ -272,9 +311,9 @@ def finished(cfg):
     return where if meta["step"] >= meta["train"]["steps"] else None
 
 
-FREE = {"out", "docs", "resume", "train_missing", "log_every", "save_every", "keep_last", "device",
-        "evaluate", "micro_batch_size", "checkpointing",   # what may differ when a run goes on
-        "parallel", "dry_run", "tensorboard"}
+FREE = {"out", "docs", "root", "resume", "train_missing", "log_every", "save_every", "keep_last",
+        "device", "evaluate", "micro_batch_size",          # what may differ when a run goes on
+        "checkpointing", "compile", "parallel", "dry_run", "tensorboard"}
 
 
 def check_same(cfg, saved, where):
@@ -289,6 +328,7 @@ def check_same(cfg, saved, where):
 
 def save(cfg, world, step, model, optimizer, tasks, tokenizer_path, counters):
     """Write a checkpoint: all that a run needs to go on, and all that `Embedder` needs."""
+    began = time.perf_counter()
     weights = distributed.model_state(model, world)            # all ranks: fsdp gathers them
     state = distributed.optimizer_state(optimizer, world)
     files = {}
@@ -304,8 +344,13 @@ def save(cfg, world, step, model, optimizer, tasks, tokenizer_path, counters):
                 "model": dataclasses.asdict(cfg.model_config()), "train": dataclasses.asdict(cfg),
                 "mask": dataclasses.asdict(mask), "passage_len": cfg.passage_len, "step": step,
                 "prompts": data.PROMPTS, "versions": versions()}, indent=1)}
-    return checkpoint.save(cfg.run_dir, step, files, cfg.keep_last, is_main=world.is_main,
+    path = checkpoint.save(cfg.run_dir, step, files, cfg.keep_last, is_main=world.is_main,
                            gather=world.gather_objects)
+    seconds = time.perf_counter() - began
+    if world.is_main and seconds > SLOW_SAVE:
+        tqdm.write(f"warning: saving {path} took {seconds:.0f} s; after SIGTERM torchrun waits 30 s "
+                   "for a step and a save, then kills: what came after the last save would be lost")
+    return path
 
 
 def versions():
@@ -321,7 +366,7 @@ def versions():
 def train(cfg, argv, world):
     """Run one stage to its end (the stage before it first, if need be); return its checkpoint."""
     done = finished(cfg) if cfg.resume else None
-    if done:
+    if done and (cfg.run_dir / "eval.json").is_file():     # else killed in its evaluation
         return done
     with checkpoint.only_writer(cfg.run_dir) if world.is_main else contextlib.nullcontext():
         if world.is_main:
@@ -329,30 +374,27 @@ def train(cfg, argv, world):
                 data.load_collection(name)
             if not cfg.resume:
                 checkpoint.set_aside(cfg.run_dir)
+                (cfg.run_dir / "eval.json").unlink(missing_ok=True)
         return train_stage(cfg, argv, world)
 
 
 def train_stage(cfg, argv, world):
     """Train one stage, from its last checkpoint on if there is one; return the finished one."""
-    if uses_docs(cfg):
-        world.main_first(lambda: ensure_docs(cfg))
+    world.main_first(lambda: ensure_files(cfg))
     weights = initial_weights(cfg, argv, world)
     dtype = cfg.dtype if cfg.dtype != "auto" else \
         "bfloat16" if distributed.has_fast_bf16(world.device.type) else "float32"
     distributed.seed_everything(cfg.seed)
     tokenizer = load_tokenizer(cfg, world)
-    model = Conan(cfg.model_config())
-    model.load_state_dict(weights) if weights else model.init_weights()
-    model.to(world.device).checkpointing = cfg.checkpointing
-    tasks = build_tasks(cfg, tokenizer, world)
-    embedder = Embedder.of(model, tokenizer, world.device, dtype, MaskSpec(), cfg.passage_len)
     where = checkpoint.latest(cfg.run_dir) if cfg.resume and cfg.run_dir.is_dir() else None
     state = None
     if where:
         check_same(cfg, json.loads(checkpoint.load(where, "config.json"))["train"], where)
-        model.load_state_dict(checkpoint.load(where, "model.pt"))
+        weights = load_weights(cfg, world, where)
         state = checkpoint.load(where, "trainer.pt")
-    wrapped = distributed.parallelize(model, world, cfg.parallel, dtype)
+    model, wrapped = build_model(cfg, world, weights, dtype)
+    tasks = build_tasks(cfg, tokenizer, world)
+    embedder = Embedder.of(model, tokenizer, world.device, dtype, MaskSpec(), cfg.passage_len)
     optimizer = distributed.shard_optimizer(build_optimizer(model, cfg), world, cfg.parallel)
     if state:
         for task, _ in tasks:
@@ -411,7 +453,7 @@ def run_steps(cfg, world, step, model, optimizer, tasks, counters, keep, dtype, 
         log.step(step, batch, {"loss": float(loss), **stats}, data_seconds,
                  {"alpha": stage_mask(cfg, step).alpha, "lr": lr_at(step, cfg),
                   "grad_norm": float(norm), **counters})
-        if world.device.type == "cpu" and step % 50 == 49:
+        if world.device.type == "cpu":
             distributed.release_memory()
         if told["stop"]:
             keep(step + 1)
@@ -451,14 +493,14 @@ def report_stage(cfg, world, tasks, embedder):
         if task.pool:
             results |= {f"dhnm/{task.kind}/queries_changed_{changes}_times": queries
                         for changes, queries in task.pool.histogram().items()}
-    if world.is_main and results:
+    if world.is_main:
         (cfg.run_dir / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def collections(cfg):
     """Return the folders that a stage is scored on."""
     if cfg.evaluate or not uses_docs(cfg):
-        return [Path(name) for name in cfg.evaluate]
+        return [Path(name) for name in cfg.evaluate or sets.held_out_collections(cfg.root)]
     return [Path(cfg.docs) / "test", Path(cfg.docs) / "clr_test"]
 
 
@@ -526,14 +568,17 @@ def main(argv=None):
         train(cfg, given, world)
         if world.is_main:
             summary(cfg, (time.perf_counter() - began) / 60)
+        code = 0
     except Interrupted as stopped:
         if world.is_main:
             print(f"stopped by a signal and saved in {cfg.out}; the same command goes on")
-        sys.exit(128 + int(str(stopped)))
+        code = 128 + int(str(stopped))
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"train.py: error: {error}")
+        code = f"train.py: error: {error}"
     finally:
-        distributed.stop()
+        distributed.stop()             # here the error, and the model in its frames, are gone
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
 """
 stage = "embed_sup"
 previous = "config/embed_weak.py"
-steps = 360
+steps = 220
 batch_size = 64
-task_weights = {"retrieval": 2, "clr": 5, "classification": 0.7, "sts": 0.5}
+task_weights = {"retrieval": 2, "clr": 3, "classification": 0.5, "sts": 0.3}
 passage_len = 48
 n_negatives = 3                    # the paper's 7 cost twice the time of a step here
 learning_rate = 7e-4
-dims = (64, 128, 256, 512)
+dims = (64, 128, 256, 512, 768)

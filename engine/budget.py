@@ -11,6 +11,7 @@ tensor, and texts as long as the configuration allows: an upper bound, as real t
 B texts, T tokens of a text, S = B * T, D width, E head dim, K key/value heads, H heads, F ffn dim,
 V vocabulary, N parameters, W ranks.
 """
+from losses import logits_chunk
 
 WORLDS = (1, 8, 16, 64)
 MODES = ("ddp", "zero1", "fsdp")
@@ -19,9 +20,9 @@ GB = 1e9
 
 def parameters(config):
     """Return {part: number of parameters} of a `ConanConfig`; the tied output counts once."""
-    c, kv = config, config.n_kv_head * config.head_dim
+    c, kv, inside = config, config.n_kv_head * config.head_dim, config.n_head * config.head_dim
     return {"embedding": c.vocab_size * c.n_embd,
-            "attention": c.n_layer * (2 * c.n_embd ** 2 + 2 * c.n_embd * kv),
+            "attention": c.n_layer * 2 * c.n_embd * (inside + kv),
             "ffn": c.n_layer * 3 * c.n_embd * c.ffn_dim,
             "norms": (2 * c.n_layer + 1) * c.n_embd}
 
@@ -35,7 +36,7 @@ def flops(config, texts, head=False, causal=False):
     """
     part = parameters(config)
     dense = part["attention"] + part["ffn"] + (part["embedding"] if head else 0)
-    attention = 12 * config.n_layer * config.n_embd * (0.5 if causal else 1)
+    attention = 12 * config.n_layer * config.n_head * config.head_dim * (0.5 if causal else 1)
     return sum(b * t * (6 * dense + attention * t) for t, b in texts.items())
 
 
@@ -53,7 +54,7 @@ def memory(config, mode="ddp", world=1):
             "optimizer": 8 * n / share[2]}
 
 
-def activations(config, tokens, checkpointing=False, head=False, chunk=1024):
+def activations(config, tokens, checkpointing=False, head=False):
     """Estimate the bytes that one pass over `tokens` tokens keeps for backward, and its buffers.
 
     A block keeps for each token: its float32 input and the sum in its middle (8 D), both of them
@@ -61,16 +62,17 @@ def activations(config, tokens, checkpointing=False, head=False, chunk=1024):
     attention's output twice (4 D) and row sums (4 H), gate, up, silu and product (8 F); with
     `checkpointing` only the input, and of one block at a time the rest. The weights' bfloat16
     copies, made in the forward pass, live as long. `head`: the float32 gradient of the output
-    embedding and its bfloat16 copies, and two chunks of logits.
+    embedding and its bfloat16 copies, and the logits of a chunk, twice in float32.
     """
     c, part = config, parameters(config)
-    block = 26 * c.n_embd + 4 * c.n_kv_head * c.head_dim + 4 * c.n_head + 8 * c.ffn_dim
+    block = 20 * c.n_embd + (6 * c.n_head + 4 * c.n_kv_head) * c.head_dim + 4 * c.n_head \
+        + 8 * c.ffn_dim
     copies = 2 * (part["attention"] + part["ffn"]) / c.n_layer
     kept = tokens * block + copies
     total = (kept + c.n_layer * 4 * c.n_embd * tokens if checkpointing else c.n_layer * kept)
     total += 12 * c.n_embd * tokens                # the last norm: input, normalised, output
     if head:
-        total += 12 * part["embedding"] + 8 * chunk * c.vocab_size
+        total += 12 * part["embedding"] + 8 * logits_chunk(c.vocab_size, "cuda") * c.vocab_size
     return total
 
 

@@ -6,6 +6,7 @@ comes with torch_npu, which registers `torch.npu` when it is imported.
 """
 import contextlib
 import ctypes
+import gc
 import os
 import random
 from dataclasses import dataclass
@@ -140,6 +141,7 @@ def start(device="auto"):
             else os.cpu_count()                # macOS has no affinity
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if size > 1 and not dist.is_initialized():
+        from torch.distributed.nn import functional  # noqa: F401  before the group: see `stop`
         dist.init_process_group(BACKENDS[kind], **_fresh_store(rank, size))
     return World(rank, size, torch.device(kind, local) if module else torch.device("cpu"))
 
@@ -169,14 +171,20 @@ def keep_freed_memory():
             _glibc().mallopt(parameter, value)
 
 
-def release_memory():
-    """Hand the pages of freed blocks back to the kernel, now and then.
+def release_memory(share=0.25):
+    """Hand the pages of freed blocks back to the kernel, once the process holds a large `share`.
 
-    Blocks that change their size with every batch leave holes: kept for ever they grow to several
-    times what is in use (seen: 8.9 GB in the laptop's stage 3; LOG.md).
+    Blocks that change their size with every batch leave holes: kept for ever they grow to ten times
+    what is in use, and the kernel kills the run (LOG.md). Measured: at every step a tenth slower.
     """
-    if _glibc():
+    if _glibc() and _resident_pages() > share * os.sysconf("SC_PHYS_PAGES"):
         _glibc().malloc_trim(0)
+
+
+def _resident_pages():
+    """Return how many pages of memory this process holds."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1])
 
 
 def _glibc():
@@ -189,8 +197,15 @@ def _glibc():
 
 
 def stop():
-    """Leave the process group."""
+    """Leave the process group, and end its threads.
+
+    One that still runs when the interpreter goes down now and then aborts the process, after all
+    went well. They end with the last reference to the group. A DDP model holds one, in a cycle, so
+    nobody may hold the model any more; and torch.distributed.nn.functional, which optimizers
+    import, holds the group that there is at its import in default arguments: `start` imports it.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -231,6 +246,7 @@ def parallelize(model, world, mode="ddp", dtype="float32"):
     `shard_optimizer`. fsdp: `fully_shard` of each block, then of the root (embedding and last
     norm), in place. Its blocks compute in `dtype` and reduce in float32; the root stays in float32,
     and so does the residual stream: what autocast does under ddp.
+    A model on the meta device is sharded without memory; `fill` gives each rank its shard's.
     broadcast_buffers is off: there are no buffers, and their broadcast would make an evaluation on
     rank 0 alone hang.
     """
@@ -250,6 +266,43 @@ def parallelize(model, world, mode="ddp", dtype="float32"):
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=blocks)
     return fully_shard(model, mesh=mesh)
+
+
+def fill(model, world, weights):
+    """Give an fsdp model on the meta device its memory, the shards alone, and its weights.
+
+    weights: pairs (name, whole tensor), the same on all ranks; one of them is held at a time.
+    """
+    from torch.distributed.tensor import distribute_tensor
+    model.to_empty(device=world.device)
+    with torch.no_grad():
+        for name, value in weights:
+            p = model.get_parameter(name)
+            shard = distribute_tensor(value.to(p.device), p.device_mesh, p.placements,
+                                      src_data_rank=None)          # every rank has the value
+            p.to_local().copy_(shard.to_local())
+
+
+def from_main(weights, model, world):
+    """Yield (name, tensor) of a state dict that the main rank alone has read, to all ranks."""
+    for name, p in model.named_parameters():
+        value = torch.empty(p.shape, dtype=p.dtype, device=world.device)
+        if world.is_main:
+            value.copy_(weights[name])
+        dist.broadcast(value, 0)
+        yield name, value
+
+
+def compile_blocks(model, backend="inductor"):
+    """Compile the blocks of a model in place: all but attention itself, whose shapes always change.
+
+    All blocks share one piece of machine code, for any number of tokens. Weights keep their names.
+    """
+    for attention in {type(block.self_attn) for block in model.layers}:
+        if not hasattr(attention.mix, "_torchdynamo_disable"):
+            attention.mix = torch.compiler.disable(attention.mix)
+    for block in model.layers:
+        block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
 
 
 def plain(model):

@@ -17,8 +17,8 @@ class StopSignal:
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _note(self, number, frame):
-        if self.raised:                            # a second one does not wait
-            raise KeyboardInterrupt
+        if number == self.number == signal.SIGINT:     # a second Ctrl-C does not wait; SIGTERM may
+            raise KeyboardInterrupt                    # come twice, from torchrun and from outside
         self.raised, self.number = True, number
 
     def restore(self):
@@ -79,11 +79,13 @@ class Log:
     def candidates(self, tasks):
         """Say once how many candidates each query sees: accumulation would not add any."""
         if self.world.is_main and self.cfg.stage.startswith("embed"):
+            rows = Counter()
             for task, _ in tasks:
-                if task.kind != "sts":
-                    each = 1 + (self.cfg.n_negatives if task.pool else 0)
-                    tqdm.write(f"{task.kind}: {len(task.rows):,} rows, {task.size * each} "
-                               f"candidates a query, {self.cfg.steps} steps of {task.size}")
+                rows[task.kind] += len(task.rows)
+            for task in {task.kind: task for task, _ in tasks if task.kind != "sts"}.values():
+                each = 1 + (self.cfg.n_negatives if task.pool else 0)
+                tqdm.write(f"{task.kind}: {rows[task.kind]:,} rows, {task.size * each} candidates "
+                           f"a query, {self.cfg.steps} steps of {task.size}")
 
     def step(self, step, batch, measured, data_seconds, known):
         """Take one step's numbers; every `log_every` steps write them.

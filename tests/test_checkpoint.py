@@ -205,7 +205,7 @@ def count_operations(run_dir, step):
 
 
 @pytest.mark.parametrize("again", [3, 2], ids=["next step", "same step again"])
-def test_a_fault_at_any_operation_leaves_the_previous_or_the_new_one(tmp_path, again):
+def test_a_fault_at_any_operation_leaves_the_previous_or_the_new_one(tmp_path, record, again):
     origin, run_dir, seen = tmp_path / "origin", tmp_path / "run", set()
     for step in (1, 2):
         save(origin, step, small(step, "previous"))
@@ -243,6 +243,8 @@ def test_a_fault_at_any_operation_leaves_the_previous_or_the_new_one(tmp_path, a
             save(run_dir, 4, small(4))
             assert step_of(latest(run_dir)) == 4
             assert not [name for name in names(run_dir) if name.startswith(".tmp")]
+    record[f"file operations of a save failed in turn, {'once more' if again == 2 else 'new'}"] = \
+        operations
     assert seen == {("failed", False), ("failed", True), ("saved", True)}
 
 
@@ -299,7 +301,7 @@ def test_kill_9_at_any_moment(tmp_path):
 
 # Damage: every kind, at many places, in every file.
 
-def test_every_flipped_byte_is_found_and_named(tmp_path):
+def test_every_flipped_byte_is_found_and_named(tmp_path, record):
     save(tmp_path, 1, state(1))
     path = save(tmp_path, 2, state(2))
     files, rng, flips = names(path), random.Random(0), 0
@@ -314,21 +316,21 @@ def test_every_flipped_byte_is_found_and_named(tmp_path):
             if name.endswith(".pt"):
                 with pytest.raises(CorruptCheckpoint, match=name):
                     load(path, name)
-            if at % 8 == 0:
-                with pytest.warns(UserWarning, match="step_000002"):
-                    assert latest(tmp_path).name == "step_000001"
+            with pytest.warns(UserWarning, match="step_000002"):
+                assert latest(tmp_path).name == "step_000001"
             flips += 1
         (path / name).write_bytes(data)
+    record["flipped bytes found, and the checkpoint before taken"] = flips
     assert flips >= 500 and latest(tmp_path) == path
 
 
-def test_truncation_growth_and_deletion_are_found_and_named(tmp_path):
+def test_truncation_growth_and_deletion_are_found_and_named(tmp_path, record):
     save(tmp_path, 1, state(1))
     path = save(tmp_path, 2, state(2))
-    rng = random.Random(1)
+    rng, damages = random.Random(1), 0
     for name in names(path):
         data = (path / name).read_bytes()
-        cuts = {0, 1, len(data) - 1} | {rng.randrange(len(data)) for _ in range(20)}
+        cuts = {0, 1, len(data) - 1} | {rng.randrange(len(data)) for _ in range(40)}
         for bad in [data[:cut] for cut in cuts if cut < len(data)] + [data + b"\n", None]:
             if bad is None:
                 (path / name).unlink()
@@ -336,8 +338,10 @@ def test_truncation_growth_and_deletion_are_found_and_named(tmp_path):
                 (path / name).write_bytes(bad)
             with pytest.warns(UserWarning, match=f"step_000002.*{name}"):
                 assert latest(tmp_path).name == "step_000001"
+            damages += 1
         (path / name).write_bytes(data)
-    assert latest(tmp_path) == path
+    record["truncated, grown and deleted files found"] = damages
+    assert damages > 100 and latest(tmp_path) == path
 
 
 def test_swapped_files_are_found(tmp_path):
@@ -400,6 +404,23 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch, bar
     with pytest.raises(CorruptCheckpoint, match="model.pt: refused: .*plain Python") as caught:
         load(path, "model.pt")
     assert "weights_only" not in str(caught.value)  # no advice to switch the guard off
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_a_hostile_pickle_beside_the_files_is_never_opened(tmp_path, monkeypatch):
+    """torch.distributed.checkpoint unpickles a `.metadata`; here no such file is ever read."""
+    monkeypatch.chdir(tmp_path)
+    path = save(tmp_path / "run", 1, state(1))
+    for name in (".metadata", "__0_0.distcp", "pytorch_model.bin", "optimizer.pt"):
+        (path / name).write_bytes(pickle.dumps(Bomb()))
+    assert step_of(latest(tmp_path / "run")) == 1
+    with pytest.raises(ValueError, match="has no optimizer.pt"):
+        load(path, "optimizer.pt")
+    entry = {"size": (path / ".metadata").stat().st_size,
+             "sha256": hashlib.sha256((path / ".metadata").read_bytes()).hexdigest()}
+    write_manifest(path, verify(path) | {".metadata": entry})
+    with pytest.raises(CorruptCheckpoint, match="refused entry '.metadata'"):
+        load(path, ".metadata")
     assert not (tmp_path / "hacked").exists()
 
 

@@ -84,9 +84,9 @@ def test_the_whole_corpus_is_built_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "TEST_SIZE", 50)
     manifest = corpus.build(tmp_path)
     assert manifest["pairs"] > 500 and corpus.ensure(tmp_path) == manifest
-    for line in open(tmp_path / "pairs.jsonl", encoding="utf-8"):
+    for line in open(tmp_path / "pairs" / "documentation.jsonl", encoding="utf-8"):
         row = json.loads(line)
-        assert row["input"] and row["output"]
+        assert row["input"] and row["output"] and row["name"]
     names = [json.loads(line)["id"] for line in open(tmp_path / "search" / "corpus.jsonl")]
     assert len(names) == len(set(names)) and any("shortest_path" in name for name in names)
     (tmp_path / "manifest.json").write_text(json.dumps({"versions": {"corpus": -1}}))

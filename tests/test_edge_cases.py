@@ -12,6 +12,7 @@ import torch
 import data
 import train
 from dhnm import HardNegativePool
+from engine import distributed
 from losses import cosent_loss, info_nce, matryoshka
 from mask import FULL, MaskSpec
 from model import Conan, ConanConfig
@@ -282,3 +283,23 @@ def test_the_order_does_not_depend_on_the_number_of_ranks(orders, key, ranks):
                     for i, (kind, *_) in enumerate(batches)]
         assert together == batches and dealt[stage * (ranks + 2) + ranks] == draw
     assert alone[-1] == dealt[-1]                  # the tokenizer
+
+
+def test_freed_memory_goes_back_once_the_process_is_large():
+    """Blocks of changing size leave holes that glibc keeps: a long run was killed for them."""
+    library = distributed._glibc()
+    if library is None:
+        pytest.skip("not glibc")
+    distributed.keep_freed_memory()
+    try:
+        blocks = [np.ones(20_000 + 7 * i) for i in range(1500)]          # 240 MB and more
+        guard = blocks[-1]
+        held = distributed._resident_pages()
+        del blocks
+        distributed.release_memory(share=0.999)
+        assert distributed._resident_pages() > 0.7 * held        # far below its share: kept
+        distributed.release_memory(share=0)
+        assert distributed._resident_pages() < held - 30_000 and guard[0] == 1
+    finally:
+        for parameter, value in ((-3, 2 ** 17), (-1, 2 ** 17), (-2, 2 ** 17)):
+            library.mallopt(parameter, value)                            # glibc's defaults

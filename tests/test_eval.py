@@ -5,6 +5,7 @@ import doctest
 import gzip
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -513,6 +514,47 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*argv[:2], f"--clustering={folder / 'corpus.jsonl'}"])
     with pytest.raises(SystemExit, match="label|no vectors"):
         evaluation.main()
+
+
+def test_each_model_has_a_file_of_its_own(tmp_path):
+    """Scores of two models, or of two checkpoints, must never meet in one file."""
+    run = tmp_path / "embed_sup"
+    (run / "step_000007").mkdir(parents=True)
+    (run / "step_000007" / "manifest.json").write_text("{}")
+    config = evaluation.EvalConfig
+    assert evaluation.place(config(checkpoint=str(run))) == run / "eval.json"
+    one = config(checkpoint=str(run / "step_000007"))
+    assert evaluation.place(one) == run / "eval_step_000007.json"
+    assert evaluation.place(config(bm25=True)) == Path("out/eval_bm25.json")
+    stock = config(sentence_transformer="org/name")
+    assert evaluation.place(stock) == Path("out/eval_name.json")
+    assert evaluation.place(config(bm25=True, out="x.json")) == Path("x.json")
+
+
+def test_what_was_measured_before_stays_in_the_runs_file(tmp_path, monkeypatch, capsys):
+    """The run's own numbers, DHNM's too, outlive a later evaluation; --out begins afresh."""
+    monkeypatch.chdir(tmp_path)
+    folder = write_collection(tmp_path / "docs", COLLECTION)
+    own = {"dhnm/clr/queries_changed_1_times": 5, "retrieval/docs/all/ndcg@10": 0.5}
+    kept = tmp_path / "out" / "eval_bm25.json"
+    kept.parent.mkdir()
+    kept.write_text(json.dumps(own))
+    argv = ["eval.py", "--bm25", f"--retrieval={folder}"]
+    monkeypatch.setattr("sys.argv", argv)
+    evaluation.main()
+    merged = json.loads(kept.read_text())
+    assert merged["dhnm/clr/queries_changed_1_times"] == 5
+    assert merged["retrieval/docs/all/ndcg@10"] == 0.0         # measured anew
+    assert "beside 1 earlier numbers" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*argv, f"--out={kept}"])
+    evaluation.main()
+    assert json.loads(kept.read_text()).keys() == merged.keys() - own.keys() | {
+        "retrieval/docs/all/ndcg@10"}
+    kept.write_text("[1")
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit, match="eval_bm25.json: not a JSON object"):
+        evaluation.main()
+    assert kept.read_text() == "[1"
 
 
 def test_one_model_must_be_named():

@@ -137,7 +137,7 @@ def test_the_files_of_an_export(exported):
     pooling = read(exported / "1_Pooling" / "config.json")
     assert pooling["pooling_mode_mean_tokens"] and not pooling["pooling_mode_lasttoken"]
     st = read(exported / "config_sentence_transformers.json")
-    assert st["prompts"] == {"query": "Find the documentation: ", "document": "",
+    assert st["prompts"] == {"query": "Find the passage: ", "document": "",
                              "Classification": "Name the topic: "}
 
 
@@ -336,7 +336,7 @@ def test_an_export_can_be_exported(exported, tmp_path):
 
 def test_golden_values_are_those_of_the_checkpoint(run, exported):
     golden = read(exported / "golden.json")
-    assert golden["inputs"][0] == "Find the documentation: " + golden["inputs"][1]
+    assert golden["inputs"][0] == "Find the passage: " + golden["inputs"][1]
     found = Embedder(run).encode(golden["inputs"])
     assert np.abs(found - np.array(golden["embeddings"])).max() < 1e-7
     assert len({unicodedata.name(text[0]).split()[0] for text in golden["inputs"]}) >= 4  # scripts
@@ -402,6 +402,14 @@ def test_only_an_export_is_overwritten(run, exported, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         export(run, tmp_path / "file")
+
+
+def test_scores_that_eval_adds_to_an_export_do_not_make_it_foreign(run, tmp_path):
+    out = export(run, tmp_path / "mine")
+    (out / "mteb").mkdir()
+    (out / "eval.json").write_text('{"model/mine/all/parameters": 5}')
+    export(run, out)                               # replaces it: those were the old model's
+    assert not (out / "mteb").exists() and not (out / "eval.json").exists()
 
 
 def test_a_checkpoint_is_no_place(run):

@@ -19,10 +19,12 @@ from filters import (
     by_script,
     chain,
     exact_duplicates,
+    joined,
     load_scorer,
     main,
     make_filters,
     minhash,
+    mteb_rows,
     near_duplicates,
     texts_of,
     words_of,
@@ -199,6 +201,51 @@ def test_a_folder_is_read_without_its_documents(tmp_path):
 
 
 # ---------------------------------------------------------------- chains, command line
+
+def test_of_mteb_only_what_is_evaluated_on_counts(monkeypatch):
+    """Not the rows to learn from, not the documents; subsets and plain splits alike."""
+    def task(dataset, splits):
+        return SimpleNamespace(dataset=dataset, metadata=SimpleNamespace(eval_splits=splits),
+                               load_data=lambda: None, unload_data=lambda: None)
+    row = {name: [{"id": "1", "text": f"{name} text here"}] for name in (
+        "train", "test", "dev", "query", "document", "answers")}
+    tasks = [task({"train": row["train"], "test": row["test"], "dev": row["dev"]}, ["test"]),
+             task({"en": {"dev": row["dev"], "train": row["train"]}}, ["dev"]),
+             task({"default": {"test": {"queries": row["query"], "corpus": row["document"],
+                                        "relevant_docs": {"q": {"d": 1}}, "top_ranked": None}}},
+                  ["test"])]
+    monkeypatch.setattr("eval.mteb_tasks", lambda name: (tasks, name == "B"))
+    assert [r["text"] for r in mteb_rows("B")] == [
+        "test text here", "dev text here", "query text here"]
+    clean = Decontaminator(["mteb:B"])
+    assert clean.reason({"text": "Query, text: HERE"}) == "equal to an evaluation text"
+    assert clean.reason({"text": "document text here"}) is None
+
+
+def test_a_benchmarks_comma_is_put_back():
+    assert joined(("a", "mteb:MTEB(eng", "v2)", "b")) == ["a", "mteb:MTEB(eng, v2)", "b"]
+    assert joined(("a.jsonl",)) == ["a.jsonl"] and joined(()) == []
+
+
+@pytest.mark.extras
+def test_mtebs_own_tasks_are_read(monkeypatch):
+    """Its mock tasks have every shape of data that its text tasks have."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("mteb", minversion="2")
+    from mteb.mocks import mock_tasks
+
+    tasks = [getattr(mock_tasks, f"Mock{name}")() for name in (
+        "RetrievalTask", "MultilingualRetrievalTask", "STSTask", "MultilingualSTSTask",
+        "ClassificationTask", "SummarizationTask", "PairClassificationTask", "RerankingTask",
+        "BitextMiningTask", "MultilingualParallelBitextMiningTask")]
+    monkeypatch.setattr("eval.mteb_tasks", lambda name: ([tasks[int(name)]], False))
+    for number, task in enumerate(tasks):
+        rows = list(mteb_rows(str(number)))
+        texts = [text for row in rows for text in filters._strings(row)]
+        assert rows and any(len(text.split()) >= 3 for text in texts), task.metadata.name
+    assert {row["text"] for row in mteb_rows("0")} == {"This is a test sentence",
+                                                       "This is another test sentence"}
+
 
 def test_a_chain_counts_each_row_once():
     rows = texts("a", "a", "bbbb", "bbbb", "cc")

@@ -1,16 +1,20 @@
 """A run that is killed, stopped or restarted ends where the undisturbed one does, bit for bit.
 
-Every run here is a real `python train.py` (or torchrun) of its own. KILLS=20 in the environment
-kills each stage twenty times over; the default keeps the slow group to minutes.
+    pytest -m slow tests/test_kill.py --record=results/trust.json      # all kills, minutes
+
+Runs are `python train.py` or torchrun, or, where there are many, forks of the test that call
+train.main: they have torch already.
 """
 import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -19,9 +23,10 @@ import torch
 import train
 from engine import checkpoint
 from engine.progress import open_log
+from ranks import free_port
 
 ROOT = Path(train.__file__).parent
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = 20                             # of each stage, by the slow group
 STEPS = 8
 WORDS = "sort list tree graph node edge file open read write matrix vector random time".split()
 CONFIG = f"""steps = {STEPS}
@@ -43,30 +48,39 @@ remine_every = 3
 device = "cpu"
 dtype = "float32"
 """
-# Runs train.py and dies, as by `kill -9`, at the n-th of the calls that it makes while it trains
-# and saves: in a step, between two files of a save, before or after a rename, while pruning.
+# Runs train.py and dies at the n-th of the calls that `deadly` counts, in its first life only.
 DEADLY = f"""
-import os, shutil, sys
-sys.path.insert(0, {str(ROOT)!r})
+import os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import train
+from test_kill import deadly
 left = int(sys.argv.pop(1))
-if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or os.environ.get("RANK", "0") != \\
-        os.environ.get("DIES", "0"):
-    left = 0
-def deadly(module, name):
-    real = getattr(module, name)
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), 9)
-        return real(*args, **kwargs)
-    setattr(module, name, call)
-for module, names in (os, "fsync rename open"), (shutil, "rmtree"), (train, "stage_loss lr_at"):
-    for name in names.split():
-        deadly(module, name)
+if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" and os.environ.get("RANK") == "1":
+    deadly(left, os.devnull)
 train.main()
 """
+
+
+def deadly(left, epitaph):
+    """Make this process die, as by `kill -9`, at the `left`-th of some calls; leave its name.
+
+    They are those of a training step and of a save: in a step, between two files, before or after
+    a rename, while pruning.
+    """
+    def wrap(module, name):
+        real = getattr(module, name)
+
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                Path(epitaph).write_text(name)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+        setattr(module, name, call)
+    for module, names in (os, "fsync rename open"), (shutil, "rmtree"), (train, "stage_loss lr_at"):
+        for name in names.split():
+            wrap(module, name)
 
 
 @pytest.fixture(scope="module")
@@ -94,19 +108,64 @@ def files(tmp_path_factory):
     return folder
 
 
-def command(files, stage, out, *more, ranks=1, dies=None, launcher=()):
+def argv_of(files, stage, out, *more):
+    return [str(files / f"{stage}.py"), f"--out={out}", *more]
+
+
+def start(files, stage, out, *more, ranks=1, dies=None, launcher=()):
+    """Start a process of its own, or torchrun; with `dies` rank 1 dies in its first life."""
     torchrun = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone",
                                       f"--nproc_per_node={ranks}", *launcher]
     script = [ROOT / "train.py"] if dies is None else [files / "deadly.py", dies]
-    return [sys.executable, *torchrun, *map(str, script), str(files / f"{stage}.py"),
-            f"--out={out}", *more]
-
-
-def start(files, stage, out, *more, rank_that_dies=0, **how):
     return subprocess.Popen(
-        command(files, stage, out, *more, **how), cwd=files, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DIES": str(rank_that_dies)})
+        [sys.executable, *torchrun, *map(str, script), *argv_of(files, stage, out, *more)],
+        cwd=files, text=True, start_new_session=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def live(files, stage, out, *more, dies=0, rank=0, size=1, port=0):
+    """Start a fork that trains a stage, perhaps as one of many ranks; return its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.chdir(files)
+        torch.set_num_threads(1)
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+        if dies:
+            deadly(dies, out / "epitaph")
+        train.main(argv_of(files, stage, out, *more))
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def end(pids, seconds=100):
+    """Return the exit codes of forks; where one has died the others are not waited for long."""
+    codes, until = {}, time.monotonic() + seconds
+    while len(codes) < len(pids):
+        for pid in set(pids) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                until = min(until, time.monotonic() + 20) if codes[pid] else until
+            elif time.monotonic() > until:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return [codes[pid] for pid in pids]
+
+
+def live_on(size, files, stage, out, *more, dies=0, victim=0):
+    """Run a stage on `size` forks; return their exit codes."""
+    port = free_port()
+    return end([live(files, stage, out, *more, dies=dies if rank == victim else 0, rank=rank,
+                     size=size, port=port) for rank in range(size)])
 
 
 def wait(process, seconds=90):
@@ -168,15 +227,23 @@ def assert_same_run(one, other, stage):
 def whole(files, tmp_path_factory):
     """The undisturbed run of all four stages in one process."""
     out = tmp_path_factory.mktemp("whole")
-    finish(start(files, "embed_sup", out))
+    assert live_on(1, files, "embed_sup", out) == [0]
+    return out
+
+
+@pytest.fixture(scope="module")
+def pretrained_by_two(files, tmp_path_factory):
+    """The undisturbed first stage on two ranks."""
+    out = tmp_path_factory.mktemp("pretrained_by_two")
+    assert live_on(2, files, "pretrain", out) == [0, 0]
     return out
 
 
 @pytest.fixture(scope="module")
 def whole_of_two(files, tmp_path_factory):
-    """The same on two ranks."""
+    """The undisturbed run of all four stages on two ranks."""
     out = tmp_path_factory.mktemp("whole_of_two")
-    finish(start(files, "embed_sup", out, ranks=2))
+    assert live_on(2, files, "embed_sup", out) == [0, 0]
     return out
 
 
@@ -193,85 +260,97 @@ def stages_before(stage, source, out):
 
 def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_been(files, whole, tmp_path):
     out = stages_before("sft", whole, tmp_path)
-    finish(start(files, "sft", out, dies=47), code=-signal.SIGKILL)
+    assert live_on(1, files, "sft", out, dies=47) == [-signal.SIGKILL]
     assert 0 < len(list((out / "sft").glob("*step_*"))) and not (out / "sft/eval.json").exists()
     finish(start(files, "sft", out))
     assert_same_run(whole, out, "sft")
 
 
+def test_two_ranks_killed_in_a_step_and_in_a_save(files, pretrained_by_two, tmp_path):
+    out = stages_before("pretrain", pretrained_by_two, tmp_path)
+    for dies, victim in ((6, 1), (40, 0)):         # rank 1 only steps; rank 0 saves as well
+        codes = live_on(2, files, "pretrain", out, dies=dies, victim=victim)
+        assert codes[victim] == -signal.SIGKILL and codes[1 - victim]
+    assert live_on(2, files, "pretrain", out) == [0, 0]
+    assert_same_run(pretrained_by_two, out, "pretrain")
+
+
+def note(record, name, out):
+    """Count a kill for `--record`: in which call it came, if it was one that counts."""
+    path, kills = out / "epitaph", record.setdefault(name, {"kills": 0, "in a save": 0})
+    kills["kills"] += 1
+    if path.exists():
+        kills["in a save"] += path.read_text() in ("fsync", "rename", "open", "rmtree")
+        path.unlink()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", train.STAGES)
-def test_kill_9_at_random_calls_again_and_again(files, whole, tmp_path, stage):
+def test_kill_9_at_random_calls_again_and_again(files, whole, tmp_path, stage, record):
     """Each life ends at a random call; one that gets to the end begins anew elsewhere."""
     rng, killed, number = random.Random(stage), 0, 0
     while killed < KILLS:
         out, number = stages_before(stage, whole, tmp_path / str(number)), number + 1
         while killed < KILLS:
-            process = start(files, stage, out, dies=rng.randrange(1, 90))
-            shown = wait(process)
-            if process.returncode == 0:
+            code, = live_on(1, files, stage, out, dies=rng.randrange(1, 60))
+            if code == 0:
                 break
-            assert process.returncode == -signal.SIGKILL, shown[-3000:]
+            assert code == -signal.SIGKILL
             killed += 1
-        finish(start(files, stage, out))
+            note(record, f"kill -9 at random calls, {stage}", out)
+        assert live_on(1, files, stage, out) == [0]
         assert_same_run(whole, out, stage)
+    record[f"kill -9 at random calls, {stage}"]["runs equal bit for bit"] = number
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", train.STAGES)
-def test_kill_9_at_random_times(files, whole, tmp_path, stage):
+def test_kill_9_at_random_times(files, whole, tmp_path, stage, record):
     """The clock decides: while it starts, while it trains, while it saves."""
-    rng, out = random.Random(f"{stage} again"), stages_before(stage, whole, tmp_path)
-    for _ in range(KILLS):
-        process, began = start(files, stage, out), time.monotonic()
-        path, line = out / stage / "log.jsonl", rng.randrange(STEPS - 2)
-        while process.poll() is None and time.monotonic() - began < 60:
-            if path.is_file() and path.read_bytes().count(b"\n") > line:
-                time.sleep(rng.random() * 0.05)
+    rng, killed, number = random.Random(f"{stage} again"), 0, 0
+    while killed < KILLS:
+        out, number = stages_before(stage, whole, tmp_path / str(number)), number + 1
+        path = out / stage / "log.jsonl"
+        for line in sorted(rng.sample(range(STEPS - 1), 4)):
+            pid, until = live(files, stage, out), time.monotonic() + 60
+            while time.monotonic() < until and not (
+                    path.is_file() and path.read_bytes().count(b"\n") > line):
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.03)
+            os.kill(pid, signal.SIGKILL)
+            if end([pid]) == [-signal.SIGKILL]:
+                killed += 1
+                note(record, f"kill -9 at random times, {stage}", out)
+        assert live_on(1, files, stage, out) == [0]
+        assert_same_run(whole, out, stage)
+    record[f"kill -9 at random times, {stage}"]["runs equal bit for bit"] = number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_two_ranks_killed_again_and_again(files, whole_of_two, tmp_path, stage, record):
+    rng, killed, number = random.Random(stage), 0, 0
+    while killed < KILLS // 2:
+        out, number = stages_before(stage, whole_of_two, tmp_path / str(number)), number + 1
+        while killed < KILLS // 2:
+            victim = rng.randrange(2)              # rank 1 takes steps only: fewer calls to die in
+            codes = live_on(2, files, stage, out, victim=victim,
+                            dies=rng.randrange(1, 60 if victim == 0 else 20))
+            if codes == [0, 0]:
                 break
-            time.sleep(0.002)
-        kill(process)
-    finish(start(files, stage, out))
-    assert_same_run(whole, out, stage)
+            assert codes[victim] == -signal.SIGKILL
+            killed += 1
+            note(record, f"kill -9, two ranks, {stage}", out)
+        assert live_on(2, files, stage, out) == [0, 0]
+        assert_same_run(whole_of_two, out, stage)
+    record[f"kill -9, two ranks, {stage}"]["runs equal bit for bit"] = number
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", train.STAGES)
-def test_two_ranks_killed_together(files, whole_of_two, tmp_path, stage):
-    rng, out = random.Random(stage), stages_before(stage, whole_of_two, tmp_path)
-    for _ in range(max(1, KILLS // 2)):
-        process = start(files, stage, out, ranks=2, dies=rng.randrange(5, 60),
-                        rank_that_dies=rng.randrange(2))
-        wait(process)                              # torchrun ends the rank that is left
-        assert process.returncode in (0, 1)
-    finish(start(files, stage, out, ranks=2))
-    assert_same_run(whole_of_two, out, stage)
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_a_killed_worker_and_the_run_finishes(files, whole_of_two, tmp_path):
-    out = stages_before("embed_sup", whole_of_two, tmp_path)
-    shown = finish(start(files, "embed_sup", out, ranks=2, dies=60,
-                         launcher=["--max-restarts=2"]))
+def test_torchrun_restarts_a_killed_worker_and_the_run_finishes(files, pretrained_by_two, tmp_path):
+    out = stages_before("pretrain", pretrained_by_two, tmp_path)
+    shown = finish(start(files, "pretrain", out, ranks=2, dies=9, launcher=["--max-restarts=2"]))
     assert "restart" in shown.lower()              # it did die
-    assert_same_run(whole_of_two, out, "embed_sup")
-
-
-# ---------------------------------------------------------------- another number of ranks
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", train.STAGES)
-def test_a_run_goes_on_with_another_number_of_ranks(files, whole, tmp_path, stage):
-    """1 -> 2 -> 1 ranks: the same examples, and the losses of one rank but for rounding."""
-    out = stages_before(stage, whole, tmp_path)
-    finish(start(files, stage, out, dies=40), code=-signal.SIGKILL)
-    wait(start(files, stage, out, ranks=2, dies=45))
-    finish(start(files, stage, out))
-    want, got = losses(whole, stage), losses(out, stage)
-    for step, line in want.items():
-        assert got[step]["loss"] == pytest.approx(line["loss"], rel=1e-5), step
-        assert got[step]["task"] == line["task"]
-        assert got[step]["tokens"] == pytest.approx(line["tokens"], rel=0.2)
+    assert_same_run(pretrained_by_two, out, "pretrain")
 
 
 # ---------------------------------------------------------------- signals
@@ -285,7 +364,6 @@ def wait_for_steps(process, path, steps):
     raise AssertionError(f"no {steps} steps in {path}; exit code {process.poll()}")
 
 
-@pytest.mark.slow
 def test_sigterm_under_torchrun_saves_at_a_common_step(files, tmp_path):
     more = "--steps=100000", "--save_every=100000"
     process = start(files, "pretrain", tmp_path, *more, ranks=2)
@@ -310,6 +388,17 @@ def test_a_second_trainer_in_the_same_folder_is_refused(files, whole, tmp_path):
     assert f"{out / 'sft'}: another process is training here" in shown
     assert "Traceback" not in shown
     assert sorted(path.name for path in (out / "sft").iterdir()) == [".lock"]
+
+
+def test_a_second_trainer_of_two_ranks_is_refused_and_does_not_hang(files, pretrained_by_two,
+                                                                    tmp_path):
+    out = stages_before("pretrain", pretrained_by_two, tmp_path)
+    (out / "pretrain").mkdir()
+    with open(out / "pretrain/.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        codes = live_on(2, files, "pretrain", out)
+    assert 0 not in codes and -signal.SIGKILL not in codes     # rank 1 has nobody to meet
+    assert live_on(2, files, "pretrain", out) == [0, 0]        # one rank holds it, not both
 
 
 def test_the_lock_ends_with_its_holder(tmp_path):

@@ -1,7 +1,8 @@
-"""The lexicon: coverage, native scripts, copies; folding and word order by hand; 100 questions."""
+"""The lexicon: coverage, scripts, copies; folding, word order, phrasing by hand; 100 questions."""
 
 import doctest
 import json
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 import lexicon
 from clr import LANGUAGES, TABLE_7, build_clr, copy_gate, script_gate, script_share
 from data import read_jsonl
-from lexicon import FUNCTION_WORDS, IRREGULAR, VERBS, LexiconTranslator, fold, order_phrases
-from lexicon import split_phrases
+from lexicon import FUNCTION_WORDS, IRREGULAR, UNSPACED, VERBS, LexiconTranslator, Phrasing
+from lexicon import bitext_rows, dictionary_rows, fold, join, order_phrases, split_phrases
 
 ROOT = Path(lexicon.__file__).parent
 QUESTIONS = ROOT / "tests" / "data" / "natural_questions.jsonl"
@@ -31,10 +32,10 @@ def test_documentation_examples():
 # ---------------------------------------------------------------- the table
 
 
-def test_600_words_in_26_languages(translate):
+def test_words_in_26_languages(translate):
     lines = (ROOT / "lexicon.tsv").read_text(encoding="utf-8").splitlines()
     assert set(lines[0].split("\t")) == set(LANGUAGES) and lines[0].startswith("en\t")
-    assert len(lines) == 601 and {line.count("\t") for line in lines} == {25}
+    assert len(lines) == 762 and {line.count("\t") for line in lines} == {25}
     words = [line.split("\t")[0] for line in lines[1:]]
     assert words == sorted(set(words)) and all(re.fullmatch("[a-z]{2,}", word) for word in words)
     assert not FUNCTION_WORDS & set(words)
@@ -47,7 +48,7 @@ def test_native_script_and_no_copies(translate, lang):
     column = translate.table[lang]
     same = {word for word, own in column.items() if own.casefold() == word}
     native = lang in ("zh", "ja", "ko", "ru", "ar", "he", "hi", "bn", "th", "km")
-    assert len(same) <= (6 if native else 120)
+    assert len(same) <= (6 if native else 150)
     for word in set(column) - same:
         assert script_share(column[word], lang) == 1, (word, column[word])
         assert not set(column[word]) & set("()/;,|"), (word, column[word])
@@ -65,17 +66,17 @@ def test_words_that_people_ask_for(translate):
 
 @pytest.mark.skipif(not CORPUS.is_dir(), reason="python corpus.py has not run")
 def test_coverage_of_the_embedded_corpus(translate):
-    """Two thirds of the content words of the summary lines, names and identifiers aside."""
+    """Seven in ten of the content words of the summary lines, names and identifiers aside."""
     known, names = translate.table["en"], {"true", "false", "none", "self"}
     content = Counter()
-    for row in read_jsonl(CORPUS / "pairs.jsonl", {"input": str}):
+    for row in read_jsonl(CORPUS / "pairs" / "documentation.jsonl", {"input": str}):
         for token in row["input"].split():
             word = token.strip("`'\"()[]{},.;:!?")
             if re.fullmatch("[A-Za-z]?[a-z]+", word) and len(word) > 1:
                 word = word.lower()
                 if word not in FUNCTION_WORDS | names:
                     content[fold(word, known) is not None] += 1
-    assert content[True] / content.total() > 0.66
+    assert content[True] / content.total() > 0.7
 
 
 def test_damaged_table_is_named_by_line(tmp_path):
@@ -94,8 +95,8 @@ def test_damaged_table_is_named_by_line(tmp_path):
     ("indices", "index"), ("axes", "axis"), ("properties", "property"), ("copies", "copy"),
     ("copied", "copy"), ("splitting", "split"), ("mapped", "map"), ("computing", "compute"),
     ("computes", "compute"), ("used", "use"), ("using", "use"), ("passes", "pass"),
-    ("called", "call"), ("string", "string"), ("need", "need"), ("seed", None), ("speed", None),
-    ("radius", None), ("basis", "basis"), ("bases", "base"), ("s", None), ("ing", None)])
+    ("called", "call"), ("string", "string"), ("need", "need"), ("seed", "seed"), ("speed", None),
+    ("virus", None), ("basis", "basis"), ("bases", "base"), ("s", None), ("ing", None)])
 def test_fold(translate, word, lemma):
     assert fold(word, translate.table["en"]) == lemma
 
@@ -137,6 +138,67 @@ def test_clr_with_the_lexicon(translate):
     made = list(build_clr(rows, translate, gates=[script_gate(0.9), copy_gate]))
     assert Counter(row["lang"] for row in made) == Counter(TABLE_7)
     assert len({row["query"] for row in made}) >= 25
+
+
+# ---------------------------------------------------------------- phrasing, and rows made of it
+
+
+@pytest.fixture(scope="module")
+def phrase():
+    return Phrasing()
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_phrasing_of_a_language(phrase, lang):
+    assert len(phrase.frames[lang]) >= 7 and len(phrase.between[lang]) >= 7
+    for frame in phrase.frames[lang]:
+        assert frame.count("{}") == 1 and script_share(frame.replace("{}", ""), lang) == 1, frame
+    for word in phrase.between[lang] + phrase.prefixes[lang]:
+        assert script_share(word, lang) == 1, word
+    for old, new in phrase.endings[lang]:
+        assert new and old == sorted(old, key=len, reverse=True)
+        assert lang not in UNSPACED or lang == "ja"
+
+
+def test_inflect(phrase):
+    """The stem stays, and short words do not lose theirs."""
+    rng = random.Random(0)
+    for word, stem, lang in [("матрица", "матриц", "ru"), ("berechnen", "berechn", "de"),
+                             ("calcular", "calcul", "es"), ("계산하다", "계산", "ko"),
+                             ("matriisi", "matriis", "fi"), ("गणना", "गणन", "hi")]:
+        forms = {phrase.inflect(word, lang, rng) for _ in range(50)}
+        assert len(forms) > 3 and all(form.startswith(stem) for form in forms), forms
+    assert {phrase.inflect("als", "de", rng) for _ in range(20)} <= {
+        "als" + ending for ending in ("", "e", "en", "er", "es", "s", "n")}
+    assert phrase.inflect("矩阵", "zh", rng) == "矩阵"
+
+
+def test_phrasing_keeps_names_and_says_the_words(phrase, translate):
+    words = translate.words("Sort a torch.Tensor", "de")
+    assert words == [("sortieren", True), ("torch.Tensor", False)]
+    made = {phrase(words, "de", random.Random(seed)) for seed in range(100)}
+    assert len(made) > 50 and all("orch.Tensor" in text for text in made)
+    assert phrase(words, "de", random.Random(0)) == phrase(words, "de", random.Random(0))
+    assert join(["排序", "torch.Tensor"], "zh") == "排序 torch.Tensor"
+
+
+def test_bitext_rows(phrase, translate):
+    rows = [{"input": f"Compute the determinant of a matrix by qr{i}.", "name": f"m.f{i}"}
+            for i in range(200)] + [{"input": "Qwerty", "name": "m.none"}]
+    made = list(bitext_rows(rows, translate, phrase))
+    assert made == list(bitext_rows(rows, translate, phrase))
+    assert [row["output"] for row in made] == [f"{r['name']}\n{r['input']}" for r in rows[:-1]]
+    named = sum("qr" in row["input"] for row in made)
+    assert 60 < named < 140                            # the untranslated word is there in one half
+
+
+def test_dictionary_rows(phrase, translate):
+    """Every word, as often as asked, in every language but English, and without an instruction."""
+    made = list(dictionary_rows(translate, phrase, times=2))
+    assert {row["instruction"] for row in made} == {""}
+    words = Counter(word for row in made for word in row["output"].split())
+    assert words == dict.fromkeys(translate.table["en"], 2 * (len(LANGUAGES) - 1))
+    assert max(len(row["output"].split()) for row in made) == 3
 
 
 # ---------------------------------------------------------------- questions

@@ -1,9 +1,9 @@
 """Much data in little memory; each measurement is a process of its own, and its peak is asked for.
 
-LOAD=100 in the environment makes the file of the last test 5 GB instead of 50 MB.
+    pytest -m slow tests/test_load.py --record=results/trust.json
 """
 import json
-import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +14,6 @@ import train
 
 pytestmark = pytest.mark.slow
 ROOT = Path(train.__file__).parent
-LOAD = float(os.environ.get("LOAD", 1))
 BEGIN = """
 import json, resource, sys, time
 import numpy as np
@@ -49,7 +48,7 @@ def measure(code, *args, folder=None):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_million_short_texts():
+def test_a_million_short_texts(record):
     """Peak memory is that of the vectors and of one part, not of the tokens of all texts."""
     found = measure("""
 class Texts:                                       # made when they are asked for
@@ -67,11 +66,12 @@ print(json.dumps({"grown": peak() - before, "shape": vectors.shape,
                   "same": bool(np.allclose(vectors[-10:], again, atol=1e-5)),
                   "finite": bool(np.isfinite(vectors).all())}))
 """)
+    record["a million short texts, MB beyond the start"] = round(found["grown"])
     assert found["shape"] == [1_000_000, 16] and found["same"] and found["finite"]
     assert found["grown"] < 64 + 100, f"{found['grown']:.0f} MB for 64 MB of vectors"
 
 
-def test_a_text_of_32768_tokens():
+def test_a_text_of_32768_tokens(record):
     """Attention at alpha 1 and alpha 0 holds no T x T matrix: that would be 4.3 GB a head."""
     found = measure("""
 from mask import MaskSpec
@@ -86,11 +86,12 @@ for alpha in (1.0, 0.0):
     found[str(alpha)] = bool(np.isfinite(vector).all()) and vector.shape == (2, 16)
 print(json.dumps(found | {"grown": peak() - before}))
 """)
+    record["one text of 32,768 tokens, MB beyond the start"] = round(found["grown"])
     assert found["1.0"] and found["0.0"]
     assert found["grown"] < 400, f"{found['grown']:.0f} MB"
 
 
-def test_mining_over_200_000_passages():
+def test_mining_over_200_000_passages(record):
     """All scores would be 160 GB for as many queries; a chunk of queries is held at a time."""
     found = measure("""
 rng = np.random.default_rng(0)
@@ -104,6 +105,7 @@ print(json.dumps({"grown": peak() - before, "shape": pools.shape,
                   "right": (pools[:3] == right).mean(), "own": bool((pools[:, :] ==
                   np.arange(1000)[:, None]).any())}))
 """)
+    record["mining over 200,000 passages, MB beyond the start"] = round(found["grown"])
     assert found["shape"] == [1000, 50] and found["right"] > 0.99 and not found["own"]
     assert found["grown"] < 500, f"{found['grown']:.0f} MB; 1,000 x 200,000 scores are 800"
 
@@ -123,7 +125,7 @@ stream = data.TokenStream(found, tokenizer, path + ".bin")
 assert stream.windows(np.arange(100), 64).shape == (100, 65)
 print(json.dumps({"grown": peak() - before, "rows": len(found)}))
 """
-    sizes = [int(180_000 * LOAD), int(720_000 * LOAD)]         # about 12 and 50 MB
+    sizes = [180_000, 720_000]                                 # about 12 and 50 MB
     grown = []
     for rows in sizes:
         found = measure(code, tmp_path / f"{rows}.jsonl", rows, folder=tmp_path)
@@ -131,3 +133,39 @@ print(json.dumps({"grown": peak() - before, "rows": len(found)}))
         grown.append(found["grown"])
         (tmp_path / f"{rows}.jsonl").unlink()
     assert grown[1] < grown[0] + 40 and grown[1] < 200, grown  # file pages in use count as well
+
+
+TRAIN = """
+import train
+path, repeats = sys.argv[2], int(sys.argv[3])
+words = "sort list tree graph node edge file open read write".split()
+block = "".join(json.dumps({"input": f"{words[i % 10]} {i}", "output": f"number {i}: " + " ".join(
+    words[(i + j) % 10] for j in range(2000))}) + "\\n" for i in range(2000))   # 20 MB
+with open(path, "w") as file:
+    for _ in range(repeats):
+        file.write(block)
+with open("text.jsonl", "w") as file:
+    for i in range(200):
+        file.write(json.dumps({"text": " ".join(words) + f" {i}"}) + "\\n")
+for stage in ("sft", "embed_weak"):
+    train.main([f"--stage={stage}", f"--pairs={path}", "--text=text.jsonl", "--previous=",
+                "--n_embd=16", "--n_head=2", "--n_kv_head=1", "--ffn_dim=16", "--vocab_size=300",
+                "--block_size=64", "--passage_len=32", "--query_len=16", "--steps=10",
+                "--batch_size=8", "--device=cpu", "--dtype=float32", f"--out=out{repeats}"])
+print(json.dumps({"peak": peak(), "bytes": len(block) * repeats}))
+"""
+
+
+def test_training_on_5_gb_takes_the_memory_of_20_mb(tmp_path, record):
+    """Stages 2 and 3 read their rows by number, through an index of byte offsets on disk."""
+    if shutil.disk_usage(tmp_path).free < 10e9:
+        pytest.skip("10 GB of disk are needed")
+    found = []
+    for repeats in (1, 260):
+        path = tmp_path / f"{repeats}.jsonl"
+        found.append(measure(TRAIN, path, repeats, folder=tmp_path))
+        path.unlink()
+    small, large = found
+    record["peak MB of training on a JSONL"] = {
+        f"{f['bytes'] / 1e9:.2f} GB": round(f["peak"]) for f in found}
+    assert large["bytes"] > 5e9 and large["peak"] < small["peak"] + 60, found

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model as model_file
 from mask import CAUSAL, FULL, MaskSpec, soft_mask
 from model import (Conan, ConanConfig, Packing, RMSNorm, apply_rope, attend, explicit_attention,
                    flatten, pool, rope_cache)
@@ -196,6 +197,18 @@ def test_no_mask_tensor_where_none_is_needed():
                                 (FULL, [9, 8], True), (SOFT, [9, 9], True)):
         group = group_of(lengths, mask, torch.float32)
         assert (group.bias is not None) == bias and group.weights is None
+
+
+def test_the_bias_is_built_once_a_batch_and_once_for_equal_lengths(monkeypatch):
+    """Not in each of the two layers; and texts of one length share one (T, T)."""
+    shapes, real = [], model_file.mask_weights
+
+    def note(*args):
+        shapes.append(tuple(real(*args).shape))
+        return real(*args)
+    monkeypatch.setattr(model_file, "mask_weights", note)
+    embed(tiny(), texts_of(9, 9, 9, 30, 29), SOFT)
+    assert shapes == [(2, 30, 30), (1, 9, 9)]
 
 
 # ---------------------------------------------------------------- the last token and the first
@@ -413,6 +426,41 @@ def test_initial_weights_follow_the_generator():
                         for s in (5, 5, 6))
     assert torch.equal(one.embed_tokens.weight, same.embed_tokens.weight)
     assert not torch.equal(one.embed_tokens.weight, other.embed_tokens.weight)
+
+
+def test_attention_may_be_narrower_than_the_model():
+    config = dataclasses.replace(CONFIG, attention_dim=16)
+    model = Conan(config).init_weights()
+    assert config.head_dim == 4 and model.layers[0].self_attn.q_proj.weight.shape == (16, 32)
+    assert model(torch.arange(9), [4, 5]).shape == (2, 32)
+    with pytest.raises(ValueError, match="attention_dim 10"):
+        dataclasses.replace(CONFIG, attention_dim=10)
+
+
+def test_rare_tokens_may_start_longer():
+    """embed_rank_power: row i has the length (log(i + 2) / log(V + 1)) ** power of the last row."""
+    config = dataclasses.replace(CONFIG, vocab_size=20_000, n_embd=64, embed_rank_power=3.0,
+                                 embed_std=0.5)
+    lengths = Conan(config).init_weights().embed_tokens.weight.norm(dim=1) / 64 ** 0.5
+    for first, end in ((0, 20), (500, 700), (15_000, 20_000)):
+        wanted = (math.log((first + end) / 2 + 2) / math.log(20_001)) ** 3 * 0.5
+        assert lengths[first:end].mean().item() == pytest.approx(wanted, rel=0.15)
+    assert (Conan(CONFIG).rank_scale() == 1).all()
+
+
+@pytest.mark.parametrize("eps, remembers", [(25.0, True), (1e-5, False)])
+def test_a_large_norm_eps_lets_lengths_outlive_the_norms(eps, remembers):
+    """Untrained, two texts that share one rare word of eight are nearer than two that share seven
+    frequent ones: a bag of words weighted by IDF. The usual eps makes all words equal."""
+    torch.manual_seed(3)
+    model = Conan(dataclasses.replace(CONFIG, vocab_size=20_000, n_embd=256, norm_eps=eps,
+                                      embed_std=0.2, embed_rank_power=4.0)).init_weights()
+    frequent, rare = list(range(260, 274)), 19_000
+    one = torch.tensor([*frequent[:7], rare])
+    shares_rare = torch.tensor([*frequent[7:], rare])
+    shares_frequent = torch.tensor([*frequent[:7], rare + 500])
+    a, b, c = model(torch.cat([one, shares_rare, shares_frequent]), [8, 8, 8])
+    assert (a @ b > a @ c).item() == remembers
 
 
 def test_a_new_model_knows_nothing():

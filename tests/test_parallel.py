@@ -107,6 +107,8 @@ def worker(rank, size, folder):
                 run(folder, world, name, "embed_sup", f"--parallel={after}")
     torch.save({mode: synchronisations(world, mode) for mode in MODES},
                folder / f"syncs{size}_{rank}.pt")
+    torch.save(unequal_ranks(world), folder / f"unequal{size}_{rank}.pt")
+    torch.save(built(world), folder / f"built{size}_{rank}.pt")
     dist.barrier()
     distributed.stop()
     # gloo's threads now and then abort a process that is done with everything while it takes its
@@ -115,23 +117,29 @@ def worker(rank, size, folder):
 
 
 class Collectives(TorchDispatchMode):
-    """The names of the operations of torch.distributed that ran."""
+    """The names of the operations of torch.distributed that ran; the largest tensor of a result."""
 
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.names, self.largest = [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
             self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out) and out.device.type == "cpu":
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+def little():
+    return train.Conan(train.ConanConfig(vocab_size=50, n_layer=2, n_head=4, n_kv_head=2,
+                                         n_embd=32, ffn_dim=48, block_size=32)).init_weights()
 
 
 def synchronisations(world, mode):
     """Return {(texts of a micro batch, contrastive or not): synchronisations in one step}."""
-    model = train.Conan(train.ConanConfig(vocab_size=50, n_layer=2, n_head=4, n_kv_head=2,
-                                          n_embd=32, ffn_dim=48, block_size=32)).init_weights()
-    model, found, buckets = distributed.parallelize(model, world, mode), {}, []
+    model, found, buckets = distributed.parallelize(little(), world, mode), {}, []
     if mode != "fsdp":
         def count(state, bucket):
             buckets.append(bucket.is_last())
@@ -150,6 +158,39 @@ def synchronisations(world, mode):
             reduced = sum("reduce_scatter" in name for name in comm.names)
             found[micro, targets is None] = reduced if mode == "fsdp" else sum(buckets)
             model.zero_grad()
+    return found
+
+
+def unequal_ranks(world):
+    """Take a two-pass step under fsdp whose hard negatives are all on the first rank."""
+    model = distributed.parallelize(little(), world, "fsdp")
+    absent = world.rank > 0
+    lengths = [4] * (6 if absent else 12)              # 3 queries, 3 positives, 2 negatives of each
+    ids = torch.full((3, 2), -1) if absent else torch.arange(6).view(3, 2) + 20
+    batch = train.data.Batch("", torch.arange(sum(lengths)) % 7, lengths, None, negative_ids=ids,
+                             query_ids=torch.arange(3) + 10 * world.rank,
+                             positive_ids=torch.arange(3) + 5 + 10 * world.rank)
+    cfg = train.TrainConfig(stage="embed_sup", n_embd=32, n_head=4, micro_batch_size=3)
+    loss, scores, _ = train.stage_loss(model, batch, cfg, 0, distributed.no_sync(model))
+    return float(loss), scores, len(list(batch.chunks(3)))
+
+
+def built(world):
+    """Build an fsdp model from random numbers and from weights; return what each rank holds."""
+    cfg = train.TrainConfig(stage="pretrain", parallel="fsdp", n_embd=30, n_head=3, n_kv_head=1,
+                            ffn_dim=47, n_layer=2, vocab_size=401)          # odd: uneven shards
+    found = {}
+    for name in ("random", "weights"):
+        distributed.seed_everything(5)
+        weights = None
+        if name == "weights":
+            whole = train.Conan(cfg.model_config()).init_weights(torch.Generator().manual_seed(9))
+            weights = whole.state_dict() if world.is_main else {}
+        with Collectives() as seen:
+            model, _ = train.build_model(cfg, world, weights, "float32")
+        found[name] = {
+            "held": sum(p.to_local().numel() for p in model.parameters()),
+            "largest": seen.largest, "whole": distributed.model_state(model, world)}
     return found
 
 
@@ -257,6 +298,30 @@ def test_gradients_are_synchronised_once_a_step(folder, mode):
     for rank in range(2):
         found = torch.load(folder / f"syncs2_{rank}.pt", weights_only=True)[mode]
         assert found == dict.fromkeys(found, groups) and len(found) == 4
+
+
+def test_ranks_with_unequal_numbers_of_negatives_take_the_same_number_of_passes(folder):
+    """Else one rank waits for ever for the other's next chunk."""
+    found = [torch.load(folder / f"unequal2_{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [passes for *_, passes in found] == [4, 4]       # of 12 places, absent ones included
+    assert all(loss > 0 for loss, *_ in found) and found[0][1].abs().min() > 0
+
+
+def test_fsdp_ranks_never_hold_the_model_and_start_from_the_same_weights(folder):
+    shape = train.ConanConfig(n_embd=30, n_head=3, n_kv_head=1, ffn_dim=47, n_layer=2,
+                              vocab_size=401, block_size=1024)
+    distributed.seed_everything(5)
+    wanted = {"random": train.Conan(shape).init_weights(), "weights": train.Conan(
+        shape).init_weights(torch.Generator().manual_seed(9))}
+    found = [torch.load(folder / f"built2_{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, model in wanted.items():
+        assert sum(f[name]["held"] for f in found) == model.count_params()
+        assert max(f[name]["held"] for f in found) < 0.52 * model.count_params()
+        # one tensor at a time: the largest is the embedding, and the model has another as large
+        assert max(f[name]["largest"] for f in found) == 401 * 30 < 0.6 * model.count_params()
+        state = model.state_dict()
+        assert list(found[0][name]["whole"]) == list(state)
+        assert all(torch.equal(found[0][name]["whole"][key], state[key]) for key in state)
 
 
 @pytest.mark.slow

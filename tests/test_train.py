@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -187,10 +188,11 @@ def test_sigterm_saves_and_says_so(files, tmp_path):
 
 
 def test_non_finite_losses_are_skipped_and_then_stop_the_run(files, tmp_path, monkeypatch):
-    real = train.stage_loss
+    real, batches = train.stage_loss, {}
     bad = {2, 3}
 
     def poisoned(model, batch, cfg, step, no_sync):
+        batches[step] = batch
         loss, *rest = real(model, batch, cfg, step, no_sync)
         return (loss * float("nan") if step in bad else loss, *rest)
 
@@ -199,9 +201,40 @@ def test_non_finite_losses_are_skipped_and_then_stop_the_run(files, tmp_path, mo
     assert lines[6]["skipped"] == 2
     saved = torch.load(tmp_path / "a/pretrain/nonfinite_step2_rank0.pt", weights_only=True)
     assert saved["task"] == "text" and len(saved["ids"]) == sum(saved["lengths"])
+    again = train.data.Batch(**saved)              # the step can be taken once more
+    cfg = config(files, "pretrain", tmp_path)
+    model = train.Conan(cfg.model_config()).init_weights()
+    loss, *_ = real(model, again, cfg, 2)
+    first, *_ = real(model, batches[2], cfg, 2)
+    assert float(loss) == float(first) > 0
     bad |= set(range(100))
     with pytest.raises(SystemExit, match="step 9, task text: loss nan.*10 such steps in a row"):
         run(files, "pretrain", tmp_path / "b", "--steps=30")
+
+
+def test_a_save_that_takes_long_warns(files, tmp_path, capsys, monkeypatch):
+    run(files, "pretrain", tmp_path / "quick")
+    assert "warning: saving" not in "".join(capsys.readouterr())
+    monkeypatch.setattr(train, "SLOW_SAVE", 0.0)
+    run(files, "pretrain", tmp_path / "slow")
+    assert re.search(r"warning: saving .*step_000006 took \d+ s; .* torchrun waits 30 s",
+                     "".join(capsys.readouterr()))
+
+
+def test_a_run_killed_in_its_evaluation_is_evaluated_when_it_goes_on(files, tmp_path, monkeypatch):
+    real = train.evaluate_collection
+
+    def dies(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "evaluate_collection", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(files, "pretrain", tmp_path)
+    assert checkpoint.latest(tmp_path / "pretrain").name == "step_000006"
+    monkeypatch.setattr(train, "evaluate_collection", real)
+    lines, trained = log(tmp_path, "pretrain"), weights(tmp_path, "pretrain")
+    assert run(files, "pretrain", tmp_path) == lines           # no step is taken again
+    assert "retrieval/little/test/ndcg@10" in (tmp_path / "pretrain/eval.json").read_text()
+    assert all(torch.equal(w, trained[k]) for k, w in weights(tmp_path, "pretrain").items())
 
 
 @pytest.mark.parametrize("more, message", [

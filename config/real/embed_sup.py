@@ -1,0 +1,17 @@
+"""Stage 4 on a folder of public sets: retrieval, CLR by professional translations, classes, STS.
+
+    python train.py config/real/embed_sup.py --root=FOLDER      # all four stages: see sets.py
+"""
+stage = "embed_sup"
+previous = "config/real/embed_weak.py"
+out = "out/real"
+steps = 300
+batch_size = 64
+task_weights = {"retrieval": 3, "clr": 4, "classification": 0.5, "sts": 1}
+passage_len = 192
+n_negatives = 3
+learning_rate = 8e-4
+dims = (64, 128, 256, 512, 768)
+save_every = 100
+
+vocab_size = 32_000

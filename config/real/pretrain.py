@@ -1,0 +1,12 @@
+"""Stage 1 on a folder of public sets: next-token prediction over the text of all of them.
+
+    python train.py config/real/embed_sup.py --root=FOLDER      # runs this stage, too
+"""
+stage = "pretrain"
+out = "out/real"
+steps = 20
+batch_size = 128                   # windows of 64 tokens
+passage_len = 64
+learning_rate = 1e-4
+
+vocab_size = 32_000

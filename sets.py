@@ -1,0 +1,336 @@
+"""A folder of public sets, made into the files of the four stages (PAPER Sec. 3.1, Table 10, 11).
+
+    python train.py config/real/embed_sup.py --root=FOLDER      # all four stages on such a folder
+    python sets.py --root=FOLDER --out=out/real/sets            # the files alone
+
+Every folder below FOLDER is a set. What it is, its files tell (JSONL or JSONL.gz):
+
+    corpus, queries, qrels                  a collection: question -> passage
+    rows with query, pos, lang_q, lang_p    bitext
+    rows with id, lang, text                parallel sentences: equal ids are translations
+    docs (id, doc) beside those             sentences of a document in order: sentence -> paragraph
+    rows with sentence1, sentence2, score   STS; with label 0 / 1: paraphrases
+    rows with text, label                   classification
+    rows with id?, title, text, keywords?   documents: title -> text; equal ids are translations
+    rows with text                          running text
+
+Only rows of split "train", or of none, are trained on; a folder named *_dev or *_test is never. Of
+sets without a split a share is held out and written to OUT/held_out in the same format: bitext by
+the English sentence, documents whole, paraphrases by id. Professional translations stand in for
+machine ones in CLR: the query's language differs from the passage's.
+"""
+import argparse
+import gzip
+import random
+import re
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from corpus import write_jsonl
+from data import load_collection, read_jsonl, text_id
+
+HELD_OUT_SHARE = 5                 # one in five of what carries no split is held out
+WINDOW = 4                         # sentences of a paragraph that is cut from a document
+MAX_CHARS = 1200                   # of a passage: more than any passage_len here reads
+SUPERVISED = 3000                  # rows of a set in stage 4: few enough to come back under DHNM
+SMALLEST = 512                     # pairs of a file; smaller ones share one
+LABELS_AS_NEGATIVES = 15           # other labels of a classification row
+VERSION = 4                        # raise it when the files change: old ones are rebuilt
+
+
+def is_held_out(key):
+    """Tell whether what carries no split is held out: one in `HELD_OUT_SHARE`, by hash of key."""
+    return text_id(str(key)) % HELD_OUT_SHARE == 0
+
+
+class Builder:
+    """Collects rows of every kind from set after set; `files` maps kind to rows."""
+
+    def __init__(self, out, seed=0):
+        self.out, self.rng = Path(out), random.Random(seed)
+        self.files = defaultdict(list)
+        self.name = ""
+
+    def add(self, kind, query, passage, **rest):
+        """Take a row {query, pos}; a query equal to its passage teaches nothing.
+
+        Pairs go to a file for each set and passage language, since a batch is taken from one file:
+        negatives of one origin cannot be told from the positive by their language or their topic.
+        """
+        if query.strip() and passage.strip() and query != passage:
+            if kind == "pairs":
+                form = "crop-" if rest.get("prompt", 0) is None else \
+                    "bitext-" if "prompt" in rest else ""
+                kind = f"pairs/{self.name}-{form}{rest['lang_p']}"
+            self.files[kind].append({"query": query, "pos": [passage[:MAX_CHARS]], **rest})
+
+    def bitext(self, left, right, lang_l, lang_r):
+        """Take a pair of translations, asked in a direction drawn by chance; no instruction."""
+        if self.rng.random() < 0.5:
+            left, right, lang_l, lang_r = right, left, lang_r, lang_l
+        self.add("pairs", left, right, prompt="", lang_q=lang_l, lang_p=lang_r)
+
+    def crop(self, text, lang):
+        """Take a sentence of a passage and what is left of it: the pair that any text gives."""
+        parts = re.split(r"(?<=[.!?。！？।؟])\s*", text)
+        if len(parts) >= 3 and lang:
+            i = self.rng.randrange(len(parts))
+            self.add("pairs", parts[i], " ".join(parts[:i] + parts[i + 1:]), lang_q=lang,
+                     lang_p=lang, prompt=None)
+
+    def hold_out(self, name, file, rows):
+        """Write the held-out rows of a set, for the evaluation."""
+        folder = self.out / "held_out" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder / f"{file}.jsonl", rows)
+
+    # ------------------------------------------------------------ one method for each form
+
+    def collection(self, name, folder):
+        """Take question -> passage: in one language to retrieval, across languages to CLR."""
+        found = load_collection(folder)
+        documents = {row["id"]: row for row in found.corpus}
+        asked = [row for row in found.queries if row.get("split", "train") == "train"]
+        for row in found.corpus + asked:
+            if "lang" not in row:
+                raise ValueError(f"{folder}: {row['id']}: key 'lang' is missing")
+        same, crossing = defaultdict(list), False
+        for row in asked:
+            same[row["id"].split("/")[-1]].append(row)
+            for key in found.qrels[row["id"]]:
+                passage = documents[key]
+                crossing |= passage["lang"] != row["lang"]
+                kind = "retrieval" if passage["lang"] == row["lang"] else "clr"
+                text = joined(passage)
+                for to in ("pairs", kind):
+                    self.add(to, row["text"], text, lang_q=row["lang"], lang_p=passage["lang"])
+        for rows in same.values() if crossing else ():     # a question in several languages
+            for i, row in enumerate(rows):
+                for other in rows[:i]:
+                    self.bitext(row["text"], other["text"], row["lang"], other["lang"])
+        for row in found.corpus:
+            if row.get("split", "train") == "train":
+                self.files["text"].append({"text": joined(row)})
+                self.crop(row["text"], row["lang"])
+        self.files["text"] += [{"text": row["text"]} for row in asked]
+
+    def bitext_rows(self, name, file, rows):
+        """Take {query, pos, lang_q, lang_p}; held out by the passage side."""
+        kept = [row for row in rows if not is_held_out(row["pos"])]
+        self.hold_out(name, file, [row for row in rows if is_held_out(row["pos"])])
+        for row in kept:
+            self.bitext(row["query"], row["pos"], row["lang_q"], row["lang_p"])
+            self.files["text"].append({"text": row["query"]})
+
+    def parallel(self, name, file, rows, documents):
+        """Take {id, lang, text}: each sentence with English and with one other language.
+
+        With `documents` ({id: document}) whole documents are held out, and a sentence also asks
+        for the paragraph around it in another language: one half of the time in English.
+        """
+        held = {row["id"] for row in rows if is_held_out(documents.get(row["id"], row["id"]))} \
+            if documents or not any("split" in row for row in rows) else set()
+        if held:
+            self.hold_out(name, file, [row for row in rows if row["id"] in held])
+        texts = defaultdict(dict)
+        for row in rows:
+            if row["id"] not in held and row.get("split", "train") == "train":
+                texts[row["id"]][row["lang"]] = row["text"]
+                self.files["text"].append({"text": row["text"]})
+        for key, by_language in texts.items():
+            for lang, text in by_language.items():
+                others = sorted(by_language.keys() - {lang, "en"})
+                for other in [*self.rng.sample(others, min(1, len(others))),
+                              *(["en"] if "en" in by_language and lang != "en" else [])]:
+                    self.bitext(text, by_language[other], lang, other)
+                target = "en" if self.rng.random() < 0.5 and lang != "en" else \
+                    self.rng.choice(others or [lang])
+                for to in ("pairs", "clr") if documents and target in by_language else ():
+                    self.add(to, text, self.paragraph(texts, documents, key, target),
+                             lang_q=lang, lang_p=target)
+
+    def paragraph(self, texts, documents, key, lang):
+        """Return up to `WINDOW` neighbouring sentences of one document, `key` among them."""
+        first = key - self.rng.randrange(WINDOW)
+        return " ".join(texts[i][lang] for i in range(first, first + WINDOW)
+                        if documents.get(i) == documents[key] and lang in texts.get(i, ()))
+
+    def sts(self, name, file, rows):
+        """Take scored pairs; equal ids in two languages give bitext and cross-lingual pairs."""
+        train = [row for row in rows if row.get("split", "train") == "train"]
+        same = defaultdict(list)
+        for row in train:
+            self.files["sts"].append({k: row[k] for k in ("sentence1", "sentence2", "score")})
+            self.files["text"].append({"text": row["sentence1"]})
+            same[row.get("id")].append(row)
+        for group in same.values():
+            for row in group:
+                others = [other for other in group if other["lang"] != row["lang"]]
+                for other in self.rng.sample(others, min(2, len(others))):
+                    self.bitext(row["sentence1"], other["sentence1"], row["lang"], other["lang"])
+                if others:
+                    other = self.rng.choice(others)
+                    self.bitext(row["sentence2"], other["sentence2"], row["lang"], other["lang"])
+                    self.files["sts"].append({"sentence1": row["sentence1"], "score": row["score"],
+                                              "sentence2": other["sentence2"]})
+
+    def paraphrases(self, name, file, rows):
+        """Take {sentence1, sentence2, label}: 1 is a pair, 0 a hard negative of its sentence."""
+        self.hold_out(name, file, [row for row in rows if is_held_out(row["id"])])
+        for row in rows:
+            if not is_held_out(row["id"]):
+                self.files["text"].append({"text": row["sentence1"]})
+                if row["label"] == 1:
+                    self.bitext(row["sentence1"], row["sentence2"], row["lang"], row["lang"])
+
+    def labels(self, name, file, rows):
+        """Take {text, label}: the label's text is the positive, other labels the negatives."""
+        train = [row for row in rows if row.get("split", "train") == "train"]
+        names = sorted({row["label"] for row in train})
+        for row in train:
+            others = [label for label in names if label != row["label"]]
+            self.files["classification"].append({
+                "query": row["text"], "pos": [readable(row["label"])], "neg": [
+                    readable(n) for n in self.rng.sample(others, min(LABELS_AS_NEGATIVES,
+                                                                     len(others)))]})
+            if "id" not in row:                    # parallel sentences have come as text already
+                self.files["text"].append({"text": row["text"]})
+
+    def documents(self, name, file, rows):
+        """Take documents: title (and summary, or keywords) -> text, also across languages."""
+        by_language = defaultdict(dict)
+        for row in rows:
+            if row.get("split", "train") != "train":
+                continue
+            head = ". ".join(filter(None, (row.get("title"), row.get("summary")))) \
+                or " ".join(row.get("keywords") or ())
+            self.files["text"].append({"text": f"{head}\n{row['text']}".strip()})
+            self.crop(row["text"], row["lang"])
+            if head:
+                by_language[row.get("id", row["text"])][row["lang"]] = (head, row["text"])
+        for languages in by_language.values():
+            for lang, (head, text) in languages.items():
+                for to in ("pairs", "retrieval"):
+                    self.add(to, head, text, lang_q=lang, lang_p=lang)
+                others = sorted(languages.keys() - {lang})
+                if others:
+                    other = "en" if "en" in others else self.rng.choice(others)
+                    self.bitext(head, languages[other][0], lang, other)
+                    for to in ("pairs", "clr"):
+                        self.add(to, head, languages[other][1], lang_q=lang, lang_p=other)
+
+    def running_text(self, name, file, rows):
+        """Take {text}: for the language model alone."""
+        self.files["text"] += [{"text": row["text"]} for row in rows]
+        for row in rows:
+            for at in range(0, len(row["text"]), MAX_CHARS):
+                self.crop(row["text"][at:at + MAX_CHARS], row.get("lang"))
+
+    def read(self, folder):
+        """Take one set, whatever its form."""
+        self.name = folder.name
+        before = {kind: len(self.files[kind]) for kind in ("retrieval", "clr", "classification")}
+        self.read_files(folder)
+        for kind, start in before.items():
+            rows = self.files[kind][start:]
+            self.files[kind][start:] = self.rng.sample(rows, min(len(rows), SUPERVISED))
+
+    def read_files(self, folder):
+        """Take the files of a set, each by its form."""
+        files = {p.name.split(".")[0]: p for p in sorted(folder.glob("*.jsonl*"))}
+        if {"corpus", "queries"} <= files.keys():
+            return self.collection(folder.name, folder)
+        documents = {row["id"]: row["doc"] for row in read_jsonl(files.pop("docs"))} \
+            if "docs" in files else {}
+        for file, path in files.items():
+            rows = list(read_jsonl(path))
+            if not rows:
+                raise ValueError(f"{path}: no rows")
+            for form, needed, rest in (
+                    (self.bitext_rows, {"query", "pos", "lang_q"}, ()),
+                    (self.sts, {"sentence1", "sentence2", "score"}, ()),
+                    (self.paraphrases, {"sentence1", "sentence2", "label"}, ()),
+                    (self.documents, {"text", "title", "id"}, ()),
+                    (self.documents, {"text", "keywords"}, ()),
+                    (self.parallel, {"id", "lang", "text"}, (documents,)),
+                    (self.labels, {"text", "label"}, ()),
+                    (self.running_text, {"text"}, ())):
+                if needed <= rows[0].keys():
+                    form(folder.name, file, rows, *rest)
+                    if form == self.parallel and "label" in rows[0]:
+                        self.labels(folder.name, file, rows)
+                    break
+            else:
+                raise ValueError(f"{path}: rows with {sorted(rows[0])} are none of the forms that "
+                                 "sets.py knows")
+
+
+def held_out_collections(root):
+    """Return the collections of `root` that nothing was trained on: folders *_dev and *_test."""
+    return sorted(p.parent for p in Path(root).glob("*/qrels.tsv*")
+                  if is_for_evaluation(p.parent)) if root else []
+
+
+def is_for_evaluation(folder):
+    """Tell whether a set is never trained on."""
+    return folder.name.endswith(("_dev", "_test"))
+
+
+def columns_of(path):
+    """Return the keys of a file's first row."""
+    return next(iter(read_jsonl(path)), {}).keys()
+
+
+def joined(row):
+    """Return a passage as evaluation embeds it: its title and its text."""
+    return f"{row.get('title') or ''} {row['text']}".strip()
+
+
+def readable(label):
+    """Write a label as words: science/technology and credit_score have none between them."""
+    return re.sub(r"[_/]", " ", str(label))
+
+
+def ensure(root, out):
+    """Build the files of `root`'s sets in `out` unless they are there; return {kind: rows}."""
+    done = Path(out) / f"built_{VERSION}.txt"
+    if done.is_file() and done.read_text() == str(Path(root).resolve()):
+        return
+    folders = sorted(p for p in Path(root).iterdir() if p.is_dir()) if Path(root).is_dir() else []
+    if not any(list(folder.glob("*.jsonl*")) for folder in folders):
+        raise ValueError(f"{root}: no folder with sets in it (JSONL or JSONL.gz files)")
+    builder = Builder(out)
+    for old in ("held_out", "pairs"):
+        shutil.rmtree(Path(out) / old, ignore_errors=True)
+    for folder in tqdm(folders, desc="sets", unit="set"):
+        if not is_for_evaluation(folder):
+            builder.read(folder)
+    for kind, rows in list(builder.files.items()):
+        if kind.startswith("pairs/") and len(rows) < SMALLEST:
+            builder.files["pairs/others"] += builder.files.pop(kind)
+    (Path(out) / "pairs").mkdir(parents=True, exist_ok=True)
+    for kind, rows in builder.files.items():
+        builder.rng.shuffle(rows)
+        write_jsonl(Path(out) / f"{kind}.jsonl", rows)
+    done.write_text(str(Path(root).resolve()))
+
+
+def main():
+    """Build the files and print how many rows each has."""
+    parser = argparse.ArgumentParser(description="turn a folder of public sets into stage files")
+    parser.add_argument("--root", required=True, help="folder with one folder for each set")
+    parser.add_argument("--out", default="out/real/sets")
+    args = parser.parse_args()
+    try:
+        ensure(args.root, args.out)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"sets.py: error: {error}") from None
+    for path in sorted(Path(args.out).rglob("*.jsonl")):
+        print(f"{path}: {sum(1 for _ in open(path, encoding='utf-8')):,} rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""Packed attention: two calls of flash attention, and FlexAttention, against softmax written out.
+
+The kernels run on CUDA only. What this project adds to them (texts, windows, weights, merging, both
+passes of backward) runs here on stand-ins of the same interface, in float64; the tests at the end
+run the kernels themselves where there is a GPU.
+"""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attention
+import model
+from mask import CAUSAL, FULL, MaskSpec, future_weight, soft_mask
+from model import Conan, ConanConfig
+
+H, K, E = 4, 2, 8
+LENGTHS = [[9], [1], [1, 1, 1], [5, 1, 12, 2], [7, 7, 7], [130, 1, 60]]
+ALPHAS = [1e-6, 0.05, 0.3, 0.5, 0.77, 1 - 1e-6]
+each_axis = pytest.mark.parametrize("axis", ["row", "col"])
+each_lengths = pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+
+
+def window(see, n, device):
+    """Which keys (columns) a query (row) sees, as flash attention's windows define it."""
+    every = torch.ones(n, n, dtype=torch.bool, device=device)
+    return {"all": every, "past": every.tril(), "future": every.triu()}[see]
+
+
+def plain_flash(q, k, v, starts, longest, see, scale):
+    """What `attention.flash` promises, in plain matmuls; a row without keys is not asked for."""
+    share = q.shape[1] // k.shape[1]
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[1], len(q), dtype=q.dtype)
+    for a, b in zip(starts[:-1].tolist(), starts[1:].tolist()):
+        assert b - a <= longest
+        for h in range(q.shape[1]):
+            logits = scale * q[a:b, h] @ k[a:b, h // share].T
+            logits = logits.masked_fill(~window(see, b - a, q.device), -torch.inf)
+            out[a:b, h] = logits.softmax(1) @ v[a:b, h // share]
+            lse[h, a:b] = logits.logsumexp(1)
+    return out, lse
+
+
+def plain_flash_backward(grad, q, k, v, out, lse, starts, longest, see, scale):
+    """The arithmetic of flash attention's backward, which trusts the out and lse it is given."""
+    share = q.shape[1] // k.shape[1]
+    assert lse.is_contiguous() and lse.shape == (q.shape[1], len(q)) and out.shape == q.shape
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for a, b in zip(starts[:-1].tolist(), starts[1:].tolist()):
+        assert b - a <= longest
+        for h in range(q.shape[1]):
+            key, value = k[a:b, h // share], v[a:b, h // share]
+            p = (scale * q[a:b, h] @ key.T - lse[h, a:b, None]).exp() * window(see, b - a, q.device)
+            mean = (grad[a:b, h] * out[a:b, h]).sum(1, keepdim=True)
+            d = scale * p * (grad[a:b, h] @ value.T - mean)
+            dq[a:b, h] += d @ key
+            dk[a:b, h // share] += d.T @ q[a:b, h]
+            dv[a:b, h // share] += p.T @ grad[a:b, h]
+    return dq, dk, dv
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch):
+    monkeypatch.setattr(attention, "flash", plain_flash)
+    monkeypatch.setattr(attention, "flash_backward", plain_flash_backward)
+
+
+def texts_of(lengths, alpha=None, axis="row", device="cpu", dtype=torch.float64):
+    """Return `Texts`, its future weighed if there is an alpha."""
+    texts = attention.Texts(torch.tensor(lengths), device)
+    if alpha is not None:
+        at = torch.cat([torch.arange(n) for n in lengths]).to(device, dtype)
+        own = torch.cat([torch.full((n,), n) for n in lengths]).to(device, dtype)
+        texts.weigh(future_weight(at, own, alpha), axis)
+    return texts
+
+
+def written_out(q, k, v, lengths, mask):
+    """Softmax of each text and head with the mask that Eq. (4) prints, in float64."""
+    out, start = [], 0
+    for n in lengths:
+        m = soft_mask(n, mask.alpha, mask.axis).to(q.device)
+        own = slice(start, start + n)
+        start += n
+        heads = []
+        for h in range(q.shape[1]):
+            g = h // (q.shape[1] // k.shape[1])
+            logits = q[own, h].double() @ k[own, g].double().T / math.sqrt(q.shape[-1])
+            e = torch.exp(logits * m) if mask.apply == "logits" else m * torch.exp(logits)
+            heads.append(e / e.sum(1, keepdim=True) @ v[own, g].double())
+        out.append(torch.stack(heads, 1))
+    return torch.cat(out)
+
+
+def qkv_of(lengths, dtype=torch.float64, device="cpu", e=E):
+    """Return q, k, v as the model has them: views of one tensor."""
+    whole = torch.randn(sum(lengths), H + 2 * K, e, dtype=torch.float64).to(device, dtype)
+    return [x.requires_grad_() for x in whole.split([H, K, K], dim=1)]
+
+
+def run(path, qkv):
+    """Return the output and the gradients of a random direction, the same for all paths."""
+    out = path(*qkv)
+    generator = torch.Generator().manual_seed(5)
+    direction = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    return [out, *torch.autograd.grad((out * direction.to(out.device, out.dtype)).sum(), qkv)]
+
+
+# ---------------------------------------------------------------- two calls, one softmax
+
+@each_lengths
+@each_axis
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_two_calls_are_the_soft_mask_forward_and_backward(plain_kernels, lengths, axis, alpha):
+    qkv, texts = qkv_of(lengths), texts_of(lengths, alpha, axis)
+    got = run(lambda q, k, v: attention.packed(q, k, v, texts, "soft"), qkv)
+    want = run(lambda q, k, v: written_out(q, k, v, lengths, MaskSpec(alpha, axis)), qkv)
+    for a, b in zip(got, want):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+@each_lengths
+@pytest.mark.parametrize("see, mask", [("all", FULL), ("past", CAUSAL)])
+def test_one_call_is_causal_or_bidirectional(plain_kernels, lengths, see, mask):
+    qkv, texts = qkv_of(lengths), texts_of(lengths)
+    got = run(lambda q, k, v: attention.packed(q, k, v, texts, see), qkv)
+    for a, b in zip(got, run(lambda q, k, v: written_out(q, k, v, lengths, mask), qkv)):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+@each_axis
+def test_parts_of_the_heads_give_the_same(plain_kernels, monkeypatch, axis):
+    """Long texts take the heads in several calls, so that temporaries stay small."""
+    lengths = [5, 1, 12, 2]
+    qkv, texts = qkv_of(lengths), texts_of(lengths, 0.3, axis)
+    whole = run(lambda q, k, v: attention.packed(q, k, v, texts, "soft"), qkv)
+    monkeypatch.setattr(attention, "_parts", lambda q, k: [
+        (slice(2 * g, 2 * g + 2), slice(g, g + 1)) for g in range(K)])
+    for a, b in zip(run(lambda q, k, v: attention.packed(q, k, v, texts, "soft"), qkv), whole):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("tokens, calls", [(64, 1), (32_768, 8)])
+def test_how_the_heads_are_parted(tokens, calls):
+    with torch.device("meta"):
+        parts = list(attention._parts(torch.empty(tokens, 32, 112), torch.empty(tokens, 8, 112)))
+    assert len(parts) == calls
+    assert [h for heads, _ in parts for h in range(32)[heads]] == list(range(32))
+    for heads, group in parts:
+        assert [h // 4 for h in range(32)[heads]] == [g for g in range(8)[group] for _ in range(4)]
+
+
+@each_axis
+def test_a_head_dim_that_is_no_multiple_of_eight(plain_kernels, axis):
+    lengths = [5, 3]
+    qkv, texts = qkv_of(lengths, e=6), texts_of(lengths, 0.3, axis)
+    got = run(lambda q, k, v: attention.packed(q, k, v, texts, "soft"), qkv)
+    want = run(lambda q, k, v: written_out(q, k, v, lengths, MaskSpec(0.3, axis)), qkv)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(got, want))
+
+
+def test_what_bfloat16_rounds_off_a_weight_is_kept_in_a_second_dim(plain_kernels):
+    """log w times the square root of E is large; one bfloat16 of it would be 1 % off or more."""
+    lengths, alpha = [40], 1e-3
+    q, k, v = (x.detach() for x in qkv_of(lengths))
+    rough = [x.bfloat16().double() for x in (q, k, v)]
+    texts = texts_of(lengths, alpha, "col")
+    _, keys, _ = attention._future(*(x.bfloat16() for x in (q, k, v)), texts, E ** -0.5)
+    high, low = keys[:, 0, E].double(), keys[:, 0, E + 1].double()
+    want = texts.weight[texts.late].log() * E ** 0.5
+    assert (high - want).abs().max() > 3e-3 and (high + low - want).abs().max() < 3e-4
+    got = attention.packed(*rough, texts, "soft")
+    assert torch.allclose(got, written_out(*rough, lengths, MaskSpec(alpha, "col")), atol=1e-9)
+
+
+# ---------------------------------------------------------------- memory: nothing of T x T
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements of a tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if torch.is_tensor(x):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+@each_axis
+@pytest.mark.parametrize("lengths", [[2000], [1500, 500]], ids=str)
+def test_nothing_of_t_times_t_is_ever_made(monkeypatch, axis, lengths):
+    """The kernels apart: they are replaced by some of the right shapes."""
+    monkeypatch.setattr(attention, "flash", lambda q, k, v, *_: (
+        torch.zeros_like(q), q.new_zeros(q.shape[1], len(q))))
+    monkeypatch.setattr(attention, "flash_backward", lambda grad, q, k, v, *_: (
+        torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)))
+    with Largest() as largest:
+        qkv, texts = qkv_of(lengths), texts_of(lengths, 0.3, axis)
+        run(lambda q, k, v: attention.packed(q, k, v, texts, "soft"), qkv)
+        texts.blocks
+    assert largest.numel <= 2 * sum(lengths) * (H + 2 * K) * E < max(lengths) ** 2 / 4
+
+
+# ---------------------------------------------------------------- FlexAttention
+
+def eager_flex(monkeypatch):
+    from torch.nn.attention import flex_attention
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(attention, "_flex", lambda: flex_attention.flex_attention)
+
+
+@each_lengths
+@each_axis
+@pytest.mark.parametrize("apply", ["weights", "logits"])
+@pytest.mark.parametrize("alpha", [0.05, 0.5])
+def test_flex_is_the_soft_mask(monkeypatch, lengths, axis, apply, alpha):
+    """On a CPU it has no backward and runs uncompiled: the mask and the blocks are what counts."""
+    eager_flex(monkeypatch)
+    q, k, v = (x.detach() for x in qkv_of(lengths))
+    got = attention.flex(q, k, v, texts_of(lengths, alpha, axis), apply)
+    want = written_out(q, k, v, lengths, MaskSpec(alpha, axis, apply))
+    assert torch.allclose(got, want, rtol=1e-9, atol=1e-11)
+
+
+def test_blocks_by_hand():
+    # blocks of 128: text 0 lies in 0 to 1, text 1 in 1, text 2 in 1 to 3
+    blocks = texts_of([130, 6, 300]).blocks
+    assert blocks.kv_num_blocks.tolist() == [[[2, 4, 3, 3]]]
+    seen = [row[:n] for row, n in zip(blocks.kv_indices[0, 0].tolist(), [2, 4, 3, 3])]
+    assert seen == [[0, 1], [0, 1, 2, 3], [1, 2, 3], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("lengths", [[1], [128, 128], [3] * 200, [500, 1, 40, 90]], ids=str)
+def test_blocks_are_all_and_only_those_that_share_a_text(lengths):
+    blocks = texts_of(lengths).blocks
+    text = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    parts = text.split(attention.BLOCK)
+    for i, a in enumerate(parts):
+        want = [j for j, b in enumerate(parts) if set(a.tolist()) & set(b.tolist())]
+        n = int(blocks.kv_num_blocks[0, 0, i])
+        assert blocks.kv_indices[0, 0, i, :n].tolist() == want
+
+
+# ---------------------------------------------------------------- the whole model on packed texts
+
+def tiny():
+    conan = Conan(ConanConfig(vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32,
+                              ffn_dim=40, block_size=256))
+    generator = torch.Generator().manual_seed(1)
+    for p in conan.parameters():
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.2, generator=generator)
+    return conan.double()
+
+
+@pytest.mark.parametrize("lengths", [[9, 30, 1, 28], [12], [128, 128]], ids=str)
+@pytest.mark.parametrize("mask", [CAUSAL, FULL, MaskSpec(0.3), MaskSpec(0.3, "col")], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_on_packed_texts_is_the_model_on_groups(plain_kernels, monkeypatch, lengths, mask,
+                                                        checkpointing):
+    conan, ids = tiny(), torch.randint(0, 61, (sum(lengths),))
+    conan.checkpointing = checkpointing
+    found = []
+    for packed in (False, True):
+        monkeypatch.setattr(model, "takes_packed_texts", lambda *_: packed)
+        conan.zero_grad()
+        out = conan(ids, lengths, mask)
+        (out.square() * torch.arange(1, 33)).sum().backward()
+        found.append([out, *(p.grad.clone() for p in conan.parameters())])
+    for a, b in zip(*found):
+        assert (a - b).norm() < 1e-6 * b.norm()                # pooling is in float32
+
+
+@pytest.mark.parametrize("mask", [MaskSpec(0.3, "row", "logits"), MaskSpec(0.0, "col", "logits")],
+                         ids=str)
+def test_multiplied_logits_on_packed_texts(monkeypatch, mask):
+    eager_flex(monkeypatch)
+    conan, ids = tiny(), torch.randint(0, 61, (50,))
+    with torch.no_grad():
+        want = conan(ids, [30, 1, 19], mask)
+        monkeypatch.setattr(model, "takes_packed_texts", lambda *_: True)
+        got = conan(ids, [30, 1, 19], mask)
+    assert (got - want).norm() < 1e-6 * want.norm()
+
+
+def test_16_bits_on_cuda_are_packed_and_nothing_else():
+    for kind, dtype, packed in (("cuda", torch.bfloat16, True), ("cuda", torch.float16, True),
+                                ("cuda", torch.float32, False), ("cpu", torch.bfloat16, False)):
+        assert model.takes_packed_texts(torch.device(kind), dtype) is packed
+
+
+# ---------------------------------------------------------------- the kernels themselves
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+LONG = [[900], [5, 1, 300, 2], [1, 1], [256, 256]]
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-9))
+
+
+@needs_cuda
+@pytest.mark.parametrize("lengths", LONG, ids=str)
+@pytest.mark.parametrize("mask", [CAUSAL, FULL, *(MaskSpec(a, axis) for a in (0.01, 0.3, 0.9)
+                                                  for axis in ("row", "col")),
+                                  MaskSpec(0.3, "row", "logits")], ids=str)
+@pytest.mark.parametrize("e", [64, 112])
+def test_kernels_on_cuda_are_softmax_forward_and_backward(lengths, mask, e):
+    qkv = qkv_of(lengths, torch.bfloat16, "cuda", e)
+    soft = not (mask.is_causal or mask.is_full)
+    texts = texts_of(lengths, mask.alpha if soft else None, mask.axis, "cuda", torch.float32)
+    got = run(lambda q, k, v: model.attend_packed(q, k, v, texts, mask), qkv)
+    want = run(lambda q, k, v: written_out(q, k, v, lengths, mask), qkv)
+    for a, b in zip(got, want):
+        assert torch.isfinite(a).all()
+        assert relative(a, b) < 0.01 or (a.double() - b.double()).abs().max() < 1e-3
+
+
+@needs_cuda
+@each_axis
+def test_flex_on_cuda_has_the_same_gradients_and_compiles_once(axis):
+    """In float32, for many alphas; alpha moves, and nothing is compiled anew."""
+    import torch._dynamo as dynamo
+    lengths = [700, 60, 200, 1]
+    compiled = None
+    for alpha in (0.01, 0.2, 0.5, 0.9):
+        qkv = qkv_of(lengths, torch.float32, "cuda", 64)
+        texts = texts_of(lengths, alpha, axis, "cuda", torch.float32)
+        got = run(lambda q, k, v: attention.flex(q, k, v, texts), qkv)
+        want = run(lambda q, k, v: written_out(q, k, v, lengths, MaskSpec(alpha, axis)), qkv)
+        assert all(relative(a, b) < 3e-3 for a, b in zip(got, want))
+        now = dynamo.utils.counters["stats"]["unique_graphs"]
+        assert compiled in (None, now)
+        compiled = now
+
+
+@needs_cuda
+@each_axis
+def test_memory_on_cuda_grows_with_t_and_not_with_its_square(axis):
+    peaks = []
+    for t in (4096, 16_384):
+        qkv = qkv_of([t], torch.bfloat16, "cuda", 64)
+        texts = texts_of([t], 0.3, axis, "cuda", torch.float32)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = attention.packed(*qkv, texts, "soft")
+        torch.autograd.grad(out.sum(), qkv)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < 5 * peaks[0] and peaks[1] < 16_384 ** 2

@@ -1,0 +1,165 @@
+"""A folder of sets becomes the files of the four stages: every form by a set of a few rows."""
+
+import gzip
+import json
+from types import SimpleNamespace
+
+import pytest
+
+import mixture
+import sets
+from data import Rows, read_jsonl
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+
+
+def collection(folder, queries, corpus, qrels):
+    write(folder / "queries.jsonl.gz", queries)
+    write(folder / "corpus.jsonl", corpus)
+    lines = ["query-id\tcorpus-id\tscore", *(f"{q}\t{d}\t1" for q, d in qrels)]
+    (folder / "qrels.tsv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """One small set of every form."""
+    root = tmp_path / "root"
+    for name in ("qa", "qa_dev"):
+        collection(
+            root / name,
+            [{"id": "en/1", "text": f"Who of {name}?", "lang": "en"},
+             {"id": "de/1", "text": f"Wer von {name}?", "lang": "de"},
+             {"id": "en/2", "text": "Held out?", "lang": "en", "split": "dev"}],
+            [{"id": "p1", "title": "T", "text": "A first. A second. A third.", "lang": "en"}],
+            [("en/1", "p1"), ("de/1", "p1"), ("en/2", "p1")])
+    write(root / "bi" / "pairs.jsonl", [
+        {"query": f"Satz {i}", "pos": f"Sentence {i}", "lang_q": "de", "lang_p": "en"}
+        for i in range(40)])
+    write(root / "news" / "docs.jsonl", [{"id": i, "doc": f"news.{i // 8}"} for i in range(80)])
+    write(root / "news" / "sentences.jsonl.gz", [
+        {"id": i, "lang": lang, "text": f"{lang} news {i}."} for i in range(80)
+        for lang in ("en", "fr", "ru")])
+    write(root / "sim" / "data.jsonl", [
+        {"id": "1", "sentence1": f"{lang} a", "sentence2": f"{lang} b", "score": 2.5, "lang": lang,
+         "split": split} for split in ("train", "dev") for lang in ("en", "ja")])
+    write(root / "topics" / "data.jsonl", [
+        {"text": f"about {label} {i}", "label": label, "lang": "en", "split": split}
+        for i, split in enumerate(("train", "train", "test")) for label in ("a_b", "c", "d")])
+    write(root / "pages" / "pages.jsonl", [
+        {"id": "x", "lang": lang, "title": f"{lang} title", "summary": "short",
+         "text": f"{lang} long text."} for lang in ("en", "ko")])
+    write(root / "plain" / "data.jsonl", [{"text": "One. Two. Three. Four.", "lang": "en"}])
+    return root
+
+
+@pytest.fixture
+def built(root, tmp_path):
+    """The files made of it: {kind: rows}."""
+    sets.ensure(root, tmp_path / "sets")
+    files = {}
+    for path in (tmp_path / "sets").rglob("*.jsonl"):
+        kind = str(path.relative_to(tmp_path / "sets").with_suffix(""))
+        files[kind] = list(read_jsonl(path))
+    return files
+
+
+def test_everything_is_used_and_readable(built, tmp_path):
+    assert {"text", "retrieval", "clr", "classification", "sts"} <= built.keys()
+    for kind in ("text", "retrieval", "clr", "classification", "sts"):
+        rows = Rows([tmp_path / "sets" / f"{kind}.jsonl"], kind, tmp_path / "cache")
+        assert len([rows[i] for i in range(len(rows))]) == len(built[kind])
+
+
+def test_question_and_passage_of_one_language_is_retrieval_of_two_is_clr(built):
+    asked = {row["query"] for row in built["retrieval"]}
+    assert "Who of qa?" in asked and "Wer von qa?" not in asked
+    crossed = {(row["query"], row["pos"][0]) for row in built["clr"]}
+    assert ("Wer von qa?", "T A first. A second. A third.") in crossed
+    assert all(row["lang_q"] != row["lang_p"] for row in built["clr"])
+
+
+def test_nothing_of_a_dev_set_or_a_held_out_split_is_trained_on(built):
+    trained = json.dumps({k: v for k, v in built.items() if not k.startswith("held_out")})
+    for held in ("qa_dev", "Held out?", '"about c 2"'):
+        assert held not in trained
+    assert sum(row["score"] == 2.5 for row in built["sts"]) == len(built["sts"])
+
+
+def test_held_out_bitext_and_documents_do_not_meet_the_training_rows(built):
+    held = {row["pos"] for row in built["held_out/bi/pairs"]}
+    trained = {text for kind, rows in built.items() if kind.startswith("pairs/")
+               for row in rows for text in (row["query"], *row["pos"])}
+    assert held and not held & trained
+    news = {row["text"] for row in built["held_out/news/sentences"]}
+    assert len(news) % (8 * 3) == 0 and news           # whole documents, all languages
+    assert not any(text in passage for text in news for passage in trained)
+
+
+def test_paragraphs_hold_the_sentence_in_another_language(built):
+    rows = [row for row in built["clr"] if " news " in row["query"]]
+    assert rows
+    for row in rows:
+        number = row["query"].split()[-1]
+        assert f"{row['lang_p']} news {number}" in row["pos"][0]
+        numbers = [int(word[:-1]) for word in row["pos"][0].split() if word[0].isdigit()]
+        assert len({n // 8 for n in numbers}) == 1
+
+
+def test_labels_are_words_and_the_other_labels_are_negatives(built):
+    row = next(row for row in built["classification"] if row["query"] == "about a_b 0")
+    assert row["pos"] == ["a b"] and sorted(row["neg"]) == ["c", "d"]
+
+
+def test_bitext_carries_no_instruction_and_questions_the_default_one(built):
+    rows = [row for kind, rows in built.items() if kind.startswith("pairs/") for row in rows]
+    assert {row.get("prompt", "default") for row in rows if row["query"].startswith("Satz")} <= {""}
+    assert "default" in {row.get("prompt", "default") for row in rows
+                         if row["query"] == "Wer von qa?" and row["pos"][0].startswith("T ")}
+
+
+def test_a_second_call_builds_nothing_and_a_changed_version_does(root, tmp_path, monkeypatch):
+    out = tmp_path / "sets"
+    sets.ensure(root, out)
+    (out / "text.jsonl").write_text("kept")
+    sets.ensure(root, out)
+    assert (out / "text.jsonl").read_text() == "kept"
+    monkeypatch.setattr(sets, "VERSION", sets.VERSION + 1)
+    sets.ensure(root, out)
+    assert (out / "text.jsonl").read_text() != "kept"
+
+
+def test_two_builds_are_equal(root, tmp_path):
+    for name in ("a", "b"):
+        sets.ensure(root, tmp_path / name)
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.jsonl"))
+    assert files
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_what_it_does_not_know_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        sets.ensure(tmp_path / "nowhere", tmp_path / "out")
+    write(tmp_path / "root" / "odd" / "data.jsonl", [{"thing": 1}])
+    with pytest.raises(ValueError, match="odd.*thing"):
+        sets.ensure(tmp_path / "root", tmp_path / "out")
+    (tmp_path / "root" / "odd" / "data.jsonl").write_text("")
+    with pytest.raises(ValueError, match="odd.*no rows"):
+        sets.ensure(tmp_path / "root", tmp_path / "out")
+
+
+def test_each_file_of_pairs_is_a_task_of_the_weak_stage(root, tmp_path):
+    sets.ensure(root, tmp_path / "out" / "sets")
+    cfg = SimpleNamespace(root=str(root), out=str(tmp_path / "out"), pairs=(), sts=(), docs="")
+    files = mixture.sources(cfg, "pairs")
+    assert len(files) >= 1 and all("/pairs/" in file for file in files)
+    assert mixture.sources(cfg, "sts") == (str(tmp_path / "out" / "sets" / "sts.jsonl"),)
+
+
+def test_evaluation_folders_are_found(root):
+    assert [p.name for p in sets.held_out_collections(str(root))] == ["qa_dev"]
+    assert sets.held_out_collections("") == []
