@@ -348,8 +348,8 @@ def save(cfg, world, step, model, optimizer, tasks, tokenizer_path, counters):
                            gather=world.gather_objects)
     seconds = time.perf_counter() - began
     if world.is_main and seconds > SLOW_SAVE:
-        tqdm.write(f"warning: saving {path} took {seconds:.0f} s; after SIGTERM torchrun waits 30 s "
-                   "for a step and a save, then kills: what came after the last save would be lost")
+        tqdm.write(f"warning: saving {path} took {seconds:.0f} s; after SIGTERM torchrun waits 30 s"
+                   " for a step and a save, then kills: what came after the last one would be lost")
     return path
 
 
