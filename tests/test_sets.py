@@ -33,9 +33,10 @@ def root(tmp_path):
             root / name,
             [{"id": "en/1", "text": f"Who of {name}?", "lang": "en"},
              {"id": "de/1", "text": f"Wer von {name}?", "lang": "de"},
-             {"id": "en/2", "text": "Held out?", "lang": "en", "split": "dev"}],
+             *([{"id": "en/2", "text": "Held out?", "lang": "en", "split": "dev"}]
+               if name == "qa" else [])],
             [{"id": "p1", "title": "T", "text": "A first. A second. A third.", "lang": "en"}],
-            [("en/1", "p1"), ("de/1", "p1"), ("en/2", "p1")])
+            [("en/1", "p1"), ("de/1", "p1"), *([("en/2", "p1")] if name == "qa" else [])])
     write(root / "bi" / "pairs.jsonl", [
         {"query": f"Satz {i}", "pos": f"Sentence {i}", "lang_q": "de", "lang_p": "en"}
         for i in range(40)])
