@@ -57,10 +57,12 @@ def headline(results):
     for pair in ("en-en", *foreign):
         rows[f"retrieval {pair}, nDCG@10"] = results.get(cells.get(pair))
     rows["retrieval, other languages to English, nDCG@10"] = mean(cells[p] for p in foreign)
+    for name in dict.fromkeys(k.split("/")[1] for k in results if k.startswith("bitext/")):
+        rows[f"bitext {name}, accuracy"] = mean(
+            k for k in results if k.startswith(f"bitext/{name}/") and k.endswith("/accuracy")
+            and "/mean/" not in k)
     for key, value in results.items():
         task, name, subset, metric = key.split("/")
-        if task == "bitext" and subset == "mean" and metric == "accuracy":
-            rows[f"bitext {name}, accuracy"] = value
         if task == "sts" and metric == "spearman" and subset != "mean":
             rows[f"STS {name} {subset}, Spearman"] = value
         if (task, metric) in (("classification", "accuracy"), ("pair_classification", "ap")) \
