@@ -4,7 +4,7 @@
 """
 stage = "sft"
 previous = "config/pretrain.py"
-steps = 15
+steps = 10
 batch_size = 64
 passage_len = 64
 learning_rate = 2e-5
