@@ -23,14 +23,15 @@ def test_the_table_of_the_default_run_is_the_recorded_one():
                      README)
     for stage, value in zip(("embed_weak", "embed_sup"), mean.groups()):
         assert value == f"{found[stage]['retrieval/clr_test/mean/ndcg@10']:.3f}"
+    assert f"(BM25: {found['BM25']['retrieval/clr_test/mean/ndcg@10']:.3f}," in README
 
 
 def test_limits_quote_what_was_measured():
-    bench = json.loads((ROOT / "results" / "bench_cpu.json").read_text())["rows"]
+    bench = json.loads((ROOT / "results" / "bench_cpu.json").read_text())["ratios"]
     shown = re.search(r"a step ([\d.]+) times faster .* padding would,\s+the soft mask costs a "
                       r"factor of ([\d.]+), the two-pass step ([\d.]+)\.", README)
-    padded, soft, cached = (bench[name]["measured"] for name in
-                            ("padded step over packed", "soft step 512", "cached time"))
+    padded, soft, cached = (bench[f"{name} / packed bfloat16"] for name in
+                            ("padded bfloat16", "soft mask", "two-pass, 8 chunks"))
     assert shown.groups() == (f"{padded:.1f}", f"{soft:.2f}", f"{cached:.2f}")
     questions = json.loads((ROOT / "results" / "questions.json").read_text())
     assert f"top-10 accuracy {questions['model']['mean']:.2f} (BM25 " \

@@ -5,7 +5,7 @@
 A tiny model on made-up rows, one thread, float32. Another CPU or another version of torch sums in
 another order. What such differences grow to in 100 steps is measured here by starting from weights
 that are off by one part in 10^6, ten times a rounding error; TOLERANCE is above that, and far below
-what a real change does: a seed, a step of the schedule, one example less.
+what a real change does: a seed, or a warm-up twice as long.
 """
 import json
 import os
@@ -61,7 +61,7 @@ def test_the_losses_of_100_steps(files, tmp_path, record, request, stage):
 def test_the_tolerance_is_above_rounding_and_below_a_change(files, tmp_path, monkeypatch, stage):
     wanted = torch.tensor(json.loads(REFERENCE.read_text())[stage], dtype=torch.float64)
     assert apart(losses_of(files, stage, tmp_path / "a", "--seed=1"), wanted) > 10 * TOLERANCE
-    assert apart(losses_of(files, stage, tmp_path / "b", "--warmup=0.06"), wanted) > TOLERANCE
+    assert apart(losses_of(files, stage, tmp_path / "b", "--warmup=0.1"), wanted) > TOLERANCE
     real = Conan.init_weights
 
     def nearly(model, *args):
