@@ -270,20 +270,24 @@ def _read_manifest(path):
 
 @contextlib.contextmanager
 def _open_verified(path, entry):
-    """Give the file `path`, open at its start, after its bytes were compared with `entry`."""
+    """Give the file `path`, open at its start, after its bytes were compared with `entry`.
+
+    Where they differ either of the two may be the damaged one, so errors name the manifest as well.
+    """
+    told = f"by {path.parent / MANIFEST}"
     try:
         with open(path, "rb") as file:
             if (size := os.fstat(file.fileno()).st_size) != entry["size"]:
-                raise CorruptCheckpoint(f"{path}: {size} bytes, the manifest says {entry['size']}")
+                raise CorruptCheckpoint(f"{path}: {size} bytes, {entry['size']} {told}")
             sha256 = hashlib.sha256()
             while block := file.read(1 << 20):
                 sha256.update(block)
             if sha256.hexdigest() != entry["sha256"]:
-                raise CorruptCheckpoint(f"{path}: SHA-256 differs from the manifest")
+                raise CorruptCheckpoint(f"{path}: SHA-256 differs from the one {told}")
             file.seek(0)
             yield file
     except OSError as error:
-        raise CorruptCheckpoint(f"{path}: {error.strerror}") from error
+        raise CorruptCheckpoint(f"{path}: {error.strerror}; it should be there {told}") from error
 
 
 def _sync_dir(path):

@@ -178,7 +178,8 @@ def unequal_ranks(world):
 def built(world):
     """Build an fsdp model from random numbers and from weights; return what each rank holds."""
     cfg = train.TrainConfig(stage="pretrain", parallel="fsdp", n_embd=30, n_head=3, n_kv_head=1,
-                            ffn_dim=47, n_layer=2, vocab_size=401)          # odd: uneven shards
+                            attention_dim=0, norm_eps=1e-5, embed_std=0.02, n_layer=2,
+                            embed_rank_power=0.0, ffn_dim=47, vocab_size=401)    # uneven shards
     found = {}
     for name in ("random", "weights"):
         distributed.seed_everything(5)

@@ -36,6 +36,7 @@ def batches(stage):
 def trained(stage, dtype):
     """Return (losses, embeddings of one batch) of a run in this dtype."""
     cfg = train.TrainConfig(stage=stage, n_embd=64, n_head=4, n_kv_head=2, n_layer=1, ffn_dim=96,
+                            norm_eps=1e-5, embed_std=0.02, embed_rank_power=0.0, attention_dim=0,
                             vocab_size=258, steps=STEPS, learning_rate=3e-3, block_size=96)
     model = Conan(cfg.model_config()).init_weights(torch.Generator().manual_seed(3))
     world, losses = World(0, 1, torch.device("cpu")), []
