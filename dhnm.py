@@ -114,7 +114,7 @@ class HardNegativePool:
         b, n = used.nonzero(as_tuple=True)
         self.last[query_ids[b], self.slots[query_ids[b], n]] = scores[b, n]
         marked = used & self._marked(query_ids, initial, scores, used)
-        replaced = sum(self._replace(int(query_ids[b]), n) for b, n in marked.nonzero().tolist())
+        replaced = self._replace(query_ids, marked)
         count = max(int(used.sum()), 1)
         self._step = {"replaced": replaced, "exhausted": int(self.exhausted.sum()),
                       "S": float(scores[used].sum()) / count,
@@ -133,19 +133,30 @@ class HardNegativePool:
         self.looked[query_ids] = torch.where(due[:, 0], self.steps, self.looked[query_ids])
         return (due & (1.15 * mean < mean_0) & (mean.abs() < 0.8)).expand_as(used)
 
-    def _replace(self, query, slot):
-        """Put the next candidate into a slot; from an exhausted pool the hardest one seen."""
-        if self.next[query] < self.available[query]:
-            place = int(self.next[query])
-            self.next[query] += 1
-        else:
-            self.exhausted[query] = True
-            seen = self.last[query].nan_to_num(-torch.inf).clone()
-            others = self.slots[query][torch.arange(self.n_negatives) != slot]
-            seen[others[others >= 0]] = -torch.inf                          # in use elsewhere
-            place = int(seen.argmax())
-            if place == int(self.slots[query, slot]):
-                return 0                                                    # it is the hardest
+    def _replace(self, query_ids, marked):
+        """Put the next candidates into the marked slots (B, N); return how many changed.
+
+        Where a pool is exhausted, a slot takes the hardest negative seen instead.
+        """
+        place = self.next[query_ids, None] + marked.cumsum(1) - 1           # (B, N): in turn
+        fresh = marked & (place < self.available[query_ids, None])
+        b, n = fresh.nonzero(as_tuple=True)
+        self.slots[query_ids[b], n] = place[b, n]
+        self.initial[query_ids[b], n] = torch.nan
+        for count in (self.next, self.changes):
+            count[query_ids] += fresh.sum(1)
+        left = (marked & ~fresh).nonzero().tolist()
+        return len(b) + sum(self._take_hardest(int(query_ids[b]), n) for b, n in left)
+
+    def _take_hardest(self, query, slot):
+        """Put the hardest negative seen into a slot of an exhausted pool; 1 if it changes."""
+        self.exhausted[query] = True
+        seen = self.last[query].nan_to_num(-torch.inf).clone()
+        others = self.slots[query][torch.arange(self.n_negatives) != slot]
+        seen[others[others >= 0]] = -torch.inf                              # in use elsewhere
+        place = int(seen.argmax())
+        if place == int(self.slots[query, slot]):
+            return 0                                                        # it is the hardest
         self.slots[query, slot] = place
         self.initial[query, slot] = torch.nan
         self.changes[query] += 1

@@ -5,6 +5,8 @@ negatives, STS with CoSENT; one task a step, the same on every rank. Without dat
 embedded documentation corpus stands in, its queries put through clr.py for CLR.
 """
 import random
+from collections import defaultdict
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +102,24 @@ def load_tokenizer(cfg, world):
         raise ValueError(f"{path}: {tokenizer.vocab_size} entries, more than vocab_size "
                          f"{cfg.vocab_size}")
     return tokenizer
+
+
+def parallel_sentences(cfg, tokenizer):
+    """Return {(language, language): [(ids, ids)]} of the bitext among a run's pairs, for align.py.
+
+    ids: the sorted distinct tokens of a text, at most `query_len` of them read.
+    """
+    found = defaultdict(list)
+    for row in (row for file in sources(cfg, "pairs") for row in data.read_jsonl(file)):
+        sides = sorted([(row.get("lang_q"), row["query"]), (row.get("lang_p"), row["pos"][0])]) \
+            if row.get("prompt") == "" else []
+        if sides and sides[0][0] != sides[1][0]:           # not a paraphrase in one language
+            ids = [np.unique(tokenizer.encode(text)[:cfg.query_len]) for _, text in sides]
+            found[sides[0][0], sides[1][0]].append(tuple(ids))
+    if not found:
+        raise ValueError("aligned_start needs bitext among the pairs: rows with lang_q, lang_p and "
+                         "prompt \"\"")
+    return found
 
 
 class Task:
@@ -203,6 +223,15 @@ def fill_pools(tasks, embedder):
             task.pool.refill(pools)
 
 
+def file_weight(weights, file):
+    """Return how often rows of a file are drawn: by the last pattern that its name fits, else 1.
+
+    >>> file_weight({"tldr*": 0.5, "*-bitext-*": 2}, "pairs/tldr-bitext-en.jsonl")
+    2
+    """
+    return ([1.0] + [w for pattern, w in weights.items() if fnmatch(Path(file).stem, pattern)])[-1]
+
+
 def build_tasks(cfg, tokenizer, world):
     """Return [(task, weight)] of a stage: one task, or the supervised mixture."""
     if cfg.stage == "pretrain":
@@ -210,8 +239,11 @@ def build_tasks(cfg, tokenizer, world):
     if cfg.stage == "sft":
         return [(Task("pairs", cfg, tokenizer, world), 1.0)]
     if cfg.stage == "embed_weak":      # one file a step: negatives of the positive's own origin
-        tasks = [Task("pairs", cfg, tokenizer, world, [f]) for f in sources(cfg, "pairs")]
-        return [(task, len(task.rows)) for task in tasks]
+        files = {f: file_weight(cfg.file_weights, f) for f in sources(cfg, "pairs")}
+        tasks = [(Task("pairs", cfg, tokenizer, world, [f]), w) for f, w in files.items() if w > 0]
+        if not tasks:
+            raise ValueError(f"file_weights {cfg.file_weights} leave no file of pairs")
+        return [(task, len(task.rows) * weight) for task, weight in tasks]
     kinds = [k for k, w in cfg.task_weights.items() if w > 0 and sources(cfg, k)]
     if not kinds:
         raise ValueError("embed_sup needs data: --retrieval=, --clr=, --classification= or --sts=")

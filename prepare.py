@@ -171,7 +171,7 @@ SETS = {
     "nq": PublicSet("sentence-transformers/natural-questions", "pairs", from_pair,
                     "CC BY-SA 3.0", "100k rows, 44 MB", FIND),
     "hotpotqa": PublicSet("hotpotqa/hotpot_qa", "retrieval", from_hotpotqa, "CC BY-SA 4.0",
-                          "90k rows, 0.6 GB", "Find the passages that together answer the question",
+                          "90k rows, 0.3 GB", "Find the passages that together answer the question",
                           config="distractor"),
     "fever": PublicSet("BeastyZ/E5-R", "retrieval", from_lists, "CC BY-SA 3.0 (FEVER)",
                        "71k rows, 0.3 GB", "Find the passage that supports or refutes the claim",
@@ -185,14 +185,14 @@ SETS = {
                            "Apache 2.0 (T2Ranking); see the hub for this selection", "GBs", FIND,
                            config="zh_t2ranking"),
     "miracl": PublicSet("sentence-transformers/miracl", "retrieval", from_triplet, "Apache 2.0",
-                        "16 languages, 1k to 10k rows each", WIKI, config="{lang}-triplet",
+                        "16 languages, 0.9k to 4.7k rows each", WIKI, config="{lang}-triplet",
                         lang="en"),
     "mrtydi": PublicSet("castorini/mr-tydi", "retrieval", from_passages, "Apache 2.0",
                         "11 languages, 1k to 12k rows each", WIKI, lang="en",
                         files="hf://datasets/castorini/mr-tydi/mrtydi-v1.1-{language}/"
                               "train.jsonl.gz"),
     "stsb": PublicSet("sentence-transformers/stsb", "sts", from_sts,
-                      "CC BY-SA 4.0 (sources differ)", "5.7k rows, 0.5 MB"),
+                      "not stated; its sources differ", "5.7k rows, 0.5 MB"),
     "afqmc": PublicSet("C-MTEB/AFQMC", "sts", from_sts, "Ant Financial: academic use",
                        "34k rows, 2 MB"),
     "mkqa": PublicSet("apple/mkqa", "queries", from_mkqa, "CC BY-SA 3.0 (its hub page: CC BY 3.0)",
@@ -258,8 +258,9 @@ class Stream:
         return self.rows.state_dict()
 
     def _unreadable(self, error):
+        said = " ".join(str(error).split())[:300]                 # the hub's own have empty lines
         return ConnectionError(
-            f"{self.where} cannot be read: {type(error).__name__}: {str(error)[:300]}. Is the hub "
+            f"{self.where} cannot be read: {type(error).__name__}: {said}. Is the hub "
             "reachable (HF_ENDPOINT names a mirror, HF_TOKEN an account)? --local=FILE,... reads "
             "copies. The same command goes on where this one stopped")
 

@@ -38,7 +38,7 @@ MAX_CHARS = 1200                   # of a passage: more than any passage_len her
 SUPERVISED = 3000                  # rows of a set in stage 4: few enough to come back under DHNM
 SMALLEST = 512                     # pairs of a file; smaller ones share one
 LABELS_AS_NEGATIVES = 15           # other labels of a classification row
-VERSION = 4                        # raise it when the files change: old ones are rebuilt
+VERSION = 5                        # raise it when the files change: old ones are rebuilt
 
 
 def is_held_out(key):
@@ -59,12 +59,14 @@ class Builder:
 
         Pairs go to a file for each set and passage language, since a batch is taken from one file:
         negatives of one origin cannot be told from the positive by their language or their topic.
+        Bitext into English has a file for each language, so that languages can be weighted.
         """
         if query.strip() and passage.strip() and query != passage:
             if kind == "pairs":
                 form = "crop-" if rest.get("prompt", 0) is None else \
                     "bitext-" if "prompt" in rest else ""
                 kind = f"pairs/{self.name}-{form}{rest['lang_p']}"
+                kind += f"-{rest['lang_q']}" if form + rest["lang_p"] == "bitext-en" else ""
             self.files[kind].append({"query": query, "pos": [passage[:MAX_CHARS]], **rest})
 
     def bitext(self, left, right, lang_l, lang_r):
@@ -86,6 +88,15 @@ class Builder:
         folder = self.out / "held_out" / name
         folder.mkdir(parents=True, exist_ok=True)
         write_jsonl(folder / f"{file}.jsonl", rows)
+
+    def join_small(self):
+        """Put files of too few pairs together: bitext into English by set, then all the rest."""
+        for joint in (lambda kind: re.sub("(-bitext-en)-.*", r"\1", kind),
+                      lambda kind: "pairs/others"):
+            for kind in [kind for kind in self.files if kind.startswith("pairs/")]:
+                if len(self.files[kind]) < SMALLEST:
+                    rows = self.files.pop(kind)
+                    self.files[joint(kind)] += rows
 
     # ------------------------------------------------------------ one method for each form
 
@@ -308,9 +319,7 @@ def ensure(root, out):
     for folder in tqdm(folders, desc="sets", unit="set"):
         if not is_for_evaluation(folder):
             builder.read(folder)
-    for kind, rows in list(builder.files.items()):
-        if kind.startswith("pairs/") and len(rows) < SMALLEST:
-            builder.files["pairs/others"] += builder.files.pop(kind)
+    builder.join_small()
     (Path(out) / "pairs").mkdir(parents=True, exist_ok=True)
     for kind, rows in builder.files.items():
         builder.rng.shuffle(rows)

@@ -36,30 +36,35 @@ from tqdm import tqdm
 
 import data
 import sets
+from align import aligned, translation_matrix
 from configurator import load_config, split_args
 from embed import Embedder
 from engine import budget, checkpoint, distributed
 from engine.progress import Log, StopSignal
 from eval import evaluate_collection
 from tasks import LexicalBaseline
+from lora import add_lora, lora_state_dict, merged_state_dict
 from losses import cached_backward, cosent_loss, info_nce, matryoshka
 from mask import MaskSpec, alpha
-from mixture import build_tasks, ensure_files, fill_pools, load_tokenizer, uses_docs
+from mixture import (build_tasks, ensure_files, fill_pools, load_tokenizer, parallel_sentences,
+                     uses_docs)
 from model import Conan, ConanConfig
 
 STAGES = ("pretrain", "sft", "embed_weak", "embed_sup")
 RUN_WIDE = {"out", "docs", "root", "text", "pairs", "evaluate", "skip_bad_lines", "vocab_size",
             "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "attention_dim", "block_size",
-            "rope_base", "norm_eps", "embed_std", "embed_rank_power", "pooling", "seed", "device",
-            "dtype", "log_every", "keep_last", "checkpointing", "compile", "parallel"}
+            "rope_base", "norm_eps", "embed_std", "embed_rank_power", "aligned_start", "pooling",
+            "seed", "device", "dtype", "log_every", "keep_last", "checkpointing", "compile",
+            "parallel"}
 LIMITS = {                         # of settings; those not named here may be all of their type
     **dict.fromkeys(("steps", "batch_size", "log_every", "save_every", "keep_last", "query_len",
                      "passage_len", "n_negatives", "pool_size"), (1, 10 ** 12)),
-    **dict.fromkeys(("micro_batch_size", "remine_every"), (0, 10 ** 12)),
+    **dict.fromkeys(("micro_batch_size", "remine_every", "lora_rank"), (0, 10 ** 12)),
     **dict.fromkeys(("temperature", "sts_temperature"), (1e-4, 1e4)),
     **dict.fromkeys(("warmup", "final_lr"), (0, 1)), "beta2": (0, 1 - 1e-9),
     "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "grad_clip": (1e-9, 1e9),
-    "negative_cap": (0, 1e3), "rope_base": (1, 1e12), "norm_eps": (0, 1e6),
+    "aligned_start": (0, 1e6), "negative_cap": (0, 1e3), "rope_base": (1, 1e12),
+    "norm_eps": (0, 1e6),
     "embed_std": (1e-6, 1e3), "embed_rank_power": (0, 100), "vocab_size": (258, 2 ** 31),
     "seed": (0, 2 ** 62),
 }
@@ -102,6 +107,7 @@ class TrainConfig:
     norm_eps: float = 25.0         # with the next two, untrained, a bag of words weighted by IDF:
     embed_std: float = 0.2         # Conan.rank_scale; the customary 1e-5, 0.02 and 0 need several
     embed_rank_power: float = 4.0  # times the steps at this scale (LOG.md)
+    aligned_start: float = 0.0     # weight of its translations in a random vector (align.py)
     pooling: Literal["mean", "last"] = "mean"
     # --- losses
     temperature: float = 0.05      # InfoNCE; 1.0 is the printed formula
@@ -109,6 +115,8 @@ class TrainConfig:
     dims: tuple[int, ...] = ()     # MRL dims of embed_sup; empty: the full width only
     task_weights: dict[str, float] = dataclasses.field(default_factory=lambda: {
         "retrieval": 3.0, "clr": 3.0, "classification": 2.8, "sts": 1.8})  # Table 11, million rows
+    file_weights: dict[str, float] = dataclasses.field(default_factory=dict)  # embed_weak: how
+                                   # often rows of a file of pairs are drawn, {pattern: times}
     # --- soft mask (embed_weak)
     schedule: Literal["linear", "accelerating", "decelerating", "hard"] = "linear"
     mask_axis: Literal["row", "col"] = "row"
@@ -120,6 +128,7 @@ class TrainConfig:
     remine_every: int = 0          # refill the pools with the current model; 0: never
     negative_cap: float | None = None  # drop candidates above cap * the positive's score
     # --- optimisation: AdamW
+    lora_rank: int = 0             # train low-rank adapters alone (lora.py); 0: all weights
     steps: int = 100
     batch_size: int = 64           # examples a step, all ranks together
     batch_sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # of tasks that differ
@@ -150,6 +159,9 @@ class TrainConfig:
         if max(self.query_len, self.passage_len) > self.block_size:
             raise ValueError(f"query_len {self.query_len} and passage_len {self.passage_len} must "
                              f"not exceed block_size {self.block_size}")
+        if self.lora_rank and self.parallel == "fsdp":
+            raise ValueError(f"lora_rank {self.lora_rank} needs parallel ddp or zero1: fsdp's "
+                             "bfloat16 shards would round what adapters add to a weight away")
         if any(not 1 <= d <= self.n_embd for d in self.dims):
             raise ValueError(f"dims {self.dims} must lie in 1 .. n_embd {self.n_embd}")
         tasks = {"retrieval", "clr", "classification", "sts"}
@@ -158,6 +170,9 @@ class TrainConfig:
             if set(given) - tasks or any(not least <= v < 1e12 for v in given.values()):
                 raise ValueError(f"{name} {given}: tasks are {', '.join(sorted(tasks))}, values "
                                  f"at least {least}, and finite")
+        if any(not 0 <= v < 1e12 for v in self.file_weights.values()):
+            raise ValueError(f"file_weights {self.file_weights}: values must be at least 0, and "
+                             "finite")
         self.model_config()                        # raises for a shape that cannot be
 
     def model_config(self):
@@ -236,9 +251,9 @@ def lr_at(step, cfg):
 
 
 def build_optimizer(model, cfg):
-    """Return AdamW; matrices decay, norm weights do not."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    """Return AdamW of what is not frozen; matrices decay, norm weights do not."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     return torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
                               {"params": vectors, "weight_decay": 0.0}],
                              lr=cfg.learning_rate, betas=(0.9, cfg.beta2), fused=True)
@@ -255,21 +270,31 @@ def initial_weights(cfg, argv, world):
     if not cfg.previous:
         return None
     files, flags = split_args(argv)
-    before = load_config(TrainConfig, [cfg.previous, *(f for k, f in flags.items()
-                                                       if k in RUN_WIDE)])
+    handed = RUN_WIDE | {"lora_rank"} if cfg.stage == "embed_sup" else RUN_WIDE    # 3 and 4 alike
+    given = [cfg.previous, *(flag for key, flag in flags.items() if key in handed)]
+    before = load_config(TrainConfig, given)
     where = finished(before)
     if where is None:
         command = f"python train.py {cfg.previous} --out={cfg.out}"
         if not cfg.train_missing:
             raise ValueError(f"{before.run_dir}: stage {cfg.stage} starts from stage "
                              f"{before.stage}, which has no finished checkpoint; run: {command}")
-        train(before, [cfg.previous, *(f for k, f in flags.items() if k in RUN_WIDE)], world)
+        train(before, given, world)
         where = finished(before)
     shape = json.loads(checkpoint.load(where, "config.json"))["model"]
     if shape != dataclasses.asdict(cfg.model_config()):
         raise ValueError(f"{where}: its model is {shape}, this stage asks for "
                          f"{dataclasses.asdict(cfg.model_config())}")
     return load_weights(cfg, world, where)
+
+
+def aligned_weights(cfg, tokenizer):
+    """Return random weights in which tokens that translate each other start close (align.py)."""
+    weights = Conan(cfg.model_config()).init_weights().state_dict()
+    matrix = translation_matrix(parallel_sentences(cfg, tokenizer), cfg.vocab_size)
+    weights["embed_tokens.weight"] = aligned(weights["embed_tokens.weight"], matrix,
+                                             cfg.aligned_start)
+    return weights
 
 
 def load_weights(cfg, world, where):
@@ -288,6 +313,8 @@ def build_model(cfg, world, weights, dtype):
         model = Conan(shape)
     if not sharded:
         model.load_state_dict(weights) if weights else model.init_weights()
+        if cfg.lora_rank:
+            add_lora(model, cfg.lora_rank)
         model.to(world.device)
     model.checkpointing = cfg.checkpointing
     wrapped = distributed.parallelize(model, world, cfg.parallel, dtype)
@@ -318,16 +345,20 @@ FREE = {"out", "docs", "root", "resume", "train_missing", "log_every", "save_eve
 
 def check_same(cfg, saved, where):
     """Raise ValueError if a checkpoint was made by another configuration, naming the keys."""
-    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    other = [f"{k}={saved.get(k)} there, {now[k]} now" for k in now
-             if k not in FREE and saved.get(k) != now[k]]
+    now, default = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, TrainConfig()))
+    saved = default | saved        # a setting that is younger than the checkpoint
+    other = [f"{k}={saved[k]} there, {now[k]} now" for k in now
+             if k not in FREE and saved[k] != now[k]]
     if other:
         raise ValueError(f"{where} was trained with {'; '.join(other)}. Choose another --out, or "
                          "start this stage afresh with --resume=false")
 
 
 def save(cfg, world, step, model, optimizer, tasks, tokenizer_path, counters):
-    """Write a checkpoint: all that a run needs to go on, and all that `Embedder` needs."""
+    """Write a checkpoint: all that a run needs to go on, and all that `Embedder` needs.
+
+    model.pt has plain weights: with adapters in them, which the run itself keeps apart.
+    """
     began = time.perf_counter()
     weights = distributed.model_state(model, world)            # all ranks: fsdp gathers them
     state = distributed.optimizer_state(optimizer, world)
@@ -344,6 +375,9 @@ def save(cfg, world, step, model, optimizer, tasks, tokenizer_path, counters):
                 "model": dataclasses.asdict(cfg.model_config()), "train": dataclasses.asdict(cfg),
                 "mask": dataclasses.asdict(mask), "passage_len": cfg.passage_len, "step": step,
                 "prompts": data.PROMPTS, "versions": versions()}, indent=1)}
+    if world.is_main and cfg.lora_rank:
+        files["trainer.pt"]["unmerged"] = weights
+        files |= {"model.pt": merged_state_dict(model), "lora.pt": lora_state_dict(model)}
     path = checkpoint.save(cfg.run_dir, step, files, cfg.keep_last, is_main=world.is_main,
                            gather=world.gather_objects)
     seconds = time.perf_counter() - began
@@ -392,6 +426,8 @@ def train_stage(cfg, argv, world):
         check_same(cfg, json.loads(checkpoint.load(where, "config.json"))["train"], where)
         weights = load_weights(cfg, world, where)
         state = checkpoint.load(where, "trainer.pt")
+    elif weights is None and cfg.aligned_start:
+        weights = aligned_weights(cfg, tokenizer)
     model, wrapped = build_model(cfg, world, weights, dtype)
     tasks = build_tasks(cfg, tokenizer, world)
     embedder = Embedder.of(model, tokenizer, world.device, dtype, MaskSpec(), cfg.passage_len)
@@ -405,6 +441,8 @@ def train_stage(cfg, argv, world):
     if state:
         distributed.load_optimizer_state(optimizer, state["optimizer"])
         step, counters = state["step"], state["counters"]
+        if cfg.lora_rank:
+            model.load_state_dict(state["unmerged"])
         distributed.set_rng_state(world, state["rng"])
     keep = partial(save, cfg, world, model=model, optimizer=optimizer, tasks=tasks,
                    tokenizer_path=Path(cfg.out) / "tokenizer.tiktoken", counters=counters)
@@ -562,7 +600,8 @@ def main(argv=None):
     cfg = load_config(TrainConfig, argv)
     if cfg.dry_run:
         with torch.device("meta"):                 # shapes without memory
-            return print(budget.report(cfg, Conan(cfg.model_config())))
+            model = Conan(cfg.model_config())
+        return print(budget.report(cfg, add_lora(model, cfg.lora_rank) if cfg.lora_rank else model))
     world, began = distributed.start(cfg.device), time.perf_counter()
     try:
         train(cfg, given, world)

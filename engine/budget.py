@@ -40,18 +40,20 @@ def flops(config, texts, head=False, causal=False):
     return sum(b * t * (6 * dense + attention * t) for t, b in texts.items())
 
 
-def memory(config, mode="ddp", world=1):
+def memory(config, mode="ddp", world=1, adapters=0):
     """Return {part: bytes on one rank} that a rank holds all the time: 16 N in all on one rank.
 
     ddp keeps everything on every rank, zero1 slices the optimizer's state (PAPER App. A), fsdp
-    slices all three. On one rank every mode is the same.
+    slices all three. On one rank every mode is the same. adapters: their number of parameters
+    (lora.py); they alone then have gradients and optimizer state.
     """
-    n = sum(parameters(config).values())
+    n = sum(parameters(config).values()) + adapters
+    trained = adapters or n
     if mode not in MODES or world < 1:
         raise ValueError(f"no budget for mode {mode!r} on {world} ranks; modes: {', '.join(MODES)}")
     share = {"ddp": (1, 1, 1), "zero1": (1, 1, world), "fsdp": (world, world, world)}[mode]
-    return {"weights": 4 * n / share[0], "gradients": 4 * n / share[1],
-            "optimizer": 8 * n / share[2]}
+    return {"weights": 4 * n / share[0], "gradients": 4 * trained / share[1],
+            "optimizer": 8 * trained / share[2]}
 
 
 def activations(config, tokens, checkpointing=False, head=False):
@@ -59,14 +61,14 @@ def activations(config, tokens, checkpointing=False, head=False):
 
     A block keeps for each token: its float32 input and the sum in its middle (8 D), both of them
     normalised (8 D; fused kernels do without), the norms' outputs (4 D), q, k, v (2 D + 4 K E),
-    attention's output twice (4 D) and row sums (4 H), gate, up, silu and product (8 F); with
+    attention's output twice (4 D) and row sums (4 H), gate, up and product (6 F); with
     `checkpointing` only the input, and of one block at a time the rest. The weights' bfloat16
     copies, made in the forward pass, live as long. `head`: the float32 gradient of the output
     embedding and its bfloat16 copies, and the logits of a chunk, twice in float32.
     """
     c, part = config, parameters(config)
     block = 20 * c.n_embd + (6 * c.n_head + 4 * c.n_kv_head) * c.head_dim + 4 * c.n_head \
-        + 8 * c.ffn_dim
+        + 6 * c.ffn_dim
     copies = 2 * (part["attention"] + part["ffn"]) / c.n_layer
     kept = tokens * block + copies
     total = (kept + c.n_layer * 4 * c.n_embd * tokens if checkpointing else c.n_layer * kept)
@@ -100,10 +102,14 @@ def report(cfg, model):
     """Return the text of `--dry_run`: `cfg` a `TrainConfig`, `model` its model, on "meta" say."""
     shape, texts, lm = model.config, step_texts(cfg), cfg.stage in ("pretrain", "sft")
     parts, tokens = parameters(shape), sum(t * b for t, b in texts.items())
-    total = model.count_params()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapters = trained if cfg.lora_rank else 0
+    total = model.count_params() - adapters
     per_step = flops(shape, texts, head=lm, causal=lm)
     lines = [f"{cfg.stage}: {total:,} parameters ({total / 1e6:,.1f}M)",
              *(f"    {name:<12}{n:>15,}" for name, n in parts.items()),
+             *([f"    {'adapters':<12}{adapters:>15,}  rank {cfg.lora_rank}; they alone train"]
+               if adapters else []),
              f"a step: {sum(texts.values()):,} texts, at most {tokens:,} tokens, "
              f"{per_step:.3g} FLOPs (nothing counted twice)",
              f"the stage: {cfg.steps:,} steps, at most {cfg.steps * tokens:.3g} tokens, "
@@ -112,9 +118,9 @@ def report(cfg, model):
              f"micro_batch_size {cfg.micro_batch_size or 'all'}, activations estimated",
              f"{'mode':<7}{'ranks':>6}{'weights':>10}{'gradients':>11}{'optimizer':>11}"
              f"{'gathered':>10}{'activations':>13}{'sum':>9}"]
-    for mode in MODES:
+    for mode in [m for m in MODES if m != "fsdp" or not adapters]:         # see TrainConfig
         for world in WORLDS:
-            held = memory(shape, mode, world)
+            held = memory(shape, mode, world, adapters)
             gathered = unsharded(shape) if mode == "fsdp" and world > 1 else 0
             act = activations(shape, pass_tokens(cfg, texts, world), cfg.checkpointing, lm)
             numbers = [*held.values(), gathered, act]

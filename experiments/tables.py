@@ -11,20 +11,18 @@ A figure whose data is not there says what is missing and which command makes it
 DEVIATES: Figure 1 shows the sizes and scores that are at hand, not MTEB's; Figure 3 shows principal
 components, which move no point, where the paper does not say how it came down to two dimensions.
 """
+import importlib
 import io
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from configurator import load_config
 from data import read_jsonl
 from embed import Embedder
-from engine import checkpoint
+from experiments.runs import Missing, Run
 from mask import effective_rank, mask_rank, soft_mask
-from model import Conan, ConanConfig
 from tasks import language_separation, scatter_languages
 from train import STAGES
 
@@ -41,64 +39,17 @@ class TablesConfig:
     results: str = "results"           # folder with recorded scores, *.json of eval.py
     figures: str = "results/figures"   # folder to write pictures to
     texts: str = ""                    # Figure 3's {text, lang} rows; empty: queries of clr_test
-
-
-class Missing(Exception):
-    """Data that a figure needs is not there; the text names it and the command that makes it."""
+    scale: str = "toy"                 # of the trained tables: toy, or real with a root
+    root: str = ""                     # real: a folder of public sets (sets.py)
+    docs: str = "out/installed_docs"   # toy: the embedded corpus
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    work: str = "out/tables"           # where the cells of a table are trained
+    sentence_transformer: tuple[str, ...] = ()  # of the scored tables: stock models beside ours
+    collection: str = ""               # Tables 3, 8, 9, 13: queries in many languages, for English
+    zero_shot: str = "out/zero_shot"   # Table 2: the run whose stage 4 saw some of the sets only
 
 
 # ---------------------------------------------------------------- what a run left behind
-
-class Run:
-    """Read a folder of train.py: the log, the scores, the settings and the size of its stages."""
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-
-    def need(self, stage, file):
-        """Return the path of a file of a stage; raise Missing with the command that writes it."""
-        path = self.folder / stage / file
-        if not path.is_file():
-            raise Missing(f"{path} is missing; make it by: {self.command(stage)}")
-        return path
-
-    def command(self, stage):
-        """Return the command that trains a stage, and what it needs, into this folder."""
-        flag = "" if self.folder == Path("out") else f" --out={self.folder}"
-        return f"python train.py config/{stage}.py{flag}"
-
-    def log(self, stage):
-        """Return the rows of a stage's log; a last line that was cut off is left out."""
-        lines = self.need(stage, "log.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        rows = [json.loads(line) for line in lines]
-        if not rows:
-            raise Missing(f"{self.folder / stage / 'log.jsonl'} is empty; go on with: "
-                          f"{self.command(stage)}")
-        return rows
-
-    def scores(self, stage):
-        """Return the scores that a stage was given at its end, flat."""
-        return json.loads(self.need(stage, "eval.json").read_text(encoding="utf-8"))
-
-    def config(self, stage):
-        """Return the config.json of a stage's newest checkpoint: "train", "model" and more."""
-        where = checkpoint.latest(self.folder / stage) if (self.folder / stage).is_dir() else None
-        if where is None:
-            raise Missing(f"{self.folder / stage} has no checkpoint; make it by: "
-                          f"{self.command(stage)}")
-        return json.loads(checkpoint.load(where, "config.json"))
-
-    def parameters(self, stage):
-        """Return the number of weights of a stage's model."""
-        with torch.device("meta"):                 # shapes without memory
-            return Conan(ConanConfig(**self.config(stage)["model"])).count_params()
-
-    def baseline(self):
-        """Return BM25's scores, by the run's own summary; {} if there are none."""
-        path = self.folder / "summary.json"
-        text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
-        return json.loads(text).get("BM25", {})
-
 
 def by_task(rows, key):
     """Return {task: ([step ..], [value ..])} of the rows of a log that have `key`."""
@@ -343,7 +294,19 @@ def figures(cfg):
 
 # ---------------------------------------------------------------- command line
 
-COMMANDS = {"figures": figures}
+def trained(module, name):
+    """Return the command `name` of a module of experiments/, read when it is asked for."""
+    return lambda cfg: getattr(importlib.import_module(f"experiments.{module}"), name)(cfg)
+
+
+COMMANDS = {"figures": figures,
+            **{name: trained("scores", name) for name in (
+                "table1", "table2", "table5", "table14", "table15", "appendix_b")},
+            **{name: trained("languages", name) for name in (
+                "table3", "table7", "table8", "table9", "table13")},
+            **{name: trained("used", name) for name in ("table10", "table11")},
+            **{name: trained("ablation", name) for name in ("table4", "table6", "table12")},
+            **{name: trained("claims", name) for name in ("sec32", "sec34")}}
 
 
 def main(argv=None):

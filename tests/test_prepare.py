@@ -1,10 +1,20 @@
-"""Public sets: every converter on a row of the set's true schema, runs that stop and go on."""
+"""Public sets: every converter on a row of the set's true schema, runs that stop and go on.
 
+The last part runs `prepare.py` against tests/hub.py, laid out as the hub has these sets.
+"""
 import builtins
+import gzip
+import io
 import json
+import os
+import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import hub
 import pytest
 
 import prepare
@@ -18,6 +28,9 @@ NEWS = {"title": "Rain in May", "text": "It rained for a week.", "domain": "exam
         "date": "2018-05-02 00:00:00", "description": "d", "url": "u", "image_url": "i"}
 PAGE = {"id": "12", "url": "https://x", "title": "Anarchism", "text": "A political philosophy."}
 ANSWER = {"type": 0, "entity": "Q545186", "text": "Dave Edmunds", "aliases": []}
+NO_ANSWER = {"type": 5, "entity": "", "text": None, "aliases": []}
+MKQA = ("ar da de en es fi fr he hu it ja km ko ms nl no pl pt ru sv th tr vi zh_cn zh_hk zh_tw"
+        .split())
 TRIPLET = {"anchor": "what is a field", "positive": "A field is a set.", "negative": "Cows."}
 
 # set -> (a row as the hub gives it, what it becomes but for the prompt)
@@ -46,7 +59,8 @@ ROWS = {
                   "positive_passages": [{"docid": "1", "text": "域是一个集合"}],
                   "negative_passages": [{"docid": "2", "text": "牛在草地上"}]},
                  [{"query": "什么是域", "pos": ["域是一个集合"], "neg": ["牛在草地上"]}]),
-    "t2ranking": ({"query": "什么是域", "pos": ["域是一个集合"], "neg": ["牛"], "prompt": "theirs"},
+    "t2ranking": ({"query": "什么是域", "pos": ["域是一个集合"], "neg": ["牛"], "pos_scores": [90.7],
+                   "neg_scores": [80.1], "prompt": "theirs"},
                   [{"query": "什么是域", "pos": ["域是一个集合"], "neg": ["牛"]}]),
     "miracl": (TRIPLET, [{"query": "what is a field", "pos": ["A field is a set."],
                           "neg": ["Cows."]}]),
@@ -60,9 +74,9 @@ ROWS = {
               [{"sentence1": "花呗分期", "sentence2": "花呗怎么分期", "score": 1.0}]),
     "mkqa": (
         {"example_id": "563260143484355911", "query": "who sings it",
-         "queries": {"en": "who sings it", "ru": "кто поёт", "zh_cn": "谁唱", "zh_hk": "誰唱",
-                     "zh_tw": "誰唱", "no": None},
-         "answers": {"en": [ANSWER], "ru": [ANSWER | {"text": "Дейв"}]}},
+         "queries": dict.fromkeys(MKQA) | {"en": "who sings it", "ru": "кто поёт", "zh_cn": "谁唱",
+                                           "zh_hk": "誰唱", "zh_tw": "誰唱"},
+         "answers": dict.fromkeys(MKQA, [ANSWER]) | {"en": [ANSWER, NO_ANSWER]}},
         [{"id": f"563260143484355911/{lang}", "lang": lang, "text": text,
           "answers": ["Dave Edmunds"]}
          for lang, text in (("en", "who sings it"), ("ru", "кто поёт"), ("zh", "谁唱"))]),
@@ -310,11 +324,24 @@ def test_local_copies_of_each_schema_go_through_datasets(tmp_path, name, form):
     assert rows == expected(name) * 3
 
 
+def packed(path, rows):
+    """The bytes of a file with these rows, in the form that its name says."""
+    if path.endswith(".parquet"):
+        import datasets
+        buffer = io.BytesIO()
+        datasets.Dataset.from_list(rows).to_parquet(buffer)
+        return buffer.getvalue()
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return gzip.compress(lines) if path.endswith(".gz") else lines
+
+
 @pytest.mark.extras
-def test_a_stream_goes_on_after_the_row_its_state_was_taken_at(tmp_path):
+@pytest.mark.parametrize("form", ["json", "jsonl.gz", "parquet"])
+def test_a_stream_goes_on_after_the_row_its_state_was_taken_at(tmp_path, form):
     pytest.importorskip("datasets")
-    files = tuple(write_jsonl(tmp_path / f"{k}.json", questions(25)[8 * k:8 * k + 8])
-                  for k in range(3))
+    files = tuple(str(tmp_path / f"{k}.{form}") for k in range(3))
+    for k, file in enumerate(files):
+        Path(file).write_bytes(packed(file, questions(25)[8 * k:8 * k + 8]))
     rows = list(Stream(SETS["nq"], None, files))
     assert [row["query"] for row in rows] == [f"question {i}" for i in range(24)]
     for stop in (1, 8, 13, 24):
@@ -338,3 +365,121 @@ def test_an_unreachable_hub_is_said_so(tmp_path, monkeypatch):
     with pytest.raises(ConnectionError, match="missing.json cannot be read"):
         monkeypatch.undo()
         prepare.main(["nq", f"--out={tmp_path}", f"--local={Path(tmp_path) / 'missing.json'}"])
+
+
+# ---------------------------------------------------------------- the real loader, a hub
+
+FILES = {                                    # set -> its first file, by the name it has on the hub
+    "msmarco": "v2.1/train-00000-of-00007.parquet", "nq": "pair/train-00000-of-00001.parquet",
+    "hotpotqa": "distractor/train-00000-of-00002.parquet",
+    "fever": "fever/train-00000-of-00002.parquet",
+    "squad": "plain_text/train-00000-of-00001.parquet", "dureader": "train.jsonl.gz",
+    "t2ranking": "zh/T2Ranking/t2ranking.jsonl",
+    "miracl": "en-triplet/train-00000-of-00001.parquet",
+    "mrtydi": "mrtydi-v1.1-english/train.jsonl.gz", "stsb": "data/train-00000-of-00001.parquet",
+    "afqmc": "data/train-00000-of-00001.parquet", "mkqa": "mkqa/train-00000-of-00001.parquet",
+    "amazon_reviews": "en/train-00000-of-00001.parquet",
+    "cc_news": "plain_text/train-00000-of-00005.parquet",
+    "cc_news_pairs": "plain_text/train-00000-of-00005.parquet",
+    "wikipedia": "20231101.en/train-00000-of-00041.parquet",
+    "mc4": "en/c4-train.00000-of-01024.json.gz"}
+RUN = """
+import json, sys, datasets, prepare
+datasets.config.USE_PARQUET_EXPORT = False               # another host, that is not there
+prepare.SAVE_EVERY = 10
+for argv in json.loads(sys.argv[1]):
+    prepare.main(argv)
+"""
+
+
+def on_hub(name, *parts):
+    """The repository of a set whose files hold these rows, and what a wrong request would meet.
+
+    That is a configuration of another set, before the right one, and a loader that is a script,
+    which `datasets` refuses, where the hub has one.
+    """
+    entry, first = SETS[name], FILES[name]
+    script = {f"{entry.hub.split('/')[1]}.py": b"raise SystemExit"}
+    config = entry.named("config", entry.lang)
+    files = {first.replace("00000", f"{k:05}", 1): rows for k, rows in enumerate(parts)}
+    wanted = {config or "default": re.sub(r"\d{5}-of-\d{5}", "*", first)}
+    if config:
+        files["another/" + first] = [{"another": "set"}]
+        wanted = {"another": "another/" + first} | wanted
+    files = {path: packed(path, rows) for path, rows in files.items()}
+    if entry.files:
+        return {entry.hub: {"main": files | script}}
+    card = "".join(f"- config_name: {one}\n  data_files:\n  - split: train\n    path: {path}\n"
+                   for one, path in wanted.items())
+    card = {"README.md": f"---\nconfigs:\n{card}---\n".encode()}
+    return {entry.hub: {"main": script, entry.revision or "main": files | card}}
+
+
+def from_hub(address, home, *command):
+    """Run a python command with HF_ENDPOINT=address and nothing cached."""
+    env = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
+    env |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+    return subprocess.run([sys.executable, *command], cwd=Path(prepare.__file__).parent, env=env,
+                          capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.extras
+def test_every_set_comes_from_where_the_hub_has_it(tmp_path):
+    pytest.importorskip("datasets")
+    repositories = {}
+    for name in SETS:
+        repositories |= on_hub(name, [ROWS[name][0]] * 3)
+    runs = [[name, f"--out={tmp_path / 'out'}"] for name in SETS]
+    with hub.serve(repositories) as server:
+        done = from_hub(server.address, tmp_path, "-c", RUN, json.dumps(runs))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in SETS:
+        lang = f"-{SETS[name].lang}" if SETS[name].lang else ""
+        rows = list(read_jsonl(tmp_path / "out" / f"{name}{lang}.jsonl"))
+        assert rows == expected(name) * 3
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("name, key", [("hotpotqa", "question"), ("mc4", "text")])
+def test_a_run_that_lost_the_hub_between_two_files_goes_on(tmp_path, name, key):
+    pytest.importorskip("datasets")
+    rows = [ROWS[name][0] | {key: f"this is number {i}"} for i in range(40)]
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": f"This is number {i}!"} for i in (7, 30)])
+
+    def run(folder):
+        argv = [name, f"--out={tmp_path / folder}", f"--decontaminate={bad}"]
+        return from_hub(server.address, tmp_path / "home", "-c", RUN, json.dumps([argv]))
+
+    stem = name + (f"-{SETS[name].lang}" if SETS[name].lang else "")
+    with hub.serve(on_hub(name, rows[:25], rows[25:])) as server:
+        whole = run("whole")
+        assert whole.returncode == 0, whole.stderr[-3000:]
+        server.gone.add(FILES[name].replace("00000", "00001", 1))
+        lost = run("out")
+        assert lost.returncode == 1 and "goes on where this one stopped" in lost.stderr
+        cursor = json.loads((tmp_path / "out" / f"{stem}.cursor.json").read_text())
+        assert cursor["read"] == 20 and not (tmp_path / "out" / f"{stem}.jsonl").exists()
+        server.gone.clear()
+        again = run("out")
+        assert again.returncode == 0, again.stderr[-3000:]
+    for end in (".jsonl", ".removed.jsonl", ".json"):
+        assert (tmp_path / "out" / f"{stem}{end}").read_bytes() == (
+            tmp_path / "whole" / f"{stem}{end}").read_bytes()
+    report = json.loads((tmp_path / "out" / f"{stem}.json").read_text())
+    assert report["read"] == 40
+    assert report["counts"] == {"written": 38, "equal to an evaluation text": 2}
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("name", ["nq", "dureader"])           # through the card, by its file
+def test_where_no_hub_answers_the_command_says_so(tmp_path, name):
+    pytest.importorskip("datasets")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    done = from_hub(address, tmp_path, "prepare.py", name, f"--out={tmp_path / 'out'}")
+    said = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and said.startswith("prepare.py: error: "), done.stderr[-3000:]
+    assert f"{SETS[name].hub} cannot be read" in said and "HF_ENDPOINT" in said
+    assert "Traceback" not in done.stderr

@@ -198,7 +198,7 @@ def test_the_readme_quotes_what_the_exercises_gave():
 
 @pytest.mark.parametrize(("argv", "message"), [
     ([], "one of the commands figures"), (["fig"], "not fig"), (["figures", "x"], "figures x"),
-    (["figures", "--oot=x"], "nearest is 'out'")])
+    (["figures", "--ouut=x"], "nearest is 'out'")])
 def test_wrong_arguments_are_named(argv, message):
     with pytest.raises(ValueError, match=message):
         tables.main(argv)

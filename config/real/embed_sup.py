@@ -5,13 +5,14 @@
 stage = "embed_sup"
 previous = "config/real/embed_weak.py"
 out = "out/real"
-steps = 300
-batch_size = 64
+steps = 50
+batch_size = 48
 task_weights = {"retrieval": 3, "clr": 4, "classification": 0.5, "sts": 1}
 passage_len = 192
 n_negatives = 3
-learning_rate = 8e-4
-dims = (64, 128, 256, 512, 768)
-save_every = 100
+learning_rate = 3e-4
+dims = (64, 128, 256, 512, 1024, 2048)
+save_every = 40
 
 vocab_size = 32_000
+n_embd = 2048

@@ -4,9 +4,11 @@
 """
 stage = "pretrain"
 out = "out/real"
+aligned_start = 10.0
 steps = 20
-batch_size = 128                   # windows of 64 tokens
+batch_size = 32                   # windows of 64 tokens
 passage_len = 64
 learning_rate = 1e-4
 
 vocab_size = 32_000
+n_embd = 2048

@@ -6,8 +6,9 @@ stage = "sft"
 previous = "config/real/pretrain.py"
 out = "out/real"
 steps = 10
-batch_size = 128
+batch_size = 32
 passage_len = 64
 learning_rate = 2e-5
 
 vocab_size = 32_000
+n_embd = 2048

@@ -1,0 +1,588 @@
+"""The trained ablations: the paper's Tables 4, 6 and 12, with seeds and spread.
+
+    python -m experiments.tables table4 --seeds=0,1,2,3,4        # table12 and table6 share stages
+    python -m experiments.tables table4 --scale=real --root=FOLDER
+
+Every cell of a seed starts from one stage-2 checkpoint, and cells with the same mask from one
+stage-3 checkpoint: WORK/SCALE/seed0/lm, .../hard, .../hard-clr-dhnm, each with the config files
+that `train.py` would take. Steps, batches and learning rates are the same in every cell; what is
+off gives its steps to the rest. A stage that is finished is skipped, one that was stopped goes on.
+
+UNSPECIFIED: what Table 4's "without SM" does; here the mask opens at the first step of stage 3.
+UNSPECIFIED: whether stage 3 has cross-lingual pairs; on the embedded corpus it has none, so that
+CLR is all that a model ever learns of a language but English.
+DEVIATES: nDCG@10 of retrieval instead of MTEB's averages. A small model that starts as a bag of
+words hardly uses attention (config/embed_weak.py), so the one here has the customary start.
+"""
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import clr
+import sets
+import train
+from configurator import load_config
+from corpus import write_jsonl
+from data import load_collection, read_jsonl, text_id
+from engine import distributed
+from experiments.layout import markdown
+from lexicon import LexiconTranslator, Phrasing
+from mixture import ensure_docs, load_tokenizer
+from train import STAGES, TrainConfig
+
+PRETRAIN, SFT, WEAK, SUP = STAGES
+COLUMNS = ("Multi", "Eng", "Zh")
+TUNING_SEED = 1000                 # its runs choose the learning rates, on other questions
+RATES = {                          # learning rates that are tried; LoRA's as multiples of them
+    "toy": {WEAK: (5e-4, 1e-3, 2e-3), SUP: (1.5e-4, 3e-4, 6e-4), "lora": (1.0, 3.0, 9.0)},
+    "real": {WEAK: (1.2e-3, 2.5e-3, 5e-3), SUP: (4e-4, 8e-4, 1.6e-3), "lora": (1.0, 3.0, 9.0)}}
+TOY = {                            # the embedded corpus on one core: a cell takes half a minute
+    "all": {"vocab_size": 8192, "n_layer": 1, "n_embd": 256, "n_head": 4, "n_kv_head": 2,
+            "attention_dim": 128, "ffn_dim": 128, "norm_eps": 1e-5, "embed_std": 0.02,
+            "embed_rank_power": 0.0, "log_every": 1, "query_len": 20, "passage_len": 32,
+            "keep_last": 1},
+    PRETRAIN: {"steps": 60, "batch_size": 32, "passage_len": 64, "learning_rate": 3e-4},
+    SFT: {"steps": 10, "batch_size": 64, "passage_len": 64, "learning_rate": 1e-4},
+    WEAK: {"steps": 120, "batch_size": 128},
+    SUP: {"steps": 130, "batch_size": 48, "n_negatives": 3, "pool_size": 50,
+          "task_weights": {"retrieval": 1.0, "clr": 1.0}}}
+ROWS = 800                         # supervised questions of TOY: each is visited four times
+CLR_TIMES = 4                      # languages that each of them is put into
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a table: the settings in which its stages 3 and 4 differ from other cells'."""
+    schedule: str = "linear"
+    mask_axis: str = "row"
+    mask_apply: str = "weights"
+    lora_rank: int = 0             # 0: all weights
+    clr: bool = False
+    dhnm: str = "fixed"
+
+    def changes(self, stage, task_weights):
+        """Return the settings of a stage: stage 3 has the mask's, stage 4 the tasks' and DHNM."""
+        lora = {"lora_rank": self.lora_rank} if self.lora_rank else {}
+        if stage == WEAK:
+            return {"schedule": self.schedule, "mask_axis": self.mask_axis,
+                    "mask_apply": self.mask_apply, **lora}
+        kept = {k: w for k, w in task_weights.items() if k != "clr" or self.clr}
+        return {"dhnm": self.dhnm, "task_weights": kept, **lora}
+
+    def folder(self, stage):
+        """Name the folder of a stage; cells that share the stage share the folder."""
+        mask = [self.schedule] + ["columns"] * (self.mask_axis == "col") \
+            + ["logits"] * (self.mask_apply == "logits")
+        parts = mask + [f"r{self.lora_rank}"] * bool(self.lora_rank)
+        if stage == SUP:
+            parts += ["clr"] * self.clr + ["dhnm"] * (self.dhnm == "v2") + ["sup"]
+        return "-".join(parts)
+
+
+def cell(sm, clr=False, dhnm=False, **rest):
+    """Return the cell of Table 4 with these parts on."""
+    return Cell(schedule="linear" if sm else "hard", clr=clr, dhnm="v2" if dhnm else "fixed",
+                **rest)
+
+
+NONE, FULL = cell(False), cell(True, True, True)
+TABLE_4 = {key: cell(*key) for key in itertools.product((False, True), repeat=3)}
+PAPER_4 = {(1, 0, 0): (61.73, 70.41, 70.99), (0, 1, 0): (62.69, 70.94, 71.41),
+           (0, 0, 1): (61.81, 71.50, 72.09), (1, 1, 0): (64.45, 72.14, 71.79),
+           (1, 0, 1): (63.03, 72.78, 72.44), (1, 1, 1): (65.17, 73.52, 74.24)}
+TABLE_6 = {(rank, sm): cell(sm, True, True, lora_rank=rank)
+           for rank in (16, 32, 64, 0) for sm in (False, True)}
+PAPER_6 = {(16, 0): 72.18, (16, 1): 72.12, (32, 0): 72.08, (32, 1): 72.23, (64, 0): 71.83,
+           (64, 1): 72.40, (0, 0): 71.50, (0, 1): 73.52}           # English alone
+TABLE_12 = {"Linear": Cell(), "Accelerating": Cell("accelerating"),
+            "Decelerating": Cell("decelerating"), "hard switch": Cell("hard"),
+            "linear, columns": Cell(mask_axis="col"),
+            "linear, logits x M": Cell(mask_apply="logits")}
+PAPER_12 = {"Linear": (61.73, 70.41, 70.99), "Accelerating": (61.50, 70.51, 70.81),
+            "Decelerating": (61.43, 70.01, 70.37)}
+
+
+# ---------------------------------------------------------------- statistics
+
+def t_quantile(df, level=0.95):
+    """Return t with P(|T| < t) = level for Student's distribution of `df` degrees of freedom.
+
+    With T = sqrt(df) tan(x) the density is cos(x)^(df - 1): integrated on a fine grid.
+
+    >>> [round(t_quantile(df), 3) for df in (1, 4, 30)]
+    [12.706, 2.776, 2.042]
+    """
+    x = np.linspace(0, math.pi / 2, 200_001)
+    density = np.cos(x) ** (df - 1)
+    mass = np.r_[0, np.cumsum(density[1:] + density[:-1])]
+    return math.sqrt(df) * math.tan(float(np.interp(level * mass[-1], mass, x)))
+
+
+def interval(values):
+    """Return (mean, half the width of its 95 % interval), NaN for a single value."""
+    values = np.asarray(list(values), dtype=np.float64)
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    return float(values.mean()), t_quantile(len(values) - 1) * float(
+        values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def paired(ours, other):
+    """Return the interval of ours[seed] - other[seed] over the seeds that both have."""
+    return interval([ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())])
+
+
+def shown(found, signed=False):
+    """Write (mean, half) as "12.3 ± 0.4"; a difference that exceeds its interval in bold."""
+    mean, half = found
+    text = f"{mean:+.1f}" if signed else f"{mean:.1f}"
+    text += "" if math.isnan(half) else f" ± {half:.1f}"
+    return f"**{text}**" if signed and abs(mean) > half else text
+
+
+def columns(scores):
+    """Return Multi, Eng and Zh, in percent, of what `eval.py` wrote.
+
+    Mean nDCG@10 of all other languages -> English, of English alone, and of Chinese -> English;
+    over the collections, where there are several.
+    """
+    found = {}
+    for key, value in scores.items():
+        if key.startswith("retrieval/") and key.endswith("-en/ndcg@10"):
+            found.setdefault(key.split("/")[2].split("-")[0], []).append(100 * value)
+    if not {"en", "zh"} <= found.keys():
+        raise ValueError(f"scores of {', '.join(found) or 'no'} languages -> English: en and zh "
+                         "are needed")
+    foreign = [v for lang, values in found.items() if lang != "en" for v in values]
+    return dict(zip(COLUMNS, map(float, (np.mean(foreign), np.mean(found["en"]),
+                                         np.mean(found["zh"])))))
+
+
+# ---------------------------------------------------------------- what the cells read
+
+def toy_data(docs, folder):
+    """Make the files of TOY from the embedded corpus; return the settings that name them."""
+    ensure_docs(TrainConfig(docs=str(docs)))
+    if not (folder / "test" / "qrels.tsv").is_file():
+        translate, phrase = LexiconTranslator(), Phrasing()
+        rows = list(itertools.islice(read_jsonl(docs / "retrieval.jsonl"), ROWS))
+        rng = random.Random(0)
+        shares = {lang: share for lang, share in clr.TABLE_7.items() if lang != "en"}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder / "retrieval.jsonl", rows)
+        write_jsonl(folder / "clr.jsonl", (
+            row for seed in range(CLR_TIMES) for row in clr.build_clr(
+                rows, lambda text, lang: phrase(translate.words(text, lang), lang, rng),
+                shares, seed, gates=[clr.script_gate(0.2), clr.copy_gate])))
+        for split in ("dev", "test"):
+            many_languages(docs / split, folder / split, translate)
+    named = {"text": docs / "text.jsonl", "pairs": docs / "pairs" / "documentation.jsonl",
+             "retrieval": folder / "retrieval.jsonl", "clr": folder / "clr.jsonl"}
+    return {kind: (str(path),) for kind, path in named.items()}
+
+
+def many_languages(source, folder, translate, asked=100):
+    """Write a collection with all its questions in English and the first `asked` in 25 more."""
+    found = load_collection(source)
+    queries = [{**row, "lang": "en"} for row in found.queries] + [
+        {"id": f"{row['id']}/{lang}", "lang": lang, "text": translate(row["text"], lang)}
+        for row in found.queries[:asked] for lang in clr.LANGUAGES if lang != "en"]
+    write_collection(folder, [{**row, "lang": "en"} for row in found.corpus], queries,
+                     {row["id"]: found.qrels[row["id"].rsplit("/", 1)[0]]
+                      if row["lang"] != "en" else found.qrels[row["id"]] for row in queries})
+
+
+def write_collection(folder, corpus, queries, qrels):
+    """Write corpus.jsonl, queries.jsonl, and qrels.tsv last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder / "corpus.jsonl", corpus)
+    write_jsonl(folder / "queries.jsonl", queries)
+    (folder / "qrels.tsv").write_text("".join(
+        f"{q['id']}\t{doc}\t{gain}\n" for q in queries for doc, gain in qrels[q["id"]].items()))
+
+
+def real_data(root, folder):
+    """Make the files of a folder of public sets; return the settings that name them.
+
+    The questions of the held-out collections are dealt by hash: half choose learning rates.
+    """
+    if not root:
+        raise ValueError("--scale=real needs --root=FOLDER, a folder of public sets (sets.py)")
+    sets.ensure(root, folder / "sets")
+    for place in sets.held_out_collections(root):
+        found = load_collection(place)
+        for split, half in (("dev", 0), ("test", 1)):
+            asked = [q for q in found.queries if text_id(q["id"]) % 2 == half]
+            if not (folder / split / place.name / "qrels.tsv").is_file():
+                write_collection(folder / split / place.name, found.corpus, asked, found.qrels)
+    made = {}
+    for kind in ("text", "pairs", "retrieval", "clr", "classification", "sts"):
+        files = sorted((folder / "sets" / kind).glob("*.jsonl")) \
+            or [folder / "sets" / f"{kind}.jsonl"]
+        made[kind] = tuple(str(f) for f in files if f.is_file() and f.stat().st_size)
+    return made
+
+
+# ---------------------------------------------------------------- training the cells
+
+class Lab:
+    """Train cells in WORK/SCALE and read what came out; every stage is trained once.
+
+    cfg: `experiments.tables.TablesConfig`. Raises ValueError for an unknown scale, or a folder
+    whose stages were trained with other settings.
+    """
+
+    def __init__(self, cfg):
+        if cfg.scale not in RATES:
+            raise ValueError(f"scale {cfg.scale!r} is unknown; choose {' or '.join(RATES)}")
+        self.work, self.scale = (Path(cfg.work) / cfg.scale).resolve(), cfg.scale
+        self.world, self.bar = distributed.start(), None
+        toy = cfg.scale == "toy"
+        files = toy_data(Path(cfg.docs).resolve(), self.work) if toy else \
+            real_data(cfg.root, self.work)
+        self.base = {stage: dataclasses.replace(
+            TrainConfig(stage=stage, **TOY["all"] | TOY[stage]) if toy else
+            load_config(TrainConfig, [f"config/real/{stage}.py"]), previous="", root="", dims=(),
+            **files) for stage in STAGES}
+        queries = (str(Path(cfg.docs).resolve() / "clr.jsonl"),) if toy else files["clr"]
+        load_tokenizer(dataclasses.replace(self.base[PRETRAIN], out=str(self.work), clr=queries),
+                       self.world)
+        self.rates = {}
+
+    def collections(self, split):
+        """Return the folders that are scored: "dev" for learning rates, "test" for tables."""
+        return tuple(str(path.parent) for path in sorted(
+            (self.work / split).glob("**/qrels.tsv")))
+
+    def config(self, seed, stage, one=None, split="test", **changes):
+        """Return the settings of a stage of a cell; `changes` come on top."""
+        home = self.work / f"seed{seed}"
+        if stage in (PRETRAIN, SFT):
+            previous = home / "lm" / f"{PRETRAIN}.py" if stage == SFT else ""
+            return dataclasses.replace(self.base[stage], seed=seed, out=str(home / "lm"),
+                                       previous=str(previous), **changes)
+        before = home / "lm" / f"{SFT}.py" if stage == WEAK else \
+            home / one.folder(WEAK) / f"{WEAK}.py"
+        own = one.changes(stage, self.base[stage].task_weights)
+        if stage in self.rates:
+            own["learning_rate"] = self.rates[stage] * (
+                self.rates["lora"] if one.lora_rank else 1)
+        if stage == WEAK and one.folder(WEAK) in ("hard", "linear"):    # Sec. 3.2 looks at these
+            own |= {"save_every": max(1, self.base[stage].steps // 4), "keep_last": 5}
+        return dataclasses.replace(self.base[stage], **{
+            "seed": seed, "out": str(home / one.folder(stage)), "previous": str(before),
+            "evaluate": self.collections(split), **own, **changes})
+
+    def run(self, cfg):
+        """Train a stage unless it is finished; return the folder of its results.
+
+        What train.py prints goes to OUT/STAGE.txt. A signal ends the program when it has saved.
+        """
+        out, path = Path(cfg.out), Path(cfg.out) / f"{cfg.stage}.py"
+        out.mkdir(parents=True, exist_ok=True)
+        lines = [f"{key} = {value!r}" for key, value in dataclasses.asdict(cfg).items()]
+        path.write_text("\n".join(['"""Written by experiments/ablation.py."""', *lines, ""]),
+                        encoding="utf-8")
+        share(self.work, out)
+        with open(out / f"{cfg.stage}.txt", "a", encoding="utf-8") as told, \
+                contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+            try:
+                train.train(cfg, [str(path)], self.world)
+            except train.Interrupted as stopped:
+                print("stopped by a signal and saved; the same command goes on",
+                      file=sys.__stderr__)
+                sys.exit(128 + int(str(stopped)))
+        if cfg.stage == PRETRAIN:                  # the tokens of the text, the same for all seeds
+            share(out, self.work)
+        return out / cfg.stage
+
+    def stages(self, seed, cells):
+        """Return the settings of all stages that these cells need, each stage once, in order."""
+        plan = [self.config(seed, PRETRAIN), self.config(seed, SFT)]
+        for one in cells:
+            plan += [self.config(seed, WEAK, one), self.config(seed, SUP, one)]
+        return list({(cfg.out, cfg.stage): cfg for cfg in plan}.values())
+
+    def tune(self, cells):
+        """Choose the learning rates, once for the cell without any part and once for the full one.
+
+        All cells then take the rate whose mean over the two is best. Returns {stage: {cell: {rate:
+        score}}}, the scores being the mean of Multi and Eng on the dev questions. LoRA's rate is a
+        multiple of it, found for rank 32. Stages whose rates were tried are not tried again.
+        """
+        tried = {}
+        for stage in (PRETRAIN, SFT):
+            self.run(self.config(TUNING_SEED, stage))
+        for stage in (WEAK, SUP):
+            tried[stage] = {label: {rate: self._try(stage, one, rate)
+                                    for rate in RATES[self.scale][stage]}
+                            for label, one in (("nothing on", NONE), ("all on", FULL))}
+            self.rates[stage] = best_of(tried[stage])
+        if any(one.lora_rank for one in cells):
+            one, scores = dataclasses.replace(FULL, lora_rank=32), {}
+            for times in RATES[self.scale]["lora"]:
+                self.rates["lora"] = times
+                self._try(WEAK, one, self.rates[WEAK] * times)
+                scores[times] = self._try(SUP, one, self.rates[SUP] * times,
+                                          self.rates[WEAK] * times)
+            tried["lora"] = {"rank 32, all on": scores}
+            self.rates["lora"] = best_of(tried["lora"])
+        return tried
+
+    def _try(self, stage, one, rate, weak_rate=None):
+        """Return the dev score of a stage trained at a learning rate, on stage 3 at `weak_rate`."""
+        home, changes = self.work / f"seed{TUNING_SEED}", {}
+        if stage == SUP:
+            rate_3 = weak_rate or self.rates[WEAK]
+            changes["previous"] = str(home / f"{one.folder(WEAK)}-lr{rate_3:g}" / f"{WEAK}.py")
+        return dev_score(self.run(self.config(
+            TUNING_SEED, stage, one, "dev", learning_rate=rate,
+            out=str(home / f"{one.folder(stage)}-lr{rate:g}"), **changes)))
+
+    def train(self, name, seeds, cells, finish):
+        """Train all cells of all seeds; call finish(seeds so far) after each seed."""
+        plans = {seed: self.stages(seed, cells) for seed in seeds}
+        left = sum(not is_done(cfg) for plan in plans.values() for cfg in plan)
+        with tqdm(total=left, desc=name, unit="stage") as bar:
+            for i, (seed, plan) in enumerate(plans.items(), 1):
+                for cfg in plan:
+                    new = not is_done(cfg)
+                    bar.set_postfix_str(f"seed {seed}, {Path(cfg.out).name}/{cfg.stage}")
+                    self.run(cfg)
+                    bar.update(new)
+                finish(list(plans)[:i])
+
+    def read(self, seed, one, stage=SUP):
+        """Return the columns of a stage of a cell."""
+        where = Path(self.config(seed, stage, one).out) / stage / "eval.json"
+        return columns(json.loads(where.read_text(encoding="utf-8")))
+
+    def log(self, seed, one, stage=SUP):
+        """Return the rows of a stage's log, one for each step."""
+        where = Path(self.config(seed, stage, one).out) / stage / "log.jsonl"
+        return [json.loads(line) for line in where.read_text(encoding="utf-8").splitlines()]
+
+
+def share(here, there):
+    """Link the tokenizer and the token stream of one folder into another."""
+    for path in [here / "tokenizer.tiktoken", *here.glob("tokens-*.bin")]:
+        if path.is_file() and not (there / path.name).is_file():
+            os.link(path, there / path.name)
+
+
+def is_done(cfg):
+    """Tell whether a stage is finished and scored."""
+    return (cfg.run_dir / "eval.json").is_file()
+
+
+def dev_score(folder):
+    """Return the mean of Multi and Eng that a stage was given."""
+    found = columns(json.loads((folder / "eval.json").read_text(encoding="utf-8")))
+    return (found["Multi"] + found["Eng"]) / 2
+
+
+def best_of(tried):
+    """Return the rate with the best mean over the cells of {cell: {rate: score}}."""
+    cells = list(tried.values())
+    return max(cells[0], key=lambda rate: sum(scores[rate] for scores in cells))
+
+
+def seconds(log):
+    """Return the seconds of each step of a log."""
+    tokens = [0, *(row["tokens"] for row in log)]
+    return [(b - a) / row["tokens_per_second"] for a, b, row in zip(tokens, tokens[1:], log)]
+
+
+# ---------------------------------------------------------------- tables
+
+def record(lab, name, cells, tried, seeds):
+    """Return all that a table rests on, for its JSON file: {"cells": {label: ..}, ...}."""
+    found = {}
+    for label, one in cells.items():
+        found[label] = {
+            "settings": dataclasses.asdict(one),
+            "scores": {seed: lab.read(seed, one) for seed in seeds},
+            "after_stage_3": {seed: lab.read(seed, one, WEAK) for seed in seeds},
+            "seconds": {seed: [round(sum(seconds(lab.log(seed, one, stage))), 1)
+                               for stage in (WEAK, SUP)] for seed in seeds}}
+    default = dataclasses.asdict(TrainConfig())
+    places = {"out", "docs", "previous", "evaluate", "text", "pairs", "retrieval", "clr",
+              "classification", "sts"}
+    settings = {stage: {k: v for k, v in dataclasses.asdict(cfg).items()
+                        if v != default[k] and k not in places} for stage, cfg in lab.base.items()}
+    return {"table": name, "scale": lab.scale, "seeds": list(seeds), "settings": settings,
+            "rows": ROWS if lab.scale == "toy" else None, "cells": found,
+            "learning_rates": lab.rates, "learning_rates_tried": tried,
+            "versions": train.versions()}
+
+
+def by_seed(entry, column, after=SUP):
+    """Return {seed: score} of a recorded cell."""
+    scores = entry["scores" if after == SUP else "after_stage_3"]
+    return {seed: row[column] for seed, row in scores.items()}
+
+
+def grid(header, rows):
+    """Return a Markdown table as lines."""
+    return [*markdown([dict(zip(header, row)) for row in rows]).split("\n"), ""]
+
+
+def cells_of(entry, base=None, after=SUP):
+    """Return a row's three columns, or their differences to `base`, paired by seed."""
+    if base is None:
+        return [shown(interval(by_seed(entry, c, after).values())) for c in COLUMNS]
+    return [shown(paired(by_seed(entry, c, after), by_seed(base, c, after)), True)
+            for c in COLUMNS]
+
+
+def printed(values):
+    """Write the paper's numbers, or dashes where it has none."""
+    return [f"{v:.2f}" for v in values] if values else ["-"] * len(COLUMNS)
+
+
+def preface(found, title):
+    """Return the lines above a table: what was trained, on what, at which rates."""
+    rates, rows = found["learning_rates"], []
+    for stage, tried in found["learning_rates_tried"].items():
+        for label, scores in tried.items():
+            best = max(scores, key=scores.get)
+            rows.append([stage, label, ", ".join(
+                f"**{float(rate):g}: {score:.1f}**" if rate == best else f"{float(rate):g}: "
+                f"{score:.1f}" for rate, score in scores.items()), f"{rates[stage]:g}"])
+    return [f"# {title}", "",
+            "nDCG@10 in percent on the test questions, mean and 95 % interval over the seeds "
+            f"{', '.join(map(str, found['seeds']))} (Student's t); differences are paired by seed "
+            "and bold where they exceed their interval. Multi: mean of the other languages -> "
+            "English; Eng: English; Zh: Chinese -> English. The paper's numbers are MTEB's: their "
+            "order and differences can be compared, their size cannot.", "",
+            "Learning rates, tried on other questions and another seed (mean of Multi and Eng), "
+            "and the one that all cells have: the best by the mean of the two; LoRA's multiply it.",
+            "", *grid(["stage", "cell", "rate: score", "taken"], rows)]
+
+
+def table4_lines(found):
+    """Return Table 4 in Markdown: cells, differences to the empty one, mean effect of each part."""
+    cells, marks = found["cells"], {key: ["✓" if on else "✗" for on in key] for key in TABLE_4}
+    base, order = cells[name_4((0, 0, 0))], sorted(TABLE_4, key=sum)
+    lines = preface(found, "Table 4: soft mask x CLR x DHNM")
+    lines += ["Without SM the mask is bidirectional from the first step of stage 3 on; without CLR "
+              "its steps go to retrieval; without DHNM the first negatives stay.", ""]
+    lines += grid(["SM", "CLR", "DHNM", *COLUMNS, *(f"paper {c}" for c in COLUMNS)], [
+        [*marks[key], *cells_of(cells[name_4(key)]), *printed(PAPER_4.get(key))]
+        for key in order])
+    lines += ["Against the cell with nothing on:", ""]
+    lines += grid(["SM", "CLR", "DHNM", *COLUMNS], [
+        [*marks[key], *cells_of(cells[name_4(key)], base)] for key in order[1:]])
+    lines += ["The effect of a part: with it minus without it, mean over the four settings of the "
+              "other two:", ""]
+    return lines + grid(["part", *COLUMNS], [
+        [part, *(shown(effect(cells, at, c), True) for c in COLUMNS)]
+        for at, part in enumerate(("SM", "CLR", "DHNM"))])
+
+
+def name_4(key):
+    """Name a cell of Table 4: "SM+CLR", "nothing"."""
+    return "+".join(part for part, on in zip(("SM", "CLR", "DHNM"), key) if on) or "nothing"
+
+
+def effect(cells, at, column):
+    """Return the interval of the mean difference that part number `at` makes, by seed."""
+    off = [key for key in TABLE_4 if not key[at]]
+    on = [tuple(i == at or v for i, v in enumerate(key)) for key in off]
+    mean = [{seed: np.mean([cells[name_4(key)]["scores"][seed][column] for key in side])
+             for seed in cells["nothing"]["scores"]} for side in (on, off)]
+    return paired(*mean)
+
+
+def name_6(key):
+    """Name a cell of Table 6: "LoRA r = 16, soft mask", "full, hard switch"."""
+    rank, sm = key
+    return f"{f'LoRA r = {rank}' if rank else 'full'}, {'soft mask' if sm else 'hard switch'}"
+
+
+def table6_lines(found):
+    """Return Table 6 in Markdown: English as the paper has it, then the other columns."""
+    cells = found["cells"]
+    lines = preface(found, "Table 6: LoRA and full fine-tuning, without and with the soft mask")
+    lines += ["LoRA trains stages 3 and 4 by adapters; CLR and DHNM are on in every cell. (The "
+              "paper's full row repeats Table 4: 71.50 is DHNM alone, 73.52 all three parts.)", ""]
+    ranks = list(dict.fromkeys(rank for rank, _ in TABLE_6))
+    for column in ("Eng", "Multi", "Zh"):
+        rows = []
+        for rank in ranks:
+            hard, soft = (by_seed(cells[name_6((rank, sm))], column) for sm in (False, True))
+            paper = [f"{PAPER_6[rank, sm]:.2f}" if column == "Eng" else "-" for sm in (0, 1)]
+            rows.append([f"LoRA r = {rank}" if rank else "full", shown(interval(hard.values())),
+                         shown(interval(soft.values())), shown(paired(soft, hard), True), *paper])
+        lines += grid([column, "without SM", "with SM", "difference", "paper without",
+                       "paper with"], rows)
+    lines += ["LoRA against full fine-tuning:", ""]
+    return lines + grid(["", *COLUMNS], [
+        [name_6(key), *cells_of(cells[name_6(key)], cells[name_6((0, key[1]))])]
+        for key in TABLE_6 if key[0]])
+
+
+def table12_lines(found):
+    """Return Table 12 in Markdown: after stage 4, after stage 3, and differences to linear."""
+    cells = found["cells"]
+    lines = preface(found, "Table 12: schedules and readings of the soft mask")
+    lines += ["The soft mask alone, without CLR and DHNM, as in the paper's App. C; the lower "
+              "three are this project's: the hard switch, Eq. (4) by columns, and the reading "
+              "softmax(logits x M).", ""]
+    for after, title in ((SUP, "After stage 4"), (WEAK, "After stage 3")):
+        lines += [f"{title}:", ""] + grid(
+            ["function", *COLUMNS, *(f"paper {c}" for c in COLUMNS)],
+            [[label, *cells_of(cells[label], after=after),
+              *printed(PAPER_12.get(label) if after == SUP else None)] for label in TABLE_12])
+        lines += [f"{title}, against linear:", ""] + grid(["function", *COLUMNS], [
+            [label, *cells_of(cells[label], cells["Linear"], after)]
+            for label in TABLE_12 if label != "Linear"])
+    return lines
+
+
+def make_table(cfg, name, cells, lines_of):
+    """Train the cells of a table and write results/NAME.json and .md; return the paths."""
+    lab, paths = Lab(cfg), []
+    print(f"{name}: learning rates, in {lab.work}", flush=True)
+    tried = lab.tune(cells.values())
+
+    def finish(seeds):
+        found = record(lab, name, cells, tried, seeds)
+        paths[:] = write(cfg, name, found, lines_of(found))
+
+    lab.train(name, cfg.seeds, list(cells.values()), finish)
+    return paths
+
+
+def write(cfg, name, found, lines):
+    """Write results/NAME.json and .md (at real scale NAME_real); return the paths."""
+    stem = Path(cfg.results) / (name if cfg.scale == "toy" else f"{name}_{cfg.scale}")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return [stem.with_suffix(".json"), stem.with_suffix(".md")]
+
+
+def table4(cfg):
+    """Train and write Table 4."""
+    return make_table(cfg, "table4", {name_4(k): one for k, one in TABLE_4.items()}, table4_lines)
+
+
+def table6(cfg):
+    """Train and write Table 6."""
+    return make_table(cfg, "table6", {name_6(k): one for k, one in TABLE_6.items()}, table6_lines)
+
+
+def table12(cfg):
+    """Train and write Table 12."""
+    return make_table(cfg, "table12", TABLE_12, table12_lines)
