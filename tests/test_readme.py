@@ -17,6 +17,10 @@ def test_the_table_of_the_default_run_is_the_recorded_one():
         cut = f":{dim}" if dim else ""
         for metric, value in zip(("ndcg@10", "recall@1", "recall@10"), shown):
             assert value == f"{found[stage][f'{name}/{metric}{cut}']:.3f}", (stage, dim, metric)
+    dims, shown = re.search(r"first ([\d, ]+) dims of stage 4 alone \(Matryoshka\): ([\d., ]+)\.",
+                            README).groups()
+    assert shown.split(", ") == [f"{found['embed_sup'][f'{name}/ndcg@10:{dim}']:.3f}"
+                                 for dim in dims.split(", ")]
     minutes = re.search(r"([\d.]+) minutes on two cores", README).group(1)
     assert float(minutes) == round(found["minutes"], 1) <= 10
     mean = re.search(r"mean over 26 query languages: ([\d.]+) after stage 3, ([\d.]+) after",
