@@ -44,6 +44,13 @@ def test_four_stages_and_the_table(run, tmp_path, capsys):
     assert {"bitext bi, accuracy", "bitext news, accuracy", "STS sim en, Spearman"} <= ours.keys()
     assert not any("bitext" in row for row in lexical)
     assert "| retrieval, other languages to English, nDCG@10 |" in capsys.readouterr().out
+    for model in ("BM25", "nanoConan"):                    # a baseline is scored once, ours again
+        found["results"][model]["retrieval/qa_dev/en-en/ndcg@10"] = 0.123
+    (tmp_path / "real.json").write_text(json.dumps(found))
+    real.main([f"--root={run}", "--out=real.json"])
+    again = json.loads((tmp_path / "real.json").read_text())["table"]
+    assert again["BM25"]["retrieval en-en, nDCG@10"] == 0.123
+    assert again["nanoConan"] == ours
     log = [json.loads(line) for line in open("out/real/embed_weak/log.jsonl")]
     assert log and all(row["task"] == "pairs" for row in log)
     assert "retrieval/qa_dev/en-en/ndcg@10" in json.loads(

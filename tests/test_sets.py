@@ -1,14 +1,19 @@
 """A folder of sets becomes the files of the four stages: every form by a set of a few rows."""
 
+import dataclasses
 import gzip
 import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import mixture
 import sets
 from data import Rows, read_jsonl
+from engine.distributed import World
+from tokenizer import Tokenizer
+from train import TrainConfig
 
 
 def write(path, rows):
@@ -159,6 +164,41 @@ def test_each_file_of_pairs_is_a_task_of_the_weak_stage(root, tmp_path):
     files = mixture.sources(cfg, "pairs")
     assert len(files) >= 1 and all("/pairs/" in file for file in files)
     assert mixture.sources(cfg, "sts") == (str(tmp_path / "out" / "sets" / "sts.jsonl"),)
+
+
+def test_small_files_are_joined_by_set_then_all(tmp_path):
+    builder = sets.Builder(tmp_path)
+    for name, lang, n in (("a", "de", 3), ("a", "fr", 700), ("b", "de", 400), ("b", "fr", 400)):
+        builder.name = name
+        for i in range(n):
+            builder.add("pairs", f"{lang} {i}", f"english {i}", prompt="", lang_q=lang, lang_p="en")
+    builder.join_small()
+    assert {kind: len(rows) for kind, rows in builder.files.items()} == {
+        "pairs/a-bitext-en-fr": 700,                   # enough for a file of its own
+        "pairs/b-bitext-en": 800,                      # enough together
+        "pairs/others": 3}
+
+
+def test_files_are_drawn_by_rows_and_weight(root, tmp_path):
+    weights = {"tldr*": 0.5, "*-bitext-*": 2.0, "*-ar": 0.0}
+    for name, weight in (("tldr-en", 0.5), ("tldr-bitext-en", 2.0), ("x-bitext-en-ar", 0.0),
+                         ("mlqa-de", 1.0)):
+        assert mixture.file_weight(weights, f"pairs/{name}.jsonl") == weight
+    files = []
+    for name in ("one", "two"):
+        files.append(tmp_path / f"{name}.jsonl")
+        write(files[-1], [{"query": f"{name} {i}", "pos": [f"p{i}"]} for i in range(20)])
+    tokenizer = Tokenizer.train(["one two p1 p2"] * 9, 300)
+    cfg = TrainConfig(stage="embed_weak", pairs=tuple(map(str, files)), batch_size=2,
+                      file_weights={"two": 3.0}, out=str(tmp_path / "out"))
+    world = World(0, 1, torch.device("cpu"))
+    assert [weight for _, weight in mixture.build_tasks(cfg, tokenizer, world)] == [20.0, 60.0]
+    only = dataclasses.replace(cfg, file_weights={"two": 0.0})
+    assert [weight for _, weight in mixture.build_tasks(only, tokenizer, world)] == [20.0]
+    with pytest.raises(ValueError, match="leave no file"):
+        mixture.build_tasks(dataclasses.replace(cfg, file_weights={"*": 0.0}), tokenizer, world)
+    with pytest.raises(ValueError, match="file_weights.*at least 0"):
+        dataclasses.replace(cfg, file_weights={"one": -1.0})
 
 
 def test_evaluation_folders_are_found(root):
