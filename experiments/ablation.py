@@ -357,7 +357,7 @@ class Lab:
             for i, (seed, plan) in enumerate(plans.items(), 1):
                 for cfg in plan:
                     new = not is_done(cfg)
-                    bar.set_postfix_str(f"seed {seed}, {Path(cfg.out).name}/{cfg.stage}")
+                    bar.set_postfix_str(f"seed {seed}, {Path(cfg.out).name}/{cfg.stage}", new)
                     self.run(cfg)
                     bar.update(new)
                 finish(list(plans)[:i])

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -267,27 +267,26 @@ def their_trainer(cfg, pairs, longest, dtype, folder):
     return run
 
 
-def training(cfg, found):
-    """Measure training pairs/s, at fixed and at real lengths, in both dtypes."""
+def training(cfg, found, name, longest, fixed):
+    """Measure training pairs/s in both dtypes; texts of `fixed` words, None: of real lengths."""
     if missing("sentence_transformers", "datasets", "accelerate"):
         return
     rng, n = np.random.default_rng(1), cfg.pairs * (cfg.steps + 1)
-    for name, longest, fixed in (("fixed", 64, 80), ("real", 256, None)):
-        pairs = list(zip(make_texts(n, rng, fixed=fixed), make_texts(n, rng, fixed=fixed)))
-        with tempfile.TemporaryDirectory() as folder:
-            where = exported(cfg, folder, longest)
-            sides = {}
-            for dtype in ("float32", "bfloat16"):
-                sides["ours", dtype] = our_trainer(cfg, pairs, longest, dtype)
-                sides["theirs", dtype] = their_trainer(cfg, pairs, longest, dtype, where)
-            seconds = in_turn(sides, cfg.rounds)
+    pairs = list(zip(make_texts(n, rng, fixed=fixed), make_texts(n, rng, fixed=fixed)))
+    with tempfile.TemporaryDirectory() as folder:
+        where = exported(cfg, folder, longest)
+        sides = {}
         for dtype in ("float32", "bfloat16"):
-            found.row(f"training {name} {dtype}",
-                      ratio(seconds["theirs", dtype], seconds["ours", dtype]),
-                      pairs_per_second=cfg.pairs / statistics.median(seconds["ours", dtype]),
-                      theirs=cfg.pairs / statistics.median(seconds["theirs", dtype]))
-        found.row(f"training {name} defaults",
-                  ratio(seconds["theirs", "float32"], seconds["ours", "bfloat16"]))
+            sides["ours", dtype] = our_trainer(cfg, pairs, longest, dtype)
+            sides["theirs", dtype] = their_trainer(cfg, pairs, longest, dtype, where)
+        seconds = in_turn(sides, cfg.rounds)
+    for dtype in ("float32", "bfloat16"):
+        found.row(f"training {name} {dtype}",
+                  ratio(seconds["theirs", dtype], seconds["ours", dtype]),
+                  pairs_per_second=cfg.pairs / statistics.median(seconds["ours", dtype]),
+                  theirs=cfg.pairs / statistics.median(seconds["theirs", dtype]))
+    found.row(f"training {name} defaults",
+              ratio(seconds["theirs", "float32"], seconds["ours", "bfloat16"]))
 
 
 def encoding(cfg, found):
@@ -635,7 +634,9 @@ def soft_attention(cfg, found, t=32_768, h=32, k=8, e=112):
 
 # ---------------------------------------------------------------- what is printed and written
 
-MEASURES = {"training": training, "encoding": encoding, "soft": soft_steps, "length": by_length,
+MEASURES = {"fixed": partial(training, name="fixed", longest=64, fixed=80),
+            "real": partial(training, name="real", longest=256, fixed=None),
+            "encoding": encoding, "soft": soft_steps, "length": by_length,
             "supervised": supervised, "padding": padding, "cached": cached, "head": head,
             "tokenizer": tokenizing}
 ON_GPU = {"stages": stages, "attention": soft_attention, "soft": soft_steps, "length": by_length,

@@ -45,13 +45,13 @@ def test_the_tokenizers_row_runs(tmp_path):
 
 
 @pytest.mark.extras
-@pytest.mark.parametrize("what, packages", [
-    ("encoding", ["sentence_transformers"]),
-    ("training", ["sentence_transformers", "datasets", "accelerate"])])
-def test_rows_against_sentence_transformers_run(tmp_path, what, packages):
+@pytest.mark.parametrize("only, what, packages", [
+    ("encoding", "encoding", ["sentence_transformers"]),
+    ("fixed,real", "training", ["sentence_transformers", "datasets", "accelerate"])])
+def test_rows_against_sentence_transformers_run(tmp_path, only, what, packages):
     for package in packages:
         pytest.importorskip(package)
-    rows = run(tmp_path, f"--only={what}")["rows"]
+    rows = run(tmp_path, f"--only={only}")["rows"]
     assert set(rows) == {name for name in bench.GOALS if name.startswith(what)
                          and name != "encoding reviews"}
     assert all(row["measured"] > 0 for row in rows.values())
@@ -59,7 +59,7 @@ def test_rows_against_sentence_transformers_run(tmp_path, what, packages):
 
 def test_a_row_without_its_package_is_left_out_and_said_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    bench.main([*TINY, f"--out={tmp_path}", "--only=training,encoding,tokenizer"])
+    bench.main([*TINY, f"--out={tmp_path}", "--only=real,encoding,tokenizer"])
     assert not (tmp_path / "bench_cpu.json").exists()
     assert capsys.readouterr().out.count("is not installed") == 3
 
@@ -97,5 +97,5 @@ def test_the_peak_of_memory_is_seen():
 def test_every_goal_has_a_meaning_and_an_unknown_name_is_refused(tmp_path):
     for name in bench.GOALS:
         assert any(name.startswith(key) for key in bench.MEANS), name
-    with pytest.raises(SystemExit, match="no such measurement: speed; there are training"):
+    with pytest.raises(SystemExit, match="no such measurement: speed; there are fixed, real"):
         bench.main([*TINY, f"--out={tmp_path}", "--only=speed"])
