@@ -267,8 +267,29 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):                                                   # (..., D)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _RMSNorm.apply(x.float(), self.weight.float(), self.eps).to(x.dtype)
         y = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
         return y.to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """`F.rms_norm`, whose gradient on a CPU takes ten times as long as this one."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.rsqrt(norm.square() / x.shape[-1] + eps)              # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        product = grad * x                                                  # (..., D)
+        along = (product @ weight)[..., None] * scale.pow(3) / x.shape[-1]  # (..., 1)
+        to_weight = scale.reshape(-1) @ product.reshape(-1, x.shape[-1])    # (D,)
+        return (grad * weight).mul_(scale).addcmul_(x, along, value=-1), to_weight, None
 
 
 def rope_cache(block_size, head_dim, base):

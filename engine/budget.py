@@ -59,20 +59,19 @@ def memory(config, mode="ddp", world=1, adapters=0):
 def activations(config, tokens, checkpointing=False, head=False):
     """Estimate the bytes that one pass over `tokens` tokens keeps for backward, and its buffers.
 
-    A block keeps for each token: its float32 input and the sum in its middle (8 D), both of them
-    normalised (8 D; fused kernels do without), the norms' outputs (4 D), q, k, v (2 D + 4 K E),
-    attention's output twice (4 D) and row sums (4 H), gate, up and product (6 F); with
+    A block keeps for each token: its float32 input and the sum in its middle (8 D), the norms'
+    outputs (4 D), q, k, v (2 D + 4 K E), attention's output twice (4 D) and row sums (4 H), gate, up and product (6 F); with
     `checkpointing` only the input, and of one block at a time the rest. The weights' bfloat16
     copies, made in the forward pass, live as long. `head`: the float32 gradient of the output
     embedding and its bfloat16 copies, and the logits of a chunk, twice in float32.
     """
     c, part = config, parameters(config)
-    block = 20 * c.n_embd + (6 * c.n_head + 4 * c.n_kv_head) * c.head_dim + 4 * c.n_head \
+    block = 12 * c.n_embd + (6 * c.n_head + 4 * c.n_kv_head) * c.head_dim + 4 * c.n_head \
         + 6 * c.ffn_dim
     copies = 2 * (part["attention"] + part["ffn"]) / c.n_layer
     kept = tokens * block + copies
     total = (kept + c.n_layer * 4 * c.n_embd * tokens if checkpointing else c.n_layer * kept)
-    total += 12 * c.n_embd * tokens                # the last norm: input, normalised, output
+    total += 8 * c.n_embd * tokens                 # the last norm: input and output
     if head:
         total += 12 * part["embedding"] + 8 * logits_chunk(c.vocab_size, "cuda") * c.vocab_size
     return total

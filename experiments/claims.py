@@ -42,7 +42,8 @@ def after_switch(log, chance):
     """Describe a stage 3 from its log: where the loss starts and ends, and whether it stands still.
 
     chance: the loss of a model that knows nothing, log of the batch. "longest_stand": the most
-    steps in a row without a new minimum of the loss, smoothed over a twentieth of the stage.
+    steps in a row without a new minimum of the loss, smoothed over a twentieth of the stage. A loss
+    that is never reached counts as reached at the end.
     """
     loss = smooth([row["loss"] for row in log], max(1, len(log) // 20))
     lows = np.minimum.accumulate(loss)
@@ -55,9 +56,9 @@ def after_switch(log, chance):
         "grad_norm_first_tenth": float(np.mean(norm[:part])),
         "grad_norm_last_tenth": float(np.mean(norm[-part:])),
         "longest_stand": int(max(np.diff(new)))}
-    for share_ in (0.75, 0.5, 0.25):
-        below = [i + 1 for i, x in enumerate(loss) if x < share_ * chance]
-        found[f"step_at_{share_:.0%}_of_chance"] = below[0] if below else len(log)
+    for share in (0.9, 0.75, 0.6):
+        below = [i + 1 for i, x in enumerate(loss) if x < share * chance]
+        found[f"step_at_{share:.0%}_of_chance"] = below[0] if below else len(log)
     return found
 
 

@@ -25,6 +25,7 @@ class RealConfig:
     checkpoint: str = "out/real/embed_sup"  # folder of train.py
     sentence_transformer: str = ""         # a stock model to compare with: name or folder
     bm25: bool = True                      # score BM25 as well, where it can be
+    only: tuple[str, ...] = ()             # tasks to score: retrieval, bitext, sts ...; empty: all
     out: str = ""                          # JSON file to write
 
 
@@ -84,6 +85,8 @@ def main(argv=None):
     before = json.loads(Path(cfg.out).read_text())["results"] if Path(cfg.out).is_file() else {}
     found = {name: before.get(name, {}) for name in models} | {"nanoConan": {}}
     for task, path in jobs(cfg.root, made):
+        if cfg.only and task not in cfg.only:
+            continue
         for name, model in models.items():
             if name == "BM25" and task != "retrieval" or name != "nanoConan" and name in before:
                 continue                           # baselines do not change

@@ -91,7 +91,8 @@ def test_standing_still_is_the_longest_way_without_a_new_minimum():
     log = [{"loss": loss, "grad_norm": 1.0} for loss in (4, 3, 2, 2, 2, 2, 1, 0.5, 0.4, 0.3)]
     found = claims.after_switch(log, chance=4.0)
     assert found["longest_stand"] == 4                 # from step 3 to step 7
-    assert found["step_at_75%_of_chance"] == 3 and found["step_at_25%_of_chance"] == 8
+    assert found["step_at_90%_of_chance"] == 2 and found["step_at_60%_of_chance"] == 3
+    assert claims.after_switch(log[:2], 4.0)["step_at_60%_of_chance"] == 2     # never: the end
     assert (found["loss_first_tenth"], found["loss_last_tenth"]) == (4, 0.3)
     assert claims.smooth([1, 2, 3, 7], 2) == [1, 1.5, 2.5, 5]
 
@@ -232,6 +233,7 @@ def test_a_tiny_table_from_the_command_line(cfg, two, tmp_path, capsys):
     assert [cell.strip() for cell in rows[0][6:]] == ["65.17", "73.52", "74.24"]
     assert len(rows) == 2 and "±" in rows[1][3] and ("+" in rows[1][3] or "-" in rows[1][3])
     assert "| ✗ | ✓ | ✓ |" in text and "seeds 0, 1" in text
+    assert f"| {SUP} | all on | " in text and "0.0001: " in text and "0.001: " in text
 
     def times():
         return {p: p.stat().st_mtime_ns for p in home.glob("seed*/*/*/log.jsonl")}

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 import model as model_file
 from mask import CAUSAL, FULL, MaskSpec, soft_mask
-from model import (Conan, ConanConfig, Packing, RMSNorm, apply_rope, attend, explicit_attention,
-                   flatten, pool, rope_cache)
+from model import (Conan, ConanConfig, Packing, RMSNorm, _RMSNorm, _Rope, _SwiGLU, apply_rope,
+                   attend, explicit_attention, flatten, pool, rope_cache)
 
 SOFT, COL, HARDLY = MaskSpec(0.3), MaskSpec(0.3, axis="col"), MaskSpec(0.9)
 LOGITS, LEAKY = MaskSpec(0.3, apply="logits"), MaskSpec(0.0, apply="logits")
@@ -151,6 +151,21 @@ def test_rope_scores_depend_on_the_distance_only():
         assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-5)
     assert (scores[0, 0] - scores[0, 1]).abs() > 1e-3
     assert torch.allclose(q.norm(dim=1), q[0].norm().expand(40), atol=1e-5)
+
+
+def test_hand_written_gradients_are_those_of_the_formulas():
+    torch.manual_seed(0)
+    x, w = (torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((2, 3, 8), (8,)))
+    angles = torch.randn(5, 1, 2, dtype=torch.float64)
+    cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
+    heads = torch.randn(5, 4, 4, dtype=torch.float64).requires_grad_()      # 3 turn, 1 does not
+    assert torch.allclose(_RMSNorm.apply(x, w, 1e-5), F.rms_norm(x, (8,), w, 1e-5), rtol=1e-12)
+    assert torch.equal(_SwiGLU.apply(x[0]), F.silu(x[0, :, :4]) * x[0, :, 4:])
+    turned = torch.cat([apply_rope(heads[:, :3], cos, sin), heads[:, 3:]], dim=1)
+    assert torch.allclose(_Rope.apply(heads, cos, sin, 3), turned, rtol=1e-12)
+    assert torch.autograd.gradcheck(lambda a, b: _RMSNorm.apply(a, b, 1e-5), (x, w))
+    assert torch.autograd.gradcheck(_SwiGLU.apply, (x[0].detach().requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda a: _Rope.apply(a, cos, sin, 3), (heads,))
 
 
 def test_rms_norm_by_hand():

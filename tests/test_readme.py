@@ -31,12 +31,13 @@ def test_the_table_of_the_default_run_is_the_recorded_one():
 
 
 def test_limits_quote_what_was_measured():
-    bench = json.loads((ROOT / "results" / "bench_cpu.json").read_text())["ratios"]
-    shown = re.search(r"a step ([\d.]+) times faster .* padding would,\s+the soft mask costs a "
-                      r"factor of ([\d.]+), the two-pass step ([\d.]+)\.", README)
-    padded, soft, cached = (bench[f"{name} / packed bfloat16"] for name in
-                            ("padded bfloat16", "soft mask", "two-pass, 8 chunks"))
-    assert shown.groups() == (f"{padded:.1f}", f"{soft:.2f}", f"{cached:.2f}")
+    rows = json.loads((ROOT / "results" / "bench_cpu.json").read_text())["rows"]
+    section = README.split("- Speed has been measured")[1].split("\n- ")[0]
+    quoted = [("training real float32", 1), ("training real bfloat16", 1),
+              ("training real defaults", 1), ("encoding float32", 2), ("encoding bfloat16", 2),
+              ("padded step over packed", 1), ("soft step 512", 2), ("cached time", 2)]
+    assert re.findall(r"\d+\.\d+", section) == [f"{rows[name]['measured']:.{places}f}"
+                                                for name, places in quoted]
     questions = json.loads((ROOT / "results" / "questions.json").read_text())
     assert f"top-10 accuracy {questions['model']['mean']:.2f} (BM25 " \
         f"{questions['bm25']['mean']:.2f})" in README

@@ -51,6 +51,9 @@ def test_four_stages_and_the_table(run, tmp_path, capsys):
     again = json.loads((tmp_path / "real.json").read_text())["table"]
     assert again["BM25"]["retrieval en-en, nDCG@10"] == 0.123
     assert again["nanoConan"] == ours
+    real.main([f"--root={run}", "--out=sts.json", "--only=sts", "--bm25=false"])
+    table = json.loads((tmp_path / "sts.json").read_text())["table"]
+    assert all(value is None or row.startswith("STS") for row, value in table["nanoConan"].items())
     log = [json.loads(line) for line in open("out/real/embed_weak/log.jsonl")]
     assert log and all(row["task"] == "pairs" for row in log)
     assert "retrieval/qa_dev/en-en/ndcg@10" in json.loads(
