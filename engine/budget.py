@@ -60,10 +60,11 @@ def activations(config, tokens, checkpointing=False, head=False):
     """Estimate the bytes that one pass over `tokens` tokens keeps for backward, and its buffers.
 
     A block keeps for each token: its float32 input and the sum in its middle (8 D), the norms'
-    outputs (4 D), q, k, v (2 D + 4 K E), attention's output twice (4 D) and row sums (4 H), gate, up and product (6 F); with
-    `checkpointing` only the input, and of one block at a time the rest. The weights' bfloat16
-    copies, made in the forward pass, live as long. `head`: the float32 gradient of the output
-    embedding and its bfloat16 copies, and the logits of a chunk, twice in float32.
+    outputs (4 D), q, k, v (2 D + 4 K E), attention's output twice (4 D) and row sums (4 H), gate,
+    up and product (6 F); with `checkpointing` only the input, and of one block at a time the rest.
+    The weights' bfloat16 copies, made in the forward pass, live as long. `head`: the float32
+    gradient of the output embedding and its bfloat16 copies, and the logits of a chunk, twice in
+    float32.
     """
     c, part = config, parameters(config)
     block = 12 * c.n_embd + (6 * c.n_head + 4 * c.n_kv_head) * c.head_dim + 4 * c.n_head \

@@ -4,8 +4,9 @@
     python -m experiments.real --root=FOLDER --sentence_transformer=NAME --out=results/real.json
 
 The sets that nothing was trained on: folders *_dev, held-out rows (sets.py), rows of split "dev".
-One code scores all three; baselines that are in --out already are not scored again. The paper's counterparts are Tables 1 to 3 and 13; the headline is what
-CLR is for: questions in other languages against English passages (PAPER Sec. 3.3).
+One code scores all three; baselines that are in --out already are not scored again. The paper's
+counterparts are Tables 1 to 3 and 13; the headline is what CLR is for: questions in other languages
+against English passages (PAPER Sec. 3.3).
 """
 import json
 from dataclasses import dataclass

@@ -155,7 +155,7 @@ def test_rope_scores_depend_on_the_distance_only():
 
 def test_hand_written_gradients_are_those_of_the_formulas():
     torch.manual_seed(0)
-    x, w = (torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((2, 3, 8), (8,)))
+    x, w = (torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in ((2, 3, 8), 8))
     angles = torch.randn(5, 1, 2, dtype=torch.float64)
     cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
     heads = torch.randn(5, 4, 4, dtype=torch.float64).requires_grad_()      # 3 turn, 1 does not
