@@ -1,6 +1,8 @@
 """Stage 4 on a folder of public sets: retrieval, CLR by professional translations, classes, STS.
 
     python train.py config/real/embed_sup.py --root=FOLDER      # all four stages: see sets.py
+
+What came of it with one seed: results/real.json; what else was tried: LOG.md.
 """
 stage = "embed_sup"
 previous = "config/real/embed_weak.py"
