@@ -69,7 +69,7 @@ def test_sides_are_called_in_turn_and_ratios_are_paired():
     sides = {"a": lambda: calls.append("a") or 2.0 * len(calls), "b": lambda: calls.append("b")
              or 1.0 * len(calls)}
     seconds = bench.in_turn(sides, 3)
-    assert calls == ["a", "b"] * 4 and seconds["a"] == [6.0, 10.0, 14.0]
+    assert calls == ["a", "b", "b", "a"] * 2 and seconds["a"] == [8.0, 10.0, 16.0]
     assert bench.ratio([1, 9, 4], [1, 3, 2]) == 2                  # of 1, 3, 2; not 4 / 2
     assert bench.ratio([10, 2, 30], [1, 2, 3]) == 10
 
