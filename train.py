@@ -64,8 +64,8 @@ LIMITS = {                         # of settings; those not named here may be al
     **dict.fromkeys(("warmup", "final_lr"), (0, 1)), "beta2": (0, 1 - 1e-9),
     "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "grad_clip": (1e-9, 1e9),
     "aligned_start": (0, 1e6), "negative_cap": (0, 1e3), "rope_base": (1, 1e12),
-    "norm_eps": (0, 1e6),
-    "embed_std": (1e-6, 1e3), "embed_rank_power": (0, 100), "vocab_size": (258, 2 ** 31),
+    "norm_eps": (0, 1e6), "embed_std": (1e-6, 1e3), "embed_rank_power": (0, 100),
+    "vocab_size": (258, 2 ** 31),
     "seed": (0, 2 ** 62),
 }
 SLOW_SAVE = 20.0                   # seconds; a save that takes longer warns

@@ -35,6 +35,7 @@ from configurator import load_config
 from corpus import write_jsonl
 from data import load_collection, read_jsonl, text_id
 from engine import distributed
+from experiments import paper
 from experiments.layout import markdown
 from lexicon import LexiconTranslator, Phrasing
 from mixture import ensure_docs, load_tokenizer
@@ -97,19 +98,12 @@ def cell(sm, clr=False, dhnm=False, **rest):
 
 NONE, FULL = cell(False), cell(True, True, True)
 TABLE_4 = {key: cell(*key) for key in itertools.product((False, True), repeat=3)}
-PAPER_4 = {(1, 0, 0): (61.73, 70.41, 70.99), (0, 1, 0): (62.69, 70.94, 71.41),
-           (0, 0, 1): (61.81, 71.50, 72.09), (1, 1, 0): (64.45, 72.14, 71.79),
-           (1, 0, 1): (63.03, 72.78, 72.44), (1, 1, 1): (65.17, 73.52, 74.24)}
 TABLE_6 = {(rank, sm): cell(sm, True, True, lora_rank=rank)
            for rank in (16, 32, 64, 0) for sm in (False, True)}
-PAPER_6 = {(16, 0): 72.18, (16, 1): 72.12, (32, 0): 72.08, (32, 1): 72.23, (64, 0): 71.83,
-           (64, 1): 72.40, (0, 0): 71.50, (0, 1): 73.52}           # English alone
 TABLE_12 = {"Linear": Cell(), "Accelerating": Cell("accelerating"),
             "Decelerating": Cell("decelerating"), "hard switch": Cell("hard"),
             "linear, columns": Cell(mask_axis="col"),
             "linear, logits x M": Cell(mask_apply="logits")}
-PAPER_12 = {"Linear": (61.73, 70.41, 70.99), "Accelerating": (61.50, 70.51, 70.81),
-            "Decelerating": (61.43, 70.01, 70.37)}
 
 
 # ---------------------------------------------------------------- statistics
@@ -478,7 +472,7 @@ def table4_lines(found):
     lines += ["Without SM the mask is bidirectional from the first step of stage 3 on; without CLR "
               "its steps go to retrieval; without DHNM the first negatives stay.", ""]
     lines += grid(["SM", "CLR", "DHNM", *COLUMNS, *(f"paper {c}" for c in COLUMNS)], [
-        [*marks[key], *cells_of(cells[name_4(key)]), *printed(PAPER_4.get(key))]
+        [*marks[key], *cells_of(cells[name_4(key)]), *printed(paper.TABLE_4.get(key))]
         for key in order])
     lines += ["Against the cell with nothing on:", ""]
     lines += grid(["SM", "CLR", "DHNM", *COLUMNS], [
@@ -521,9 +515,9 @@ def table6_lines(found):
         rows = []
         for rank in ranks:
             hard, soft = (by_seed(cells[name_6((rank, sm))], column) for sm in (False, True))
-            paper = [f"{PAPER_6[rank, sm]:.2f}" if column == "Eng" else "-" for sm in (0, 1)]
+            theirs = [f"{paper.TABLE_6[rank, sm]:.2f}" if column == "Eng" else "-" for sm in (0, 1)]
             rows.append([f"LoRA r = {rank}" if rank else "full", shown(interval(hard.values())),
-                         shown(interval(soft.values())), shown(paired(soft, hard), True), *paper])
+                         shown(interval(soft.values())), shown(paired(soft, hard), True), *theirs])
         lines += grid([column, "without SM", "with SM", "difference", "paper without",
                        "paper with"], rows)
     lines += ["LoRA against full fine-tuning:", ""]
@@ -543,7 +537,7 @@ def table12_lines(found):
         lines += [f"{title}:", ""] + grid(
             ["function", *COLUMNS, *(f"paper {c}" for c in COLUMNS)],
             [[label, *cells_of(cells[label], after=after),
-              *printed(PAPER_12.get(label) if after == SUP else None)] for label in TABLE_12])
+              *printed(paper.TABLE_12.get(label) if after == SUP else None)] for label in TABLE_12])
         lines += [f"{title}, against linear:", ""] + grid(["function", *COLUMNS], [
             [label, *cells_of(cells[label], cells["Linear"], after)]
             for label in TABLE_12 if label != "Linear"])

@@ -118,8 +118,10 @@ class FewWords:
 # ---------------------------------------------------------------- the paper's own numbers
 
 def test_the_papers_tables_have_the_rows_that_it_printed():
-    counts = {name: len(paper.rows(getattr(paper, name))) for name in vars(paper)
-              if name.startswith("TABLE_")}
+    counts = {name: len(paper.rows(table) if isinstance(table, str) else table)
+              for name, table in vars(paper).items() if name.startswith("TABLE_")}
+    assert {name: counts.pop(name) for name in ("TABLE_4", "TABLE_6", "TABLE_12")} == {
+        "TABLE_4": 6, "TABLE_6": 8, "TABLE_12": 3}
     assert counts == {"TABLE_1": 15, "TABLE_2": 11, "TABLE_3": 6, "TABLE_5": 6, "TABLE_8": 3,
                       "TABLE_9": 7, "TABLE_10": 7, "TABLE_11": 4, "TABLE_13": 26, "TABLE_14": 56,
                       "TABLE_15": 35}
