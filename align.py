@@ -70,13 +70,18 @@ def translation_matrix(bitext, vocab_size, least=0.01, smallest=500):
 
 
 def aligned(vectors, matrix, weight, rounds=2):
-    """Return (V, D) `vectors`, each mixed with those of its translations; lengths stay.
+    """Return (V, D) `vectors`, each mixed with those of its translations.
 
     weight: of the translations, the token's own vector having 1. Two rounds, as a token may reach
-    English through a third language.
+    English through a third language. Lengths, the IDF of `Conan.rank_scale`, stay or fall to the
+    mean of the translations': a question word is rare where its language is, and no keyword there.
     """
-    length, mixed = vectors.norm(dim=1, keepdim=True), vectors
+    own = vectors.norm(dim=1, keepdim=True)
+    mixed, length = vectors, own
+    is_translated = torch.sparse.mm(matrix, torch.ones_like(own)) > 0
     for _ in range(rounds):
+        mean = torch.sparse.mm(matrix, length)
+        length = torch.where(is_translated, torch.minimum(own, mean), own)
         mixed = vectors + weight * torch.sparse.mm(matrix, mixed)
         mixed = mixed * (length / mixed.norm(dim=1, keepdim=True).clamp(min=1e-12))
     return mixed

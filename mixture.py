@@ -22,6 +22,8 @@ from dhnm import HardNegativePool
 from lexicon import LexiconTranslator, Phrasing, bitext_rows, dictionary_rows
 from tokenizer import Tokenizer
 
+ALIGNED_LEN = 200                  # tokens of a sentence: all of nearly every one
+
 
 def sources(cfg, kind):
     """Return the files of a kind: those given, else those made of `root` or the embedded corpus."""
@@ -107,14 +109,15 @@ def load_tokenizer(cfg, world):
 def parallel_sentences(cfg, tokenizer):
     """Return {(language, language): [(ids, ids)]} of the bitext among a run's pairs, for align.py.
 
-    ids: the sorted distinct tokens of a text, at most `query_len` of them read.
+    ids: the sorted distinct tokens of a text, at most `ALIGNED_LEN` of them read: a sentence that
+    is cut on one side lacks translations.
     """
     found = defaultdict(list)
     for row in (row for file in sources(cfg, "pairs") for row in data.read_jsonl(file)):
         sides = sorted([(row.get("lang_q"), row["query"]), (row.get("lang_p"), row["pos"][0])]) \
             if row.get("prompt") == "" else []
         if sides and sides[0][0] != sides[1][0]:           # not a paraphrase in one language
-            ids = [np.unique(tokenizer.encode(text)[:cfg.query_len]) for _, text in sides]
+            ids = [np.unique(tokenizer.encode(text)[:ALIGNED_LEN]) for _, text in sides]
             found[sides[0][0], sides[1][0]].append(tuple(ids))
     if not found:
         raise ValueError("aligned_start needs bitext among the pairs: rows with lang_q, lang_p and "

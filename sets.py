@@ -20,7 +20,6 @@ the English sentence, documents whole, paraphrases by id. Professional translati
 machine ones in CLR: the query's language differs from the passage's.
 """
 import argparse
-import gzip
 import random
 import re
 import shutil

@@ -171,14 +171,18 @@ def keep_freed_memory():
             _glibc().mallopt(parameter, value)
 
 
-def release_memory(share=0.25):
-    """Hand the pages of freed blocks back to the kernel, once the process holds a large `share`.
+def release_memory(held, share=0.25, growth=0.1):
+    """Hand the pages of freed blocks back to the kernel -> pages held after it, for the next call.
 
     Blocks that change their size with every batch leave holes: kept for ever they grow to ten times
-    what is in use, and the kernel kills the run (LOG.md). Measured: at every step a tenth slower.
+    what is in use, and the kernel kills the run (LOG.md). Paging in anew is slow, however, so it is
+    done once the process holds a large `share` of memory, and `growth` of it more than last time.
     """
-    if _glibc() and _resident_pages() > share * os.sysconf("SC_PHYS_PAGES"):
-        _glibc().malloc_trim(0)
+    memory = os.sysconf("SC_PHYS_PAGES")
+    if not _glibc() or _resident_pages() < max(share * memory, held + growth * memory):
+        return held
+    _glibc().malloc_trim(0)
+    return _resident_pages()
 
 
 def _resident_pages():

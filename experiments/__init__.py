@@ -1,7 +1,8 @@
 """Measurements: the paper's tables and claims at the scale at hand, speed and memory.
 
     tables.py      the command line: figures, and every table of the paper by its number
-    ablation.py    Tables 4, 6, 12: cells that it trains, seeds, intervals
+    lab.py         trains the cells of a grid; stats.py: intervals over seeds
+    ablation.py    Tables 4, 6, 12: which cells, and what is written of them
     claims.py      what Sec. 3.2 and 3.4 say, looked at in those cells
     scores.py      Tables 1, 2, 5, 14, 15; columns.py brings the task types, numbers.py App. B
     languages.py   Tables 3, 7, 8, 9, 13; used.py: Tables 10, 11

@@ -1,4 +1,4 @@
-"""What Sec. 3.2 and 3.4 claim, looked at in the cells of Table 4 (experiments/ablation.py).
+"""What Sec. 3.2 and 3.4 claim, looked at in the cells of Table 4 (experiments/lab.py).
 
     python -m experiments.tables sec32                 # trains what is missing of these cells
     python -m experiments.tables sec34
@@ -21,8 +21,10 @@ import train
 from data import load_collection
 from embed import Embedder
 from engine import checkpoint
-from experiments.ablation import COLUMNS, NONE, Cell, Lab, cell, grid, interval, name_4, paired, \
-    seconds, shown, write
+from experiments.ablation import grid, name_4
+from experiments.lab import COLUMNS, NONE, Cell, Lab, cell, seconds
+from experiments.layout import write_files
+from experiments.stats import interval, paired, shown
 from mask import MaskSpec, effective_rank, mask_rank, soft_mask
 from model import apply_rope
 from train import STAGES
@@ -119,7 +121,7 @@ def sec32(cfg):
               "versions": train.versions(), "after_stage_3": {side: {
                   seed: lab.read(seed, one, WEAK) for seed in cfg.seeds}
                   for side, one in sides.items()}}
-    return write(cfg, "sec32", found, sec32_lines(found))
+    return write_files(cfg, "sec32", found, "\n".join(sec32_lines(found)))
 
 
 def stage_ranks(lab, seed, one, texts):
@@ -217,7 +219,7 @@ def sec34(cfg):
                  "changes": {seed: changes_of(lab, seed, one) for seed in cfg.seeds},
                  "seconds_of_a_step": {seed: float(np.median(seconds(lab.log(seed, one))))
                                        for seed in cfg.seeds}} for side, one in sides.items()}}
-    return write(cfg, "sec34", found, sec34_lines(found))
+    return write_files(cfg, "sec34", found, "\n".join(sec34_lines(found)))
 
 
 def sec34_lines(found):

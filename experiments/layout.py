@@ -56,15 +56,21 @@ def write(cfg, name, title, rows, notes=(), digits=2, **more):
 
     more: further values for the JSON file alone, such as the numbers of single seeds.
     """
-    folder, made = Path(cfg.results), command(name, cfg)
-    folder.mkdir(parents=True, exist_ok=True)
+    made = command(name, cfg)
     whole = {"title": title, "command": made, "rows": rows, "notes": list(notes), **more}
     text = "\n".join([f"**{title}**", "", markdown(rows, digits), "",
-                      *(f"- {note}" for note in notes), f"- Made by `{made}`.", ""])
-    paths = [folder / f"{name}.json", folder / f"{name}.md"]
-    paths[0].write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    paths[1].write_text(text, encoding="utf-8")
+                      *(f"- {note}" for note in notes), f"- Made by `{made}`."])
     print(text)
+    return write_files(cfg, name, whole, text)
+
+
+def write_files(cfg, name, found, text):
+    """Write RESULTS/NAME.json and NAME.md, at another scale NAME_SCALE; return the paths."""
+    stem = Path(cfg.results) / (name if cfg.scale == "toy" else f"{name}_{cfg.scale}")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_suffix(".json"), stem.with_suffix(".md")]
+    paths[0].write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    paths[1].write_text(text.rstrip() + "\n", encoding="utf-8")
     return paths
 
 

@@ -12,8 +12,10 @@ import pytest
 import train
 from corpus import write_jsonl
 from experiments import ablation, claims, tables
-from experiments.ablation import FULL, NONE, PRETRAIN, SFT, SUP, TABLE_4, TABLE_6, TABLE_12, \
-    WEAK, Cell, Lab
+from experiments.ablation import TABLE_4, TABLE_6, TABLE_12
+from experiments.lab import FULL, NONE, PRETRAIN, SFT, SUP, WEAK, Lab, columns, is_done, \
+    real_data, seconds, write_collection
+from experiments.stats import interval, paired, shown, t_quantile
 from experiments.tables import TablesConfig
 
 SHAPE = {"vocab_size": 400, "n_layer": 1, "n_embd": 16, "n_head": 2, "n_kv_head": 1, "ffn_dim": 16,
@@ -30,10 +32,10 @@ WORDS = "sort list tree graph node edge file read write matrix vector random tim
 
 def test_interval_by_hand():
     """1, 2, 3: s = 1, t of two degrees of freedom 4.3027, half = 4.3027 / sqrt(3)."""
-    mean, half = ablation.interval([1, 2, 3])
+    mean, half = interval([1, 2, 3])
     assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), abs=1e-5)
-    assert ablation.interval([5, 5, 5]) == (5, 0)
-    mean, half = ablation.interval([7])
+    assert interval([5, 5, 5]) == (5, 0)
+    mean, half = interval([7])
     assert mean == 7 and math.isnan(half)
 
 
@@ -43,28 +45,28 @@ def test_interval_is_scipys():
     values = [0.3, 1.7, 0.9, 1.1, 2.4, -0.5]
     for df in (1, 2, 4, 9, 60):
         for level in (0.5, 0.95, 0.99):
-            assert ablation.t_quantile(df, level) == pytest.approx(
+            assert t_quantile(df, level) == pytest.approx(
                 stats.t.ppf((1 + level) / 2, df), rel=1e-5)
     low, high = stats.t.interval(0.95, len(values) - 1, loc=sum(values) / 6,
                                  scale=stats.sem(values))
-    mean, half = ablation.interval(values)
+    mean, half = interval(values)
     assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-6)
 
 
 def test_differences_are_paired_by_seed():
     """Seeds that differ by 10 from each other, cells by 1: the spread of the seeds cancels."""
     ours, base = {0: 11.0, 1: 21.0, 2: 31.5, 7: 99.0}, {2: 30.0, 1: 20.0, 0: 10.0, 9: 0.0}
-    mean, half = ablation.paired(ours, base)
+    mean, half = paired(ours, base)
     assert mean == pytest.approx(3.5 / 3)              # 1, 1, 1.5; seeds 7 and 9 are alone
     assert half == pytest.approx(4.302653 * math.sqrt(1 / 12) / math.sqrt(3), abs=1e-5)
-    assert half < ablation.interval([11, 21, 31.5])[1] / 10
+    assert half < interval([11, 21, 31.5])[1] / 10
 
 
 def test_a_difference_is_bold_if_it_exceeds_its_interval():
-    assert ablation.shown((1.26, 0.5), True) == "**+1.3 ± 0.5**"
-    assert ablation.shown((-0.4, 0.5), True) == "-0.4 ± 0.5"
-    assert ablation.shown((1.26, 0.5)) == "1.3 ± 0.5"
-    assert ablation.shown((1.26, math.nan)) == "1.3"
+    assert shown((1.26, 0.5), True) == "**+1.3 ± 0.5**"
+    assert shown((-0.4, 0.5), True) == "-0.4 ± 0.5"
+    assert shown((1.26, 0.5)) == "1.3 ± 0.5"
+    assert shown((1.26, math.nan)) == "1.3"
 
 
 def test_columns_are_means_over_languages_and_collections():
@@ -73,9 +75,9 @@ def test_columns_are_means_over_languages_and_collections():
         ("b", "de-en", 0.2), ("a", "de-zh", 0.9), ("a", "all", 0.9), ("a", "mean", 0.9))}
     scores |= {"retrieval/a/de-en/recall@1": 1.0, "retrieval/a/de-en/ndcg@10:64": 1.0,
                "dhnm/clr/queries_changed_1_times": 3}
-    assert ablation.columns(scores) == pytest.approx({"Multi": 20, "Eng": 60, "Zh": 10})
+    assert columns(scores) == pytest.approx({"Multi": 20, "Eng": 60, "Zh": 10})
     with pytest.raises(ValueError, match="zh are needed"):
-        ablation.columns({"retrieval/a/en-en/ndcg@10": 0.5})
+        columns({"retrieval/a/en-en/ndcg@10": 0.5})
 
 
 def test_the_effect_of_a_part_is_the_mean_over_the_others():
@@ -99,7 +101,7 @@ def test_standing_still_is_the_longest_way_without_a_new_minimum():
 
 def test_seconds_of_a_step_come_from_its_tokens():
     log = [{"tokens": 100, "tokens_per_second": 50}, {"tokens": 160, "tokens_per_second": 30}]
-    assert ablation.seconds(log) == [2, 2]
+    assert seconds(log) == [2, 2]
 
 
 def test_hardness_goes_by_task_and_part():
@@ -125,7 +127,7 @@ def docs(tmp_path_factory):
     write_jsonl(folder / "retrieval.jsonl", ({"query": q, "pos": [p]} for q, p in rows[:40]))
     write_jsonl(folder / "clr.jsonl", ({"query": q, "pos": [p]} for q, p in rows[:40]))
     for split, part in (("dev", rows[40:60]), ("test", rows[60:])):
-        ablation.write_collection(
+        write_collection(
             folder / split, [{"id": f"f/{i}", "text": p} for i, (_, p) in enumerate(part)],
             [{"id": f"f/{i}", "text": q} for i, (q, _) in enumerate(part)],
             {f"f/{i}": {f"f/{i}": 1} for i in range(20)})
@@ -135,9 +137,9 @@ def docs(tmp_path_factory):
 @pytest.fixture
 def cfg(docs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ablation, "TOY", TINY)
-    monkeypatch.setattr(ablation, "ensure_docs", lambda cfg: None)
-    monkeypatch.setattr(ablation, "RATES", {"toy": {WEAK: (1e-3,), SUP: (1e-4, 1e-3),
+    monkeypatch.setattr("experiments.lab.TOY", TINY)
+    monkeypatch.setattr("experiments.lab.ensure_docs", lambda cfg: None)
+    monkeypatch.setattr("experiments.lab.RATES", {"toy": {WEAK: (1e-3,), SUP: (1e-4, 1e-3),
                                                     "lora": (2.0,)}, "real": {}})
     return TablesConfig(docs=str(docs), seeds=(0, 1), work=str(tmp_path / "work"),
                         results=str(tmp_path / "results"))
@@ -221,7 +223,7 @@ def test_a_tiny_table_from_the_command_line(cfg, two, tmp_path, capsys):
     assert tried[SUP]["all on"].keys() == {"0.0001", "0.001"}
     home = tmp_path / "work" / "toy"
     scores = json.loads((home / "seed1" / "linear-clr-dhnm-sup" / SUP / "eval.json").read_text())
-    assert found["cells"]["SM+CLR+DHNM"]["scores"]["1"] == ablation.columns(scores)
+    assert found["cells"]["SM+CLR+DHNM"]["scores"]["1"] == columns(scores)
     assert found["cells"]["nothing"]["after_stage_3"]["0"].keys() == {"Multi", "Eng", "Zh"}
     before = {train.load_config(train.TrainConfig, [str(home / "seed0" / name / f"{WEAK}.py")])
               .previous for name in ("hard", "linear")}
@@ -260,9 +262,9 @@ def test_an_interrupted_cell_goes_on_to_the_same_numbers(cfg, tmp_path, monkeypa
     with pytest.raises(SystemExit) as stopped:
         lab.run(last)
     assert stopped.value.code == 128 + signal.SIGTERM and len(steps) == 2
-    assert not ablation.is_done(last)
+    assert not is_done(last)
     lab.run(last)
-    assert len(steps) == 12 and ablation.is_done(last)      # none was taken twice
+    assert len(steps) == 12 and is_done(last)      # none was taken twice
     ours, whole = (json.loads((folder / SUP / "eval.json").read_text())
                    for folder in (Path(last.out), tmp_path / "whole"))
     assert ours == whole
@@ -311,12 +313,12 @@ def test_the_claims_are_written_from_the_same_cells(cfg, tmp_path, monkeypatch):
 
 def test_real_scale_deals_the_questions_of_a_folder_of_sets(cfg, tmp_path):
     with pytest.raises(ValueError, match="--root=FOLDER"):
-        ablation.real_data("", tmp_path)
+        real_data("", tmp_path)
     with pytest.raises(ValueError, match="scale 'huge' is unknown"):
         Lab(dataclasses.replace(cfg, scale="huge"))
     root = tmp_path / "sets"
     rows = [{"id": f"q{i}", "lang": "zh" if i % 2 else "en", "text": f"q {i}"} for i in range(40)]
-    ablation.write_collection(root / "qa_dev", [{"id": "d", "lang": "en", "text": "passage"}],
+    write_collection(root / "qa_dev", [{"id": "d", "lang": "en", "text": "passage"}],
                               rows, {row["id"]: {"d": 1} for row in rows})
     write_jsonl(root / "bi.jsonl", [])
     (root / "bi").mkdir()
@@ -324,7 +326,7 @@ def test_real_scale_deals_the_questions_of_a_folder_of_sets(cfg, tmp_path):
     write_jsonl(root / "bi" / "rows.jsonl", [
         {"query": f"eins {i}", "pos": f"one {i}", "lang_q": "de", "lang_p": "en"}
         for i in range(20)])
-    made = ablation.real_data(str(root), tmp_path / "real")
+    made = real_data(str(root), tmp_path / "real")
     assert made["text"] and made["pairs"] and not made["retrieval"]
     dealt = {split: {json.loads(line)["id"] for line in
                      open(tmp_path / "real" / split / "qa_dev" / "queries.jsonl")}

@@ -296,10 +296,12 @@ def test_freed_memory_goes_back_once_the_process_is_large():
         guard = blocks[-1]
         held = distributed._resident_pages()
         del blocks
-        distributed.release_memory(share=0.999)
-        assert distributed._resident_pages() > 0.7 * held        # far below its share: kept
-        distributed.release_memory(share=0)
-        assert distributed._resident_pages() < held - 30_000 and guard[0] == 1
+        assert distributed.release_memory(5, share=0.999) == 5
+        assert distributed.release_memory(held, share=0) == held
+        assert distributed._resident_pages() > 0.7 * held        # below its share, and not grown
+        after = distributed.release_memory(0, share=0, growth=0)
+        assert abs(distributed._resident_pages() - after) < 1000
+        assert after < held - 30_000 and guard[0] == 1
     finally:
         for parameter, value in ((-3, 2 ** 17), (-1, 2 ** 17), (-2, 2 ** 17)):
             library.mallopt(parameter, value)                            # glibc's defaults

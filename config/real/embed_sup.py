@@ -7,14 +7,17 @@ What came of it with one seed: results/real.json; what else was tried: LOG.md.
 stage = "embed_sup"
 previous = "config/real/embed_weak.py"
 out = "out/real"
-steps = 50
+steps = 100
 batch_size = 48
 task_weights = {"retrieval": 3, "clr": 4, "classification": 0.5, "sts": 1}
-passage_len = 192
+passage_len = 256
 n_negatives = 3
 learning_rate = 3e-4
-dims = (64, 128, 256, 512, 1024, 2048)
-save_every = 40
+dims = (64, 128, 256, 512, 1024, 2048, 4096)
+save_every = 50
 
-vocab_size = 32_000
-n_embd = 2048
+vocab_size = 64_000
+n_embd = 4096
+attention_dim = 128
+ffn_dim = 32
+embed_rank_power = 2.0

@@ -4,11 +4,14 @@
 """
 stage = "pretrain"
 out = "out/real"
-aligned_start = 10.0
+aligned_start = 3.0
 steps = 20
 batch_size = 32                   # windows of 64 tokens
 passage_len = 64
 learning_rate = 1e-4
 
-vocab_size = 32_000
-n_embd = 2048
+vocab_size = 64_000
+n_embd = 4096
+attention_dim = 128
+ffn_dim = 32
+embed_rank_power = 2.0

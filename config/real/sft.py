@@ -10,5 +10,8 @@ batch_size = 32
 passage_len = 64
 learning_rate = 2e-5
 
-vocab_size = 32_000
-n_embd = 2048
+vocab_size = 64_000
+n_embd = 4096
+attention_dim = 128
+ffn_dim = 32
+embed_rank_power = 2.0
