@@ -22,6 +22,7 @@ TABLE_12 = {"Linear": Cell(), "Accelerating": Cell("accelerating"),
             "Decelerating": Cell("decelerating"), "hard switch": Cell("hard"),
             "linear, columns": Cell(mask_axis="col"),
             "linear, logits x M": Cell(mask_apply="logits")}
+LONGER = {"linear, 3 x steps": Cell(times=3), "hard switch, 3 x steps": Cell("hard", times=3)}
 
 
 def record(lab, name, cells, tried, seeds):
@@ -166,6 +167,12 @@ def table12_lines(found):
         lines += [f"{title}, against linear:", ""] + grid(["function", *COLUMNS], [
             [label, *cells_of(cells[label], cells["Linear"], after)]
             for label in TABLE_12 if label != "Linear"])
+    lines += ["Does the soft mask only need more time? Stage 3 three times as long:", ""]
+    soft, hard = LONGER
+    for after, title in ((WEAK, "after stage 3"), (SUP, "after stage 4")):
+        lines += grid([title, *COLUMNS], [
+            *([label, *cells_of(cells[label], after=after)] for label in LONGER),
+            ["hard minus linear", *cells_of(cells[hard], cells[soft], after)]])
     return lines
 
 
@@ -195,4 +202,4 @@ def table6(cfg):
 
 def table12(cfg):
     """Train and write Table 12."""
-    return make_table(cfg, "table12", TABLE_12, table12_lines)
+    return make_table(cfg, "table12", TABLE_12 | LONGER, table12_lines)

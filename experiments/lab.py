@@ -67,20 +67,21 @@ class Cell:
     lora_rank: int = 0             # 0: all weights
     clr: bool = False
     dhnm: str = "fixed"
+    times: int = 1                 # the steps of stage 3
 
-    def changes(self, stage, task_weights):
+    def changes(self, stage, base):
         """Return the settings of a stage: stage 3 has the mask's, stage 4 the tasks' and DHNM."""
         lora = {"lora_rank": self.lora_rank} if self.lora_rank else {}
         if stage == WEAK:
             return {"schedule": self.schedule, "mask_axis": self.mask_axis,
-                    "mask_apply": self.mask_apply, **lora}
-        kept = {k: w for k, w in task_weights.items() if k != "clr" or self.clr}
+                    "mask_apply": self.mask_apply, "steps": self.times * base.steps, **lora}
+        kept = {k: w for k, w in base.task_weights.items() if k != "clr" or self.clr}
         return {"dhnm": self.dhnm, "task_weights": kept, **lora}
 
     def folder(self, stage):
         """Name the folder of a stage; cells that share the stage share the folder."""
         mask = [self.schedule] + ["columns"] * (self.mask_axis == "col") \
-            + ["logits"] * (self.mask_apply == "logits")
+            + ["logits"] * (self.mask_apply == "logits") + [f"x{self.times}"] * (self.times > 1)
         parts = mask + [f"r{self.lora_rank}"] * bool(self.lora_rank)
         if stage == SUP:
             parts += ["clr"] * self.clr + ["dhnm"] * (self.dhnm == "v2") + ["sup"]
@@ -219,7 +220,7 @@ class Lab:
                                        previous=str(previous), **changes)
         before = home / "lm" / f"{SFT}.py" if stage == WEAK else \
             home / one.folder(WEAK) / f"{WEAK}.py"
-        own = one.changes(stage, self.base[stage].task_weights)
+        own = one.changes(stage, self.base[stage])
         if stage in self.rates:
             own["learning_rate"] = self.rates[stage] * (
                 self.rates["lora"] if one.lora_rank else 1)
@@ -237,7 +238,7 @@ class Lab:
         out, path = Path(cfg.out), Path(cfg.out) / f"{cfg.stage}.py"
         out.mkdir(parents=True, exist_ok=True)
         lines = [f"{key} = {value!r}" for key, value in dataclasses.asdict(cfg).items()]
-        path.write_text("\n".join(['"""Written by experiments/ablation.py."""', *lines, ""]),
+        path.write_text("\n".join(['"""Written by experiments/lab.py."""', *lines, ""]),
                         encoding="utf-8")
         share(self.work, out)
         with open(out / f"{cfg.stage}.txt", "a", encoding="utf-8") as told, \

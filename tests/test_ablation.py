@@ -12,7 +12,7 @@ import pytest
 import train
 from corpus import write_jsonl
 from experiments import ablation, claims, tables
-from experiments.ablation import TABLE_4, TABLE_6, TABLE_12
+from experiments.ablation import LONGER, TABLE_4, TABLE_6, TABLE_12
 from experiments.lab import FULL, NONE, PRETRAIN, SFT, SUP, WEAK, Lab, columns, is_done, \
     real_data, seconds, write_collection
 from experiments.stats import interval, paired, shown, t_quantile
@@ -167,6 +167,10 @@ def test_cells_differ_in_the_named_settings_and_in_no_other(cfg):
             for one in list(TABLE_12.values())[1:]] == [
         {"schedule"}, {"schedule"}, {"schedule"}, {"mask_axis"}, {"mask_apply"}]
     assert all(not one.clr and one.dhnm == "fixed" for one in TABLE_12.values())
+    for short, long in zip((TABLE_12["Linear"], NONE), LONGER.values()):   # the schedule stretches
+        assert differing(lab.config(0, WEAK, short), lab.config(0, WEAK, long)) \
+            - {"save_every", "keep_last"} == {"steps"}
+        assert not differing(lab.config(0, SUP, short), lab.config(0, SUP, long))
 
 
 def test_lora_differs_in_rank_and_its_own_rate(cfg):
