@@ -7,10 +7,10 @@ What came of it with one seed: results/real.json; what else was tried: LOG.md.
 stage = "embed_sup"
 previous = "config/real/embed_weak.py"
 out = "out/real"
-steps = 100
+steps = 150
 batch_size = 48
 task_weights = {"retrieval": 3, "clr": 4, "classification": 0.5, "sts": 1}
-passage_len = 256
+passage_len = 384
 n_negatives = 3
 learning_rate = 3e-4
 dims = (64, 128, 256, 512, 1024, 2048, 4096)
