@@ -460,7 +460,6 @@ def run_steps(cfg, world, step, model, optimizer, tasks, counters, keep, dtype, 
     stop = StopSignal()
     log = Log(cfg, world, step)
     log.candidates(tasks)
-    held = 0                       # pages of memory after the last release
     for step in range(step, cfg.steps):
         if cfg.remine_every and step and step % cfg.remine_every == 0:
             fill_pools([task for task, _ in tasks], embedder)
@@ -493,7 +492,7 @@ def run_steps(cfg, world, step, model, optimizer, tasks, counters, keep, dtype, 
                  {"alpha": stage_mask(cfg, step).alpha, "lr": lr_at(step, cfg),
                   "grad_norm": float(norm), **counters})
         if world.device.type == "cpu":
-            held = distributed.release_memory(held)
+            distributed.release_memory()
         if told["stop"]:
             keep(step + 1)
             raise Interrupted(stop.number or signal.SIGTERM)

@@ -164,25 +164,26 @@ def keep_freed_memory():
     """Tell glibc to keep freed blocks instead of handing them back to the kernel.
 
     A CPU step frees and asks for the same hundreds of MB each time; paging them in anew costs a
-    quarter of the step (measured: 0.65 s -> 0.49 s). Does nothing where there is no glibc.
+    quarter of a small model's step and more than half of a wide one's (LOG.md). -1 and 0 are
+    glibc's ways to say never; a number of bytes would have to fit an int, and a step frees more.
+    Does nothing where there is no glibc.
     """
-    for parameter, value in ((-3, 2 ** 31 - 1), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):
-        if _glibc():                       # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")     # torch asks for pages of 2 MB, not 4 kB
+    for parameter, value in ((-4, 0), (-1, -1), (-2, 2 ** 26)):
+        if _glibc():                       # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             _glibc().mallopt(parameter, value)
 
 
-def release_memory(held, share=0.25, growth=0.1):
-    """Hand the pages of freed blocks back to the kernel -> pages held after it, for the next call.
+def release_memory(share=0.5):
+    """Hand the pages of freed blocks back to the kernel, once this machine's ranks hold `share`.
 
     Blocks that change their size with every batch leave holes: kept for ever they grow to ten times
-    what is in use, and the kernel kills the run (LOG.md). Paging in anew is slow, however, so it is
-    done once the process holds a large `share` of memory, and `growth` of it more than last time.
+    what is in use, and the kernel kills the run (LOG.md). But a wide model's step frees gigabytes
+    that the next one needs: handed back at every step, paging them in takes longer than the step.
     """
-    memory = os.sysconf("SC_PHYS_PAGES")
-    if not _glibc() or _resident_pages() < max(share * memory, held + growth * memory):
-        return held
-    _glibc().malloc_trim(0)
-    return _resident_pages()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if _glibc() and ranks * _resident_pages() > share * os.sysconf("SC_PHYS_PAGES"):
+        _glibc().malloc_trim(0)
 
 
 def _resident_pages():
