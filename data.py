@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 PROMPTS = {                        # what a query of each task asks for, unless its row says so
-    "retrieval": "Find the passage",
-    "clr": "Find the passage",
+    "retrieval": "Find",
+    "clr": "Find",
     "classification": "Name the topic",
     "sts": "",
     "bitext": "",

@@ -137,7 +137,7 @@ def test_the_files_of_an_export(exported):
     pooling = read(exported / "1_Pooling" / "config.json")
     assert pooling["pooling_mode_mean_tokens"] and not pooling["pooling_mode_lasttoken"]
     st = read(exported / "config_sentence_transformers.json")
-    assert st["prompts"] == {"query": "Find the passage: ", "document": "",
+    assert st["prompts"] == {"query": "Find: ", "document": "",
                              "Classification": "Name the topic: "}
 
 
@@ -336,7 +336,7 @@ def test_an_export_can_be_exported(exported, tmp_path):
 
 def test_golden_values_are_those_of_the_checkpoint(run, exported):
     golden = read(exported / "golden.json")
-    assert golden["inputs"][0] == "Find the passage: " + golden["inputs"][1]
+    assert golden["inputs"][0] == "Find: " + golden["inputs"][1]
     found = Embedder(run).encode(golden["inputs"])
     assert np.abs(found - np.array(golden["embeddings"])).max() < 1e-7
     assert len({unicodedata.name(text[0]).split()[0] for text in golden["inputs"]}) >= 4  # scripts
