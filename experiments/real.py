@@ -26,6 +26,7 @@ class RealConfig:
     checkpoint: str = "out/real/embed_sup"  # folder of train.py
     sentence_transformer: str = ""         # a stock model to compare with: name or folder
     bm25: bool = True                      # score BM25 as well, where it can be
+    max_len: int = 0                       # tokens read of a text; 0: the checkpoint's passage_len
     only: tuple[str, ...] = ()             # tasks to score: retrieval, bitext, sts ...; empty: all
     out: str = ""                          # JSON file to write
 
@@ -76,7 +77,9 @@ def headline(results):
 def main(argv=None):
     """Score every model on every set, print the table, write the JSON file."""
     cfg = load_config(RealConfig, argv)
-    models = {"nanoConan": Embedder(cfg.checkpoint)}
+    ours = Embedder(cfg.checkpoint)
+    ours.max_len = cfg.max_len or ours.max_len     # others read all of a passage, or 256 tokens
+    models = {"nanoConan": ours}
     if cfg.bm25:
         models["BM25"] = tasks.LexicalBaseline()
     if cfg.sentence_transformer:

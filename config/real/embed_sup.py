@@ -7,14 +7,14 @@ What came of it with one seed: results/real.json; what else was tried: LOG.md.
 stage = "embed_sup"
 previous = "config/real/embed_weak.py"
 out = "out/real"
-steps = 80
+steps = 60
 batch_size = 48
-task_weights = {"retrieval": 3, "clr": 5, "classification": 0.25, "sts": 0.5}
-passage_len = 320
+task_weights = {"retrieval": 3, "clr": 4, "classification": 0.5, "sts": 1}
+passage_len = 256
 n_negatives = 3
-learning_rate = 4e-4
-dims = (256, 512, 1024, 2048, 4096)
-save_every = 40
+learning_rate = 1.5e-4
+dims = (64, 128, 256, 512, 1024, 2048, 4096)
+save_every = 30
 
 vocab_size = 64_000
 n_embd = 4096
