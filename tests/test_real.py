@@ -54,6 +54,9 @@ def test_four_stages_and_the_table(run, tmp_path, capsys):
     real.main([f"--root={run}", "--out=sts.json", "--only=sts", "--bm25=false"])
     table = json.loads((tmp_path / "sts.json").read_text())["table"]
     assert all(value is None or row.startswith("STS") for row, value in table["nanoConan"].items())
+    real.main([f"--root={run}", "--out=short.json", "--only=sts", "--bm25=false", "--max_len=1"])
+    short = json.loads((tmp_path / "short.json").read_text())["table"]["nanoConan"]
+    assert short["STS sim en, Spearman"] != table["nanoConan"]["STS sim en, Spearman"]
     log = [json.loads(line) for line in open("out/real/embed_weak/log.jsonl")]
     assert log and all(row["task"] == "pairs" for row in log)
     assert "retrieval/qa_dev/en-en/ndcg@10" in json.loads(
