@@ -78,6 +78,9 @@ def main(argv=None):
     """Score every model on every set, print the table, write the JSON file."""
     cfg = load_config(RealConfig, argv)
     ours = Embedder(cfg.checkpoint)
+    longest = ours.model.config.block_size
+    if not 0 <= cfg.max_len <= longest:
+        raise ValueError(f"max_len {cfg.max_len} must lie in 0 .. {longest}")
     ours.max_len = cfg.max_len or ours.max_len     # others read all of a passage, or 256 tokens
     models = {"nanoConan": ours}
     if cfg.bm25:

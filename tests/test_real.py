@@ -61,6 +61,8 @@ def test_four_stages_and_the_table(run, tmp_path, capsys, monkeypatch):
     for more in ([], ["--max_len=7"]):
         real.main([f"--root={run}", "--only=sts", "--bm25=false", *more])
     assert lengths[0] > 7 == lengths[-1]
+    with pytest.raises(ValueError, match="max_len -1 must lie in 0 .. "):
+        real.main([f"--root={run}", "--max_len=-1"])
     log = [json.loads(line) for line in open("out/real/embed_weak/log.jsonl")]
     assert log and all(row["task"] == "pairs" for row in log)
     assert "retrieval/qa_dev/en-en/ndcg@10" in json.loads(
