@@ -7,11 +7,11 @@ A batch is taken from one set and one passage language, so that its negatives ar
 stage = "embed_weak"
 previous = "config/real/sft.py"
 out = "out/real"
-steps = 200
+steps = 500
 batch_size = 256
 passage_len = 96
 learning_rate = 1.5e-4
-save_every = 50
+save_every = 100
 file_weights = {                   # the languages of the questions to be asked, and sets like them
     "tldr*": 0.15, "csl*": 0.15, "medquad*": 0.4, "jaquad*": 0.5, "en_text*": 0.4, "others": 0.3,
     "stsb*": 1.5, "mlqa_train*": 2, "*-en-de": 3, "*-en-es": 3, "*-en-ar": 5, "*-en-hi": 5,

@@ -5,7 +5,7 @@
 stage = "sft"
 previous = "config/real/pretrain.py"
 out = "out/real"
-steps = 2
+steps = 10
 batch_size = 32
 passage_len = 64
 learning_rate = 2e-5
