@@ -157,9 +157,15 @@ class PublicSet:
     lang: str | None = None            # the default of --lang; None: one language only
 
     def named(self, field, lang):
-        """Return `config` or `files` for a language, by the name that the set has for it."""
+        """Return `config` or `files` for a language, by the name that the set has for it.
+
+        Raises ValueError for a language that Mr. TyDi, whose folders bear names, does not have.
+        """
         given = getattr(self, field)
-        return given and given.format(lang=lang, language=LANGUAGE_NAMES.get(lang, lang),
+        if given and "{language}" in given and lang not in LANGUAGE_NAMES:
+            raise ValueError(f"{self.hub} has no {lang!r}; --lang is one of "
+                             f"{', '.join(LANGUAGE_NAMES)}")
+        return given and given.format(lang=lang, language=LANGUAGE_NAMES.get(lang),
                                       c4=C4_NAMES.get(lang, lang))
 
 
@@ -300,6 +306,8 @@ class PrepareConfig:
             raise ValueError(f"no set {self.name!r}; there are {', '.join(SETS)}")
         if self.lang and not SETS[self.name].lang:
             raise ValueError(f"{self.name} has one language; leave out --lang={self.lang}")
+        if self.lang and not self.local:
+            SETS[self.name].named("files", self.lang)              # is it one of the set's?
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit {self.limit} must be at least 1")
 

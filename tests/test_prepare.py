@@ -255,6 +255,8 @@ def test_a_language_goes_by_the_name_that_the_set_has_for_it():
     assert SETS["mc4"].named("config", "he") == "iw" and SETS["mc4"].named("config", "fi") == "fi"
     assert SETS["wikipedia"].named("config", "he") == "20231101.he"
     assert "mrtydi-v1.1-finnish/" in SETS["mrtydi"].named("files", "fi")
+    with pytest.raises(ValueError, match="mr-tydi has no 'de'; --lang is one of ar, bn, en"):
+        PrepareConfig(name="mrtydi", lang="de")
     assert SETS["nq"].named("config", None) is SETS["miracl"].named("files", "fi") is None
 
 
