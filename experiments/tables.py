@@ -215,7 +215,8 @@ def draw_figure1(cfg, runs):
     sized, flat, where = sizes_and_scores(runs, cfg.results)
     figure, (plot,) = canvas(1, width=5.6)
     for i, (label, (size, score)) in enumerate(sized.items()):
-        plot.plot([size], [score], "o", color=f"C{i}", label=f"{label}, {size / 1e6:.3g} M")
+        plot.plot([size], [score], "os^Dv"[i % 5], color=f"C{i}",
+                  label=f"{label}, {size / 1e6:.3g} M")
     for i, (label, score) in enumerate(flat.items(), len(sized)):
         plot.axhline(score, color=f"C{i}", linestyle=":", label=label)
     sizes = [size / 1e6 for size, _ in sized.values()]
@@ -224,8 +225,9 @@ def draw_figure1(cfg, runs):
     plot.set_xscale("log")
     plot.set_xticks([1e6 * tick for tick in ticks], labels=[f"{tick:g} M" for tick in ticks])
     plot.minorticks_off()
-    plot.set(xlabel="parameters", ylabel=where.removeprefix("retrieval/"), ylim=(0, None),
-             xlim=(1e6 * low, 1e6 * high))
+    highest = max([*flat.values(), *(score for _, score in sized.values())])
+    plot.set(xlabel="parameters", ylabel=where.removeprefix("retrieval/"),
+             xlim=(1e6 * low, 1e6 * high), ylim=(0, 1.05 * highest))
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     return figure
 
