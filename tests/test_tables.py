@@ -244,6 +244,8 @@ def test_the_numbers_of_the_files_are_drawn(out, cfg):
     (size,) = tables.draw_figure1(cfg, runs).axes
     n = runs[0].parameters("embed_sup")
     assert points(size) == [([n], [0.5]), ([n], [0.6]), ([0, 1], [0.7, 0.7])]
+    assert size.get_ylim() == pytest.approx((0, 1.05 * 0.7))       # room above the best
+    assert len({line.get_marker() for line in size.lines[:2]}) == 2
     assert [points(plot) for plot in tables.draw_loss(cfg, runs).axes] == [
         [([10], [3.0])], [([10], [3.0])], [([10, 20, 30, 40], [5.0, 2.5, 50 / 30, 1.25])],
         [([10, 30], [2.0, 1.0]), ([20], [9.0])]]
