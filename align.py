@@ -6,7 +6,7 @@ A contrastive loss needs many visits to learn a word that a sentence shows it am
 expectation maximisation (Brown et al. 1993, model 1) needs a few passes of counting. What both
 directions agree on mixes each token's random vector with those of its translations into English
 and other languages, so that the untrained bag of words of `Conan.rank_scale` starts bilingual.
-DEVIATES: not in the paper, which has trillions of tokens to learn this from (LOG.md).
+DEVIATES: not in the paper, which has trillions of tokens to learn this from (docs/log.md).
 """
 import numpy as np
 import torch

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from configurator import load_config
 from data import read_jsonl
-from lexicon import LexiconTranslator
+from toy.lexicon import LexiconTranslator
 
 LANGUAGES = {
     "en": "English", "zh": "Chinese", "es": "Spanish", "fr": "French", "ja": "Japanese",
@@ -292,7 +292,7 @@ class ClrConfig:
     input: tuple[str, ...]                     # JSONL(.gz) files of rows with a query
     out: str                                   # JSONL file to write
     translator: Literal["lexicon", "endpoint", "table"] = "lexicon"
-    lexicon: str = "lexicon.tsv"               # words by language
+    lexicon: str = "toy/lexicon.tsv"              # words by language
     table: str | None = None                   # rows {"text", "lang", "translation"}
     endpoint: str | None = None                # for example http://localhost:8000/v1
     model: str = "Qwen2.5-7B-Instruct"         # what the endpoint calls it; the paper's

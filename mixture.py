@@ -14,12 +14,12 @@ import torch
 from tqdm import tqdm
 
 import clr
-import corpus
+from toy import corpus
 import data
-import sets
-from bm25 import BM25
+from tools import sets
+from engine.bm25 import BM25
 from dhnm import HardNegativePool
-from lexicon import LexiconTranslator, Phrasing, bitext_rows, dictionary_rows
+from toy.lexicon import LexiconTranslator, Phrasing, bitext_rows, dictionary_rows
 from tokenizer import Tokenizer
 
 ALIGNED_LEN = 200                  # tokens of a sentence: all of nearly every one

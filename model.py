@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import attention
+from engine import flash
 from losses import lm_cross_entropy
 from mask import FULL, future_weight, mask_weights
 
@@ -143,7 +143,7 @@ class Packing:
         """
         self.mask, device = mask, self.position.device
         if takes_packed_texts(device, dtype):
-            self.texts = attention.Texts(self.lengths, device)
+            self.texts = flash.Texts(self.lengths, device)
             if not (mask.is_causal or mask.is_full):
                 own = self.counts[self.text].float()                            # l of each token
                 self.texts.weigh(future_weight(self.position, own, mask.alpha), mask.axis)
@@ -235,11 +235,11 @@ def attend_packed(q, k, v, texts, mask):
     if mask.is_causal or mask.is_full:
         t = texts.longest
         if t % 128 == 0 and t * len(texts.lengths) == len(q):               # windows of text
-            return attention.equal_lengths(q, k, v, len(texts.lengths), mask.is_causal)
-        return attention.packed(q, k, v, texts, "past" if mask.is_causal else "all")
+            return flash.equal_lengths(q, k, v, len(texts.lengths), mask.is_causal)
+        return flash.packed(q, k, v, texts, "past" if mask.is_causal else "all")
     if mask.apply == "logits":
-        return attention.flex(q, k, v, texts, "logits")
-    return attention.packed(q, k, v, texts, "soft")
+        return flash.flex(q, k, v, texts, "logits")
+    return flash.packed(q, k, v, texts, "soft")
 
 
 def attend(q, k, v, group, mask):

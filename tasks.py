@@ -15,7 +15,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from bm25 import BM25, top_k_of
+from engine.bm25 import BM25, top_k_of
 from data import PROMPTS
 from metrics import (
     accuracy,

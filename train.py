@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 import data
-import sets
+from tools import sets
 from align import aligned, translation_matrix
 from configurator import load_config, split_args
 from embed import Embedder
@@ -95,7 +95,7 @@ class TrainConfig:
     query_len: int = 48            # tokens of a query at most; longer ones are cut and counted
     passage_len: int = 96          # tokens of a passage, of an SFT example, and of `encode`
     # --- model (ConanConfig)
-    vocab_size: int = 24_576       # English and 25 other languages (LOG.md)
+    vocab_size: int = 24_576       # English and 25 other languages (docs/log.md)
     n_layer: int = 1
     n_head: int = 4
     n_kv_head: int = 1
@@ -106,7 +106,7 @@ class TrainConfig:
     rope_base: float = 10_000.0
     norm_eps: float = 25.0         # with the next two, untrained, a bag of words weighted by IDF:
     embed_std: float = 0.2         # Conan.rank_scale; the customary 1e-5, 0.02 and 0 need several
-    embed_rank_power: float = 4.0  # times the steps at this scale (LOG.md)
+    embed_rank_power: float = 4.0  # times the steps at this scale (docs/log.md)
     aligned_start: float = 0.0     # weight of its translations in a random vector (align.py)
     pooling: Literal["mean", "last"] = "mean"
     # --- losses

@@ -8,6 +8,6 @@ proportion to their rows (mixture.ensure_docs), so that a fifth of the steps are
 stage = "embed_weak"
 previous = "config/sft.py"
 steps = 900
-batch_size = 256                   # pairs; at equal time better than 64, 128 and 512 (LOG.md)
+batch_size = 256                   # pairs; at equal time better than 64, 128 and 512 (docs/log.md)
 passage_len = 64
 learning_rate = 4e-3

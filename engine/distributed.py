@@ -164,7 +164,7 @@ def keep_freed_memory():
     """Tell glibc to keep freed blocks instead of handing them back to the kernel.
 
     A CPU step frees and asks for the same hundreds of MB each time; paging them in anew costs a
-    quarter of a small model's step and more than half of a wide one's (LOG.md). -1 and 0 are
+    quarter of a small model's step and more than half of a wide one's (docs/log.md). -1 and 0 are
     glibc's ways to say never; a number of bytes would have to fit an int, and a step frees more.
     Does nothing where there is no glibc.
     """
@@ -178,7 +178,7 @@ def release_memory(share=0.5):
     """Hand the pages of freed blocks back to the kernel, once this machine's ranks hold `share`.
 
     Blocks that change their size with every batch leave holes: kept for ever they grow to ten times
-    what is in use, and the kernel kills the run (LOG.md). But a wide model's step frees gigabytes
+    what is in use, and the kernel kills the run (docs/log.md). But a wide model's step frees gigabytes
     that the next one needs: handed back at every step, paging them in takes longer than the step.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import attention
+from engine import flash
 import data
-import export
+from tools import export
 import train
 from configurator import load_config
 from dhnm import HardNegativePool
@@ -614,15 +614,15 @@ def soft_attention(cfg, found, t=32_768, h=32, k=8, e=112):
     at = torch.arange(t, device="cuda", dtype=torch.float32)
     soft = {}
     for axis in ("row", "col"):
-        soft[axis] = attention.Texts([t], "cuda")
+        soft[axis] = flash.Texts([t], "cuda")
         soft[axis].weigh(future_weight(at, t, 0.3), axis)
-    sides = {"cuDNN": lambda: run(lambda q, k, v: attention.equal_lengths(q, k, v, 1, False)),
-             "flash": lambda: run(lambda q, k, v: attention.packed(q, k, v, soft["row"], "all"))}
+    sides = {"cuDNN": lambda: run(lambda q, k, v: flash.equal_lengths(q, k, v, 1, False)),
+             "flash": lambda: run(lambda q, k, v: flash.packed(q, k, v, soft["row"], "all"))}
     for axis, texts in soft.items():
         sides[f"two calls, {axis}"] = lambda x=texts: run(
-            lambda q, k, v: attention.packed(q, k, v, x, "soft"))
+            lambda q, k, v: flash.packed(q, k, v, x, "soft"))
         sides[f"flex, {axis}"] = lambda x=texts: run(
-            lambda q, k, v: attention.flex(q, k, v, x))
+            lambda q, k, v: flash.flex(q, k, v, x))
     seconds = in_turn(sides, cfg.rounds, "cuda")
     memory = {name: peak_memory(side, "cuda") for name, side in sides.items()}
     found.table(f"attention of {t} tokens, forward and backward", [

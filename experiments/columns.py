@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-import corpus
-import sets
+from toy import corpus
+from tools import sets
 import tasks
-from bm25 import BM25
+from engine.bm25 import BM25
 from data import load_collection, read_jsonl
 from embed import Embedder
 from eval import HELD_OUT, TABLE_1, choose_split, part_of

@@ -126,12 +126,12 @@ def language():
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
         shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns("out", ".git", "__pycache__"))
-        table = [line.split("\t") for line in (copy / "lexicon.tsv").read_text("utf-8").split("\n")
+        table = [line.split("\t") for line in (copy / "toy" / "lexicon.tsv").read_text("utf-8").split("\n")
                  if line]
-        (copy / "lexicon.tsv").write_text("\n".join("\t".join(
+        (copy / "toy" / "lexicon.tsv").write_text("\n".join("\t".join(
             [*row, "xx" if i == 0 else row[0][::-1]]) for i, row in enumerate(table)) + "\n",
             "utf-8")
-        with open(copy / "phrasing.tsv", "a", encoding="utf-8") as file:
+        with open(copy / "toy" / "phrasing.tsv", "a", encoding="utf-8") as file:
             file.write("xx\t{} tahw\teht fo\t\t\n")
         source = (copy / "clr.py").read_text("utf-8")
         source = source.replace("LANGUAGES = {", 'LANGUAGES = {"xx": "Backwards", ', 1)

@@ -28,13 +28,13 @@ import numpy as np
 from tqdm import tqdm
 
 import clr
-import sets
+from tools import sets
 import train
 from configurator import load_config
-from corpus import write_jsonl
+from toy.corpus import write_jsonl
 from data import load_collection, read_jsonl, text_id
 from engine import distributed
-from lexicon import LexiconTranslator, Phrasing
+from toy.lexicon import LexiconTranslator, Phrasing
 from mixture import ensure_docs, load_tokenizer
 from train import STAGES, TrainConfig
 

@@ -23,7 +23,7 @@ from experiments.columns import mean
 from experiments.runs import Missing, Run
 from experiments.scores import PAPERS, kept, systems
 from mixture import sources
-from sets import held_out_collections
+from tools.sets import held_out_collections
 from train import STAGES
 
 WEAK, SUP = STAGES[2:]
@@ -74,7 +74,7 @@ def mkqa_note(folder, scores):
     languages = [lang for lang in next(iter(scores.values())) if lang != "mean"]
     return (f"Here: {folder.name}, questions in {len(languages)} languages against its English "
             "passages; relevant is what its qrels say. The mean is over languages other than "
-            "English. MKQA itself: `python prepare.py mkqa --out=data` has the questions; with "
+            "English. MKQA itself: `python -m tools.prepare mkqa --out=data` has the questions; with "
             "NQ's passages as corpus.jsonl and qrels.tsv, --collection=FOLDER scores it")
 
 

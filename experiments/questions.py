@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bm25 import BM25
+from engine.bm25 import BM25
 from configurator import load_config
 from data import PROMPTS, read_jsonl
 from embed import Embedder, load_index

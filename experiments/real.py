@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import sets
+from tools import sets
 import tasks
 from configurator import load_config
 from embed import Embedder

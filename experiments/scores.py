@@ -23,7 +23,7 @@ from experiments import layout, numbers, paper
 from experiments.columns import Kept, by_column, identity_of, local_sets, mean, score
 from experiments.runs import Missing, Run
 from mixture import sources
-from sets import is_for_evaluation
+from tools.sets import is_for_evaluation
 from train import STAGES
 
 SUP = STAGES[-1]

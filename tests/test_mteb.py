@@ -16,7 +16,7 @@ from data import PROMPTS
 from embed import Embedder
 from engine import checkpoint
 from eval import TABLE_1, MTEBModel, evaluate_mteb, flat_scores, join_names, mteb_tasks, table_1
-from export import export
+from tools.export import export
 from mask import FULL
 from model import Conan, ConanConfig
 from tokenizer import Tokenizer

@@ -2,7 +2,7 @@
 
     python train.py config/real/embed_sup.py --root=FOLDER      # all four stages: see sets.py
 
-What came of it with two seeds: results/real.json, real_seed1.json; what else was tried: LOG.md.
+What came of it with two seeds: results/real.json, real_seed1.json; what else was tried: docs/log.md.
 """
 stage = "embed_sup"
 previous = "config/real/embed_weak.py"

@@ -5,7 +5,7 @@ download: the docstrings of the standard library, torch, numpy, sympy, networkx,
 language reference that pydoc carries. It stands in for the paper's data at laptop scale
 (PAPER Sec. 3.1.1, 3.1.2, Table 10, Table 11); every file is in a format that a user's own data has.
 
-    python corpus.py --out=out/installed_docs       # what train.py does by itself on the first run
+    python -m toy.corpus --out=out/installed_docs       # what train.py does by itself on the first run
 
 Nothing is imported to be read: Python sources are parsed with `ast`, and only the C modules of the
 standard library, which have no source, are asked for their docstrings. Whole docstrings are the
@@ -392,7 +392,7 @@ def ensure(out):
 
 
 def main():
-    """Build the corpus on the command line: python corpus.py --out=out/installed_docs"""
+    """Build the corpus on the command line: python -m toy.corpus --out=out/installed_docs"""
     import argparse
     parser = argparse.ArgumentParser(description="build the embedded corpus")
     parser.add_argument("--out", default="out/installed_docs", help="folder to write")

@@ -1,9 +1,9 @@
 """Fetch public data sets into this project's formats, one command each (PAPER Table 10, Table 11).
 
-    python prepare.py --list
-    python prepare.py msmarco --out=data
-    python prepare.py miracl --lang=fi --out=data --decontaminate="mteb:MTEB(eng, v2),data/eval"
-    python prepare.py wikipedia --lang=km --out=data --limit=100000
+    python -m tools.prepare --list
+    python -m tools.prepare msmarco --out=data
+    python -m tools.prepare miracl --lang=fi --out=data --decontaminate="mteb:MTEB(eng, v2),data/eval"
+    python -m tools.prepare wikipedia --lang=km --out=data --limit=100000
 
 Writes DIR/NAME.jsonl for train.py, DIR/NAME.json with source, licence and counts, and what
 overlapped the evaluation texts (files, folders, mteb's tasks and benchmarks) as
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from clr import to_line
 from configurator import load_config
 from data import PARSERS
-from filters import Decontaminator, joined
+from tools.filters import Decontaminator, joined
 
 SAVE_EVERY = 1000                  # source rows between two savings of the cursor
 LANGUAGE_NAMES = {"ar": "arabic", "bn": "bengali", "en": "english", "fi": "finnish",
@@ -293,7 +293,7 @@ def convert(entry, row, number):
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """The settings of `python prepare.py NAME`."""
+    """The settings of `python -m tools.prepare NAME`."""
     name: str                                  # one of --list
     out: str = "data"                          # folder to write to
     lang: str | None = None                    # language code, for the sets that have several
@@ -446,7 +446,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"prepare.py: error: {error}")
+        sys.exit(f"prepare: error: {error}")
     except KeyboardInterrupt:
-        print("prepare.py: stopped; the same command goes on", file=sys.stderr)
+        print("prepare: stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)

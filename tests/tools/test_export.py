@@ -21,11 +21,11 @@ import regex
 import torch
 
 import data
-import export as module
+from tools import export as module
 from data import PROMPTS
 from embed import Embedder, load_index, read_safetensors
 from engine import checkpoint
-from export import (
+from tools.export import (
     ExportConfig,
     byte_letters,
     check_golden,
@@ -39,7 +39,7 @@ from mask import CAUSAL, FULL, MaskSpec
 from model import Conan, ConanConfig, Packing
 from tokenizer import EOS, PAD, Tokenizer
 
-LEXICON = Path(__file__).parent.parent / "lexicon.tsv"         # a column for each of 26 languages
+LEXICON = Path(__file__).parent.parent.parent / "toy" / "lexicon.tsv"  # a column for each of 26 languages
 CODE = Path(module.__file__).read_text(encoding="utf-8")
 ODD = ["", " ", "\n", "\t", "\r\n", "\x00", "\u3000", "\u200b", "\ufeff", "   \n\n \t ", "\x85",
        "\u2028x", "a\x00b\x1c\x7f", f"{EOS}", f"a {PAD}{EOS} b", "<|", "👩‍👩‍👧‍👦 ❤️ 🇩🇪 3️⃣ 👍🏽",
@@ -423,7 +423,7 @@ def test_the_command_line(run, tmp_path, monkeypatch, capsys):
     module.main()
     assert str(out) in capsys.readouterr().out and (out / "model.safetensors").is_file()
     monkeypatch.setattr(sys, "argv", ["export.py", "--checkpoint=nowhere", f"--out={out}"])
-    with pytest.raises(SystemExit, match=r"^export.py: error: nowhere: no checkpoint"):
+    with pytest.raises(SystemExit, match=r"^export: error: nowhere: no checkpoint"):
         module.main()
 
 

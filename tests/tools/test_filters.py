@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import filters
+from tools import filters
 from data import read_jsonl
-from filters import (
+from tools.filters import (
     Decontaminator,
     FilterConfig,
     by_length,

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-import bm25
-from bm25 import BM25, split_words, top_k_of
+from engine import bm25
+from engine.bm25 import BM25, split_words, top_k_of
 
 
 def naive_scores(documents, query, k1, b):

@@ -1,7 +1,7 @@
 """A folder of public sets, made into the files of the four stages (PAPER Sec. 3.1, Table 10, 11).
 
     python train.py config/real/embed_sup.py --root=FOLDER      # all four stages on such a folder
-    python sets.py --root=FOLDER --out=out/real/sets            # the files alone
+    python -m tools.sets --root=FOLDER --out=out/real/sets            # the files alone
 
 Every folder below FOLDER is a set. What it is, its files tell (JSONL or JSONL.gz):
 
@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from corpus import write_jsonl
+from toy.corpus import write_jsonl
 from data import load_collection, read_jsonl, text_id
 
 HELD_OUT_SHARE = 5                 # one in five of what carries no split is held out
@@ -335,7 +335,7 @@ def main():
     try:
         ensure(args.root, args.out)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"sets.py: error: {error}") from None
+        raise SystemExit(f"sets: error: {error}") from None
     for path in sorted(Path(args.out).rglob("*.jsonl")):
         print(f"{path}: {sum(1 for _ in open(path, encoding='utf-8')):,} rows")
 

@@ -1,9 +1,9 @@
 """Filters over rows: length, duplicates, script, score, overlap with evaluation texts.
 
-    python filters.py --input=pairs.jsonl --out=clean.jsonl --min_chars=20 --dedup=near
-    python filters.py --input=pairs.jsonl --out=clean.jsonl --min_score=0.4 --scorer=out/embed_sup
-    python filters.py --input=text.jsonl.gz --out=clean.jsonl --script=zh --decontaminate=eval/
-    python filters.py --input=pairs.jsonl --out=clean.jsonl --decontaminate="mteb:MTEB(eng, v2)"
+    python -m tools.filters --input=pairs.jsonl --out=clean.jsonl --min_chars=20 --dedup=near
+    python -m tools.filters --input=pairs.jsonl --out=clean.jsonl --min_score=0.4 --scorer=out/embed_sup
+    python -m tools.filters --input=text.jsonl.gz --out=clean.jsonl --script=zh --decontaminate=eval/
+    python -m tools.filters --input=pairs.jsonl --out=clean.jsonl --decontaminate="mteb:MTEB(eng, v2)"
 
 PAPER Sec. 3.1.2: pairs that gte-Qwen2-7B scores below 0.4 are dropped; a scorer here is a folder of
 train.py, an exported directory, or any sentence-transformers model. Each filter is a generator
@@ -296,7 +296,7 @@ def _strings(row):
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """The settings of `python filters.py`; filters run in this order."""
+    """The settings of `python -m tools.filters`; filters run in this order."""
     input: tuple[str, ...]                     # JSONL(.gz) files in any of data.py's formats
     out: str                                   # JSONL file to write; beside it OUT.report.json
     dropped: str | None = None                 # JSONL file for what is left out, with "reason"
@@ -409,4 +409,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"filters.py: error: {error}")
+        sys.exit(f"filters: error: {error}")

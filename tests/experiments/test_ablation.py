@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import train
-from corpus import write_jsonl
+from toy.corpus import write_jsonl
 from experiments import ablation, claims, tables
 from experiments.ablation import LONGER, TABLE_4, TABLE_6, TABLE_12
 from experiments.lab import FULL, NONE, PRETRAIN, SFT, SUP, WEAK, Lab, columns, is_done, \

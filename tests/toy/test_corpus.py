@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-import corpus
+from toy import corpus
 
 
 @pytest.mark.parametrize("text, summary, body", [

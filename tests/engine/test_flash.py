@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import attention
+from engine import flash
 import model
 from mask import CAUSAL, FULL, MaskSpec, future_weight, soft_mask
 from model import Conan, ConanConfig
@@ -30,7 +30,7 @@ def window(see, n, device):
 
 
 def plain_flash(q, k, v, starts, longest, see, scale):
-    """What `attention.flash` promises, in plain matmuls; a row without keys is not asked for."""
+    """What `flash.flash` promises, in plain matmuls; a row without keys is not asked for."""
     share = q.shape[1] // k.shape[1]
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[1], len(q), dtype=q.dtype)
     for a, b in zip(starts[:-1].tolist(), starts[1:].tolist()):
@@ -69,7 +69,7 @@ def plain_kernels(monkeypatch):
 
 def texts_of(lengths, alpha=None, axis="row", device="cpu", dtype=torch.float64):
     """Return `Texts`, its future weighed if there is an alpha."""
-    texts = attention.Texts(torch.tensor(lengths), device)
+    texts = flash.Texts(torch.tensor(lengths), device)
     if alpha is not None:
         at = torch.cat([torch.arange(n) for n in lengths]).to(device, dtype)
         own = torch.cat([torch.full((n,), n) for n in lengths]).to(device, dtype)
@@ -115,7 +115,7 @@ def run(path, qkv):
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_two_calls_are_the_soft_mask_forward_and_backward(plain_kernels, lengths, axis, alpha):
     qkv, texts = qkv_of(lengths), texts_of(lengths, alpha, axis)
-    got = run(lambda q, k, v: attention.packed(q, k, v, texts, "soft"), qkv)
+    got = run(lambda q, k, v: flash.packed(q, k, v, texts, "soft"), qkv)
     want = run(lambda q, k, v: written_out(q, k, v, lengths, MaskSpec(alpha, axis)), qkv)
     for a, b in zip(got, want):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
@@ -125,7 +125,7 @@ def test_two_calls_are_the_soft_mask_forward_and_backward(plain_kernels, lengths
 @pytest.mark.parametrize("see, mask", [("all", FULL), ("past", CAUSAL)])
 def test_one_call_is_causal_or_bidirectional(plain_kernels, lengths, see, mask):
     qkv, texts = qkv_of(lengths), texts_of(lengths)
-    got = run(lambda q, k, v: attention.packed(q, k, v, texts, see), qkv)
+    got = run(lambda q, k, v: flash.packed(q, k, v, texts, see), qkv)
     for a, b in zip(got, run(lambda q, k, v: written_out(q, k, v, lengths, mask), qkv)):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
 
@@ -135,17 +135,17 @@ def test_parts_of_the_heads_give_the_same(plain_kernels, monkeypatch, axis):
     """Long texts take the heads in several calls, so that temporaries stay small."""
     lengths = [5, 1, 12, 2]
     qkv, texts = qkv_of(lengths), texts_of(lengths, 0.3, axis)
-    whole = run(lambda q, k, v: attention.packed(q, k, v, texts, "soft"), qkv)
+    whole = run(lambda q, k, v: flash.packed(q, k, v, texts, "soft"), qkv)
     monkeypatch.setattr(attention, "_parts", lambda q, k: [
         (slice(2 * g, 2 * g + 2), slice(g, g + 1)) for g in range(K)])
-    for a, b in zip(run(lambda q, k, v: attention.packed(q, k, v, texts, "soft"), qkv), whole):
+    for a, b in zip(run(lambda q, k, v: flash.packed(q, k, v, texts, "soft"), qkv), whole):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("tokens, calls", [(64, 1), (32_768, 8)])
 def test_how_the_heads_are_parted(tokens, calls):
     with torch.device("meta"):
-        parts = list(attention._parts(torch.empty(tokens, 32, 112), torch.empty(tokens, 8, 112)))
+        parts = list(flash._parts(torch.empty(tokens, 32, 112), torch.empty(tokens, 8, 112)))
     assert len(parts) == calls
     assert [h for heads, _ in parts for h in range(32)[heads]] == list(range(32))
     for heads, group in parts:
@@ -156,7 +156,7 @@ def test_how_the_heads_are_parted(tokens, calls):
 def test_a_head_dim_that_is_no_multiple_of_eight(plain_kernels, axis):
     lengths = [5, 3]
     qkv, texts = qkv_of(lengths, e=6), texts_of(lengths, 0.3, axis)
-    got = run(lambda q, k, v: attention.packed(q, k, v, texts, "soft"), qkv)
+    got = run(lambda q, k, v: flash.packed(q, k, v, texts, "soft"), qkv)
     want = run(lambda q, k, v: written_out(q, k, v, lengths, MaskSpec(0.3, axis)), qkv)
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(got, want))
 
@@ -167,11 +167,11 @@ def test_what_bfloat16_rounds_off_a_weight_is_kept_in_a_second_dim(plain_kernels
     q, k, v = (x.detach() for x in qkv_of(lengths))
     rough = [x.bfloat16().double() for x in (q, k, v)]
     texts = texts_of(lengths, alpha, "col")
-    _, keys, _ = attention._future(*(x.bfloat16() for x in (q, k, v)), texts, E ** -0.5)
+    _, keys, _ = flash._future(*(x.bfloat16() for x in (q, k, v)), texts, E ** -0.5)
     high, low = keys[:, 0, E].double(), keys[:, 0, E + 1].double()
     want = texts.weight[texts.late].log() * E ** 0.5
     assert (high - want).abs().max() > 3e-3 and (high + low - want).abs().max() < 3e-4
-    got = attention.packed(*rough, texts, "soft")
+    got = flash.packed(*rough, texts, "soft")
     assert torch.allclose(got, written_out(*rough, lengths, MaskSpec(alpha, "col")), atol=1e-9)
 
 
@@ -202,7 +202,7 @@ def test_nothing_of_t_times_t_is_ever_made(monkeypatch, axis, lengths):
         torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)))
     with Largest() as largest:
         qkv, texts = qkv_of(lengths), texts_of(lengths, 0.3, axis)
-        run(lambda q, k, v: attention.packed(q, k, v, texts, "soft"), qkv)
+        run(lambda q, k, v: flash.packed(q, k, v, texts, "soft"), qkv)
         texts.blocks
     assert largest.numel <= 2 * sum(lengths) * (H + 2 * K) * E < max(lengths) ** 2 / 4
 
@@ -223,7 +223,7 @@ def test_flex_is_the_soft_mask(monkeypatch, lengths, axis, apply, alpha):
     """On a CPU it has no backward and runs uncompiled: the mask and the blocks are what counts."""
     eager_flex(monkeypatch)
     q, k, v = (x.detach() for x in qkv_of(lengths))
-    got = attention.flex(q, k, v, texts_of(lengths, alpha, axis), apply)
+    got = flash.flex(q, k, v, texts_of(lengths, alpha, axis), apply)
     want = written_out(q, k, v, lengths, MaskSpec(alpha, axis, apply))
     assert torch.allclose(got, want, rtol=1e-9, atol=1e-11)
 
@@ -331,7 +331,7 @@ def test_flex_on_cuda_has_the_same_gradients_and_compiles_once(axis):
     for alpha in (0.01, 0.2, 0.5, 0.9):
         qkv = qkv_of(lengths, torch.float32, "cuda", 64)
         texts = texts_of(lengths, alpha, axis, "cuda", torch.float32)
-        got = run(lambda q, k, v: attention.flex(q, k, v, texts), qkv)
+        got = run(lambda q, k, v: flash.flex(q, k, v, texts), qkv)
         want = run(lambda q, k, v: written_out(q, k, v, lengths, MaskSpec(alpha, axis)), qkv)
         assert all(relative(a, b) < 3e-3 for a, b in zip(got, want))
         now = dynamo.utils.counters["stats"]["unique_graphs"]
@@ -348,7 +348,7 @@ def test_memory_on_cuda_grows_with_t_and_not_with_its_square(axis):
         texts = texts_of([t], 0.3, axis, "cuda", torch.float32)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        out = attention.packed(*qkv, texts, "soft")
+        out = flash.packed(*qkv, texts, "soft")
         torch.autograd.grad(out.sum(), qkv)
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] < 5 * peaks[0] and peaks[1] < 16_384 ** 2

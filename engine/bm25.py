@@ -9,7 +9,7 @@ A word is a run of letters, marks and digits, lower-cased (so `np.linalg_norm` i
 scripts written without spaces, and Hangul, become overlapping pairs of characters instead.
 The paper does not use BM25; its sec. 3.2 mines candidates with an embedder.
 
-    from bm25 import BM25
+    from engine.bm25 import BM25
     indices, scores = BM25(["a cat", "a dog"]).top_k(["dogs and a dog"], k=1)    # [[1]]
 """
 

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import hub
 import pytest
 
-import prepare
+from tools import prepare
 from data import PARSERS, read_jsonl
-from prepare import SETS, PrepareConfig, Stream, convert
+from tools.prepare import SETS, PrepareConfig, Stream, convert
 
 PASSAGES = [{"docid": "1#0", "title": "Field", "text": "A field is a set."},
             {"docid": "2#0", "title": "", "text": "A ring has two operations."}]
@@ -386,7 +386,8 @@ FILES = {                                    # set -> its first file, by the nam
     "wikipedia": "20231101.en/train-00000-of-00041.parquet",
     "mc4": "en/c4-train.00000-of-01024.json.gz"}
 RUN = """
-import json, sys, datasets, prepare
+import json, sys, datasets
+from tools import prepare
 datasets.config.USE_PARQUET_EXPORT = False               # another host, that is not there
 prepare.SAVE_EVERY = 10
 for argv in json.loads(sys.argv[1]):
@@ -422,7 +423,7 @@ def from_hub(address, home, *command):
     env = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
     env |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-    return subprocess.run([sys.executable, *command], cwd=Path(prepare.__file__).parent, env=env,
+    return subprocess.run([sys.executable, *command], cwd=Path(prepare.__file__).parent.parent, env=env,
                           capture_output=True, text=True, timeout=280)
 
 
@@ -480,8 +481,8 @@ def test_where_no_hub_answers_the_command_says_so(tmp_path, name):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    done = from_hub(address, tmp_path, "prepare.py", name, f"--out={tmp_path / 'out'}")
+    done = from_hub(address, tmp_path, "-m", "tools.prepare", name, f"--out={tmp_path / 'out'}")
     said = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and said.startswith("prepare.py: error: "), done.stderr[-3000:]
+    assert done.returncode == 1 and said.startswith("prepare: error: "), done.stderr[-3000:]
     assert f"{SETS[name].hub} cannot be read" in said and "HF_ENDPOINT" in said
     assert "Traceback" not in done.stderr

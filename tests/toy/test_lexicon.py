@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import lexicon
+from toy import lexicon
 from clr import LANGUAGES, TABLE_7, build_clr, copy_gate, script_gate, script_share
 from data import read_jsonl
-from lexicon import FUNCTION_WORDS, IRREGULAR, UNSPACED, VERBS, LexiconTranslator, Phrasing
-from lexicon import bitext_rows, dictionary_rows, fold, join, order_phrases, split_phrases
+from toy.lexicon import FUNCTION_WORDS, IRREGULAR, UNSPACED, VERBS, LexiconTranslator, Phrasing
+from toy.lexicon import bitext_rows, dictionary_rows, fold, join, order_phrases, split_phrases
 
 ROOT = Path(lexicon.__file__).parent
 QUESTIONS = ROOT / "tests" / "data" / "natural_questions.jsonl"
@@ -64,7 +64,7 @@ def test_words_that_people_ask_for(translate):
     assert (column["es"]["matrix"], column["ru"]["file"]) == ("matriz", "файл")
 
 
-@pytest.mark.skipif(not CORPUS.is_dir(), reason="python corpus.py has not run")
+@pytest.mark.skipif(not CORPUS.is_dir(), reason="python -m toy.corpus has not run")
 def test_coverage_of_the_embedded_corpus(translate):
     """Seven in ten of the content words of the summary lines, names and identifiers aside."""
     known, names = translate.table["en"], {"true", "false", "none", "self"}
@@ -217,7 +217,7 @@ def test_natural_questions():
             assert re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name), name
 
 
-@pytest.mark.skipif(not CORPUS.is_dir(), reason="python corpus.py has not run")
+@pytest.mark.skipif(not CORPUS.is_dir(), reason="python -m toy.corpus has not run")
 def test_expected_functions_are_documented():
     """A few names may be missing under other versions of the packages, but never all of a row."""
     ids = {json.loads(line)["id"] for line in open(CORPUS / "search" / "corpus.jsonl", "rb")}

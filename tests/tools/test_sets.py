@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mixture
-import sets
+from tools import sets
 from data import Rows, read_jsonl
 from engine.distributed import World
 from tokenizer import Tokenizer

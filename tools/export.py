@@ -1,8 +1,8 @@
 """Write a trained model as the directory that sentence-transformers and transformers load.
 
-    python export.py --checkpoint=out/embed_sup --out=DIR        # SentenceTransformer("DIR")
-    python export.py --checkpoint=out/embed_sup --out=DIR --arch=eurobert
-    python export.py --checkpoint=out/sft --out=DIR --lm         # AutoModelForCausalLM, stages 1, 2
+    python -m tools.export --checkpoint=out/embed_sup --out=DIR        # SentenceTransformer("DIR")
+    python -m tools.export --checkpoint=out/embed_sup --out=DIR --arch=eurobert
+    python -m tools.export --checkpoint=out/sft --out=DIR --lm         # AutoModelForCausalLM, stages 1, 2
 
 The tensors are those of a stock Llama, so the export is a copy and needs no code of ours: "llama"
 is bidirectional by `is_causal: false`, which transformers older than 5.2 ignore in silence;
@@ -453,7 +453,7 @@ def main():
     try:
         out = export(config.checkpoint, config.out, config.arch, config.lm)
     except (ValueError, OSError) as error:
-        sys.exit(f"export.py: error: {error}")
+        sys.exit(f"export: error: {error}")
     use = f'AutoModelForCausalLM.from_pretrained("{out}")' if config.lm else \
         f'SentenceTransformer("{out}")'
     print(f"wrote {out}, checked against golden.json; load it with {use}")

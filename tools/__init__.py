@@ -1,0 +1,1 @@
+"""Command-line tools around the method: `python -m tools.NAME`."""
