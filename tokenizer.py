@@ -13,6 +13,7 @@ UNSPECIFIED: ties. The pair of lower ids wins, so equal texts give equal tokens 
 """
 
 import base64
+import hashlib
 import binascii
 import heapq
 import json
@@ -146,6 +147,21 @@ class Tokenizer:
             if not 0 <= index < self.vocab_size:
                 raise ValueError(f"id {index} is outside of the vocabulary of {self.vocab_size}")
         return self.encoding.decode(ids)
+
+    VERSION = "1"                  # of the way that texts are cut; raise it when that changes
+
+    def to_bytes(self):
+        """Return what `save` writes."""
+        header = {"tokens": self.eos_id, "pattern": self.pattern}
+        lines = [HEADER + json.dumps(header)]
+        for rank in range(self.eos_id):
+            token = self.encoding.decode_single_token_bytes(rank)
+            lines.append(f"{base64.b64encode(token).decode()} {rank}")
+        return ("\n".join(lines) + "\n").encode("ascii")
+
+    def fingerprint(self):
+        """Return the SHA-256 of what `save` writes."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one text file: a header line, then tiktoken's rank format.

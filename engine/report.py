@@ -1,4 +1,4 @@
-"""What a run shows and hears: the progress bar, the log file, and the signals that stop it."""
+"""What a run shows and hears: progress bar, log file, stop signals, and the tables at its end."""
 import json
 import signal
 import time
@@ -47,27 +47,13 @@ def open_log(path, step):
     return open(path, "a", encoding="utf-8")
 
 
-def open_board(folder, step):
-    """Return a tensorboard writer; what a killed run wrote after `step` is hidden."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("--tensorboard needs the package: `pip install tensorboard`") from None
-    return SummaryWriter(str(folder), purge_step=step + 1)
-
-
 class Log:
-    """The progress bar, and OUT/STAGE/log.jsonl with the same keys (README: glossary).
-
-    With `cfg.tensorboard` the numbers go to OUT/STAGE/tensorboard as well.
-    """
+    """The progress bar, and OUT/STAGE/log.jsonl with the same keys."""
 
     def __init__(self, cfg, world, step):
         self.cfg, self.world = cfg, world
         cfg.run_dir.mkdir(parents=True, exist_ok=True)
         self.file = open_log(cfg.run_dir / "log.jsonl", step) if world.is_main else None
-        wanted = world.is_main and getattr(cfg, "tensorboard", False)
-        self.board = open_board(cfg.run_dir / "tensorboard", step) if wanted else None
         self.bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step",
                         disable=not world.is_main, mininterval=1.0)
         self.peak = distributed.peak_flops(world.device)
@@ -76,16 +62,25 @@ class Log:
     def _restart(self):
         self.since, self.tokens, self.data, self.flops = time.perf_counter(), 0, 0.0, 0
 
-    def candidates(self, tasks):
-        """Say once how many candidates each query sees: accumulation would not add any."""
-        if self.world.is_main and self.cfg.stage.startswith("embed"):
-            rows = Counter()
-            for task, _ in tasks:
-                rows[task.kind] += len(task.rows)
-            for task in {task.kind: task for task, _ in tasks if task.kind != "sts"}.values():
-                each = 1 + (self.cfg.n_negatives if task.pool else 0)
-                tqdm.write(f"{task.kind}: {rows[task.kind]:,} rows, {task.size * each} candidates "
-                           f"a query, {self.cfg.steps} steps of {task.size}")
+    def tasks(self, tasks):
+        """Print rows, batches and candidates of each task; warn where DHNM cannot act.
+
+        PAPER Sec. 3.4: a replacement acts at its query's next visit. With fewer than two visits
+        there is none.
+        """
+        if not self.world.is_main or not self.cfg.stage.startswith("embed"):
+            return
+        total = sum(weight for _, weight in tasks)
+        for task, weight in tasks:
+            steps = self.cfg.steps * weight / total
+            each = 1 + (self.cfg.n_negatives if task.pool else 0)
+            visits = steps * task.size / len(task.rows)
+            candidates = "" if task.kind == "sts" else f"{task.size * each} candidates a query, "
+            tqdm.write(f"{task.kind}: {len(task.rows):,} rows, {candidates}about {steps:.0f} steps "
+                       f"of {task.size}, {visits:.1f} visits a row")
+            if task.pool and self.cfg.dhnm != "fixed" and visits < 2:
+                tqdm.write(f"warning: {task.kind}: DHNM cannot act, since a query is visited "
+                           f"{visits:.1f} times and replacements are used at its next visit")
 
     def step(self, step, batch, measured, data_seconds, known):
         """Take one step's numbers; every `log_every` steps write them.
@@ -112,15 +107,52 @@ class Log:
             self.file.flush()
             self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} "
                                      "tokens/s")
-        for key, value in row.items() if self.board else ():
-            if isinstance(value, (int, float)) and key != "step":
-                self.board.add_scalar(key, value, row["step"])
         self._restart()
 
     def close(self):
         """Finish the bar and the files."""
         self.bar.close()
-        if self.board:
-            self.board.close()
         if self.file:
             self.file.close()
+
+
+# ---------------------------------------------------------------- tables
+
+def print_table(name, scores, dims, metrics=("ndcg@10", "recall@1", "recall@10")):
+    """Print a collection's scores: a row for each stage, and for each MRL dim of stage 4."""
+    print(f"\n{name:<40}" + "".join(f"{m:>11}" for m in metrics))
+    for label, results in scores.items():
+        for dim in ["", *(f":{d}" for d in dims if label == "embed_sup")]:
+            values = [results.get(f"{name}/{m}{dim}") for m in metrics]
+            if None not in values:
+                shown = f"{label}, first {dim[1:]} dims" if dim else label
+                print(f"{shown:<40}" + "".join(f"{v:>11.3f}" for v in values))
+
+
+def print_languages(scores):
+    """Print nDCG@10 for each query language of collections in several (keys "zh-en")."""
+    pairs = sorted({key.split("/")[2] for results in scores.values() for key in results
+                    if key.endswith("/ndcg@10") and "-" in key.split("/")[2]})
+    for label, results in scores.items() if pairs else ():
+        cells = {p: v for p in pairs for k, v in results.items() if k.endswith(f"/{p}/ndcg@10")}
+        if cells:
+            print(f"\n{label}, nDCG@10 by query language - passage language, mean "
+                  f"{sum(cells.values()) / len(cells):.3f}")
+            print("  ".join(f"{p} {v:.2f}" for p, v in cells.items()))
+
+
+def print_summary(scores, dims):
+    """Print all that stages and baselines scored; scores: {label: flat results}."""
+    names = {key.rsplit("/", 1)[0] for results in scores.values() for key in results
+             if "/ndcg@10" in key}
+    for name in sorted(name for name in names if "-" not in name.split("/")[2]
+                       and not name.split("/")[2].startswith("mean_")):
+        print_table(name, scores, dims)
+    print_languages(scores)
+    for label, results in scores.items():
+        other = {k: v for k, v in results.items() if not k.startswith(("retrieval/", "dhnm/"))
+                 and ":" not in k}
+        if other:
+            print(f"\n{label}")
+        for key, value in other.items():
+            print(f"    {key:<50}{value:>9.3f}")
