@@ -517,7 +517,7 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as error:
         code = f"train.py: error: {error}"
     finally:
-        distributed.stop()             # the traceback no longer holds the model, so DDP can be freed
+        distributed.stop()             # the traceback no longer holds the model
     if code:
         sys.exit(code)
 

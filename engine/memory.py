@@ -26,7 +26,7 @@ def release_memory(share=0.5):
     """Hand the pages of freed blocks back to the kernel, once this machine's ranks hold `share`.
 
     Blocks that change their size with every batch leave holes: kept for ever they grow to ten times
-    what is in use, and the kernel kills the run (docs/log.md). But a wide model's step frees gigabytes
+    what is in use, and the kernel kills the run. But a wide model's step frees gigabytes
     that the next one needs: handed back at every step, paging them in takes longer than the step.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
