@@ -48,7 +48,7 @@ def anchors(text):
 
 
 def test_the_reader_of_sentences_by_hand():
-    text = "# A head\nOne, by Sec. 3.2. Two\nends.\n\n- Three?\n\n| a. | b. |\n```\ncode. code\n```\n"
+    text = "# A head\nOne, by Sec. 3.2. Two\nends.\n\n- Three?\n\n| a. | b. |\n```\ncode. x\n```\n"
     assert list(sentences(text)) == ["One, by Sec.3.2.", "Two ends.", "Three?"]
     assert anchors("## The paper's contradictions\n") == {"the-papers-contradictions"}
 
