@@ -6,9 +6,9 @@
 import numpy as np
 import pytest
 
-import metrics
-import tasks
+import eval as evaluation
 from data import PROMPTS, Collection
+from engine import metrics
 from eval import MTEBModel
 
 pytestmark = pytest.mark.extras
@@ -70,37 +70,6 @@ def test_label_metrics_are_scikit_learns(n_labels, n_clusters):
         assert metrics.f1(labels, clusters, average) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("n_labels", [2, 3, 20])
-@pytest.mark.parametrize("c", [0.1, 1.0, 10.0])
-def test_logistic_regression_is_scikit_learns(n_labels, c):
-    linear = pytest.importorskip("sklearn.linear_model")
-    encoder, labels = Drawn(noise=2.0), np.arange(n_labels * 8) % n_labels
-    train = encoder.encode([f"t{label}:{i}" for i, label in enumerate(labels)])
-    test = encoder.encode([f"t{i % n_labels}:test{i}" for i in range(1000)])
-    reference = linear.LogisticRegression(C=c, max_iter=1000, tol=1e-8).fit(train, labels)
-    scores, predicted = reference.decision_function(test), reference.predict(test)
-    gap = np.abs(scores) if n_labels == 2 else -np.diff(np.sort(scores)[:, ::-1])[:, 0]
-    clear = gap > 1e-4  # where scikit-learn itself is not undecided
-    assert clear.mean() > 0.99
-    ours = tasks.logistic_regression(train, labels, c)(test)
-    assert (ours == predicted)[clear].all()
-
-
-@pytest.mark.parametrize("n_labels, noise", [(5, 1.0), (30, 1.0), (30, 2.0)])
-def test_k_means_is_as_good_as_scikit_learns(n_labels, noise):
-    cluster = pytest.importorskip("sklearn.cluster")
-    draw = np.random.default_rng(0)
-    labels = (n_labels * draw.random(1500) ** 2).astype(int)  # uneven groups
-    vectors = Drawn(noise).encode([f"t{label}:{i}" for i, label in enumerate(labels)])
-    ours, theirs = [], []
-    for seed in range(10):
-        found = tasks.mini_batch_k_means(vectors, n_labels, np.random.default_rng(seed))
-        ours.append(metrics.v_measure(labels, found))
-        reference = cluster.MiniBatchKMeans(n_labels, batch_size=512, n_init=1, random_state=seed)
-        theirs.append(metrics.v_measure(labels, reference.fit_predict(vectors)))
-    assert np.mean(ours) == pytest.approx(np.mean(theirs), abs=0.03)
-
-
 # ---------------------------------------------------------------- mteb
 
 
@@ -156,7 +125,7 @@ def test_retrieval_is_mtebs(mocks):
     }  # fmt: skip
     data["queries"] = data["queries"].filter(lambda row: row["id"] in data["relevant_docs"])
     expected = mteb_scores(mocks.MockRetrievalTask, encoder, {"default": {"test": data}})
-    ours = tasks.retrieval(encoder, collection)
+    ours = evaluation.retrieval(encoder, collection)
     names = {f"recall@{k}": f"recall_at_{k}" for k in (1, 10, 20, 100)}
     names |= {"ndcg@10": "ndcg_at_10", "map": "map_at_1000", "mrr@10": "mrr_at_10"}
     names |= {"hit@1": "hit_rate_at_1"}
@@ -181,7 +150,7 @@ def test_reranking_is_mtebs(mocks):
         "queries": table([{"id": f"q{i}", "text": row["query"]} for i, row in enumerate(rows)]),
     }  # fmt: skip
     expected = mteb_scores(mocks.MockRerankingTask, encoder, {"default": {"test": data}})
-    ours = tasks.reranking(encoder, rows)
+    ours = evaluation.reranking(encoder, rows)
     names = {"map": "map_at_1000", "mrr@10": "mrr_at_10", "ndcg@10": "ndcg_at_10"}
     for name, theirs in names.items():
         assert ours[name] == pytest.approx(expected[theirs], abs=1e-5)
@@ -190,7 +159,7 @@ def test_reranking_is_mtebs(mocks):
 def test_bitext_mining_is_mtebs(mocks):
     encoder = Drawn(noise=1.5)
     rows = [{"query": f"t{i}:a", "pos": f"t{i}:b"} for i in range(150)]
-    ours = tasks.bitext_mining(encoder, rows)
+    ours = evaluation.bitext_mining(encoder, rows)
     assert 0.1 < ours["accuracy"] < 0.9
     for left, right, suffix in (("query", "pos", ""), ("pos", "query", "_reverse")):
         data = table([{"sentence1": row[left], "sentence2": row[right]} for row in rows])
@@ -213,7 +182,7 @@ def test_sts_is_mtebs(mocks):
     encoder, rows = Drawn(noise=2.0), drawn_pairs()
     data = {"test": table(rows).select_columns(["sentence1", "sentence2", "score"])}
     expected = mteb_scores(mocks.MockSTSTask, encoder, data)
-    ours = tasks.sts(encoder, rows)["spearman"]
+    ours = evaluation.sts(encoder, rows)["spearman"]
     assert ours == pytest.approx(expected["cosine_spearman"], abs=1e-4)
 
 
@@ -221,22 +190,9 @@ def test_pair_classification_is_mtebs(mocks):
     encoder, rows = Drawn(noise=2.0), drawn_pairs()
     data = table(rows).rename_column("label", "labels").remove_columns("score")
     expected = mteb_scores(mocks.MockPairClassificationTask, encoder, {"test": data})
-    ours = tasks.pair_classification(encoder, rows)
+    ours = evaluation.pair_classification(encoder, rows)
     assert ours["ap"] == pytest.approx(expected["cosine_ap"], abs=1e-6)
     assert ours["max_ap"] == pytest.approx(expected["max_ap"], abs=1e-6)
-
-
-def test_summarization_is_mtebs(mocks):
-    draw, encoder, rows = np.random.default_rng(2), Drawn(noise=2.0), []
-    for i in range(20):
-        machine = [f"t{i if j % 2 else -i}:machine{j}" for j in range(6)]
-        human = [f"t{i}:human{j}" for j in range(3)]
-        grades = draw.integers(0, 4, 6).tolist() if i else [2] * 6  # mteb leaves the first out
-        rows.append({"machine_summaries": machine, "human_summaries": human, "relevance": grades})
-    data = table([row | {"text": f"t{i}"} for i, row in enumerate(rows)])
-    expected = mteb_scores(mocks.MockSummarizationTask, encoder, {"test": data})
-    ours = tasks.summarization(encoder, rows)["spearman"]
-    assert ours == pytest.approx(expected["cosine_spearman"], abs=1e-6)
 
 
 @pytest.mark.parametrize("n_labels", [2, 6])
@@ -253,7 +209,7 @@ def test_classification_is_mtebs(mocks, n_labels):
     import datasets
 
     expected = mteb_scores(mocks.MockClassificationTask, encoder, datasets.DatasetDict(data))
-    ours = tasks.classification(encoder, rows)
+    ours = evaluation.classification(encoder, rows)
     assert 0.2 < ours["accuracy"] < 0.98
     assert ours["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-3)
     assert ours["f1"] == pytest.approx(expected["f1"], abs=1e-3)
@@ -269,7 +225,7 @@ def test_clustering_is_close_to_mtebs(mocks):
         max_documents_per_cluster, n_clusters = len(rows), 10
 
     expected = mteb_scores(Whole, encoder, {"test": data})
-    ours = tasks.clustering(encoder, rows)["v_measure"]
+    ours = evaluation.clustering(encoder, rows)["v_measure"]
     assert 0.2 < ours < 0.98
     assert ours == pytest.approx(expected["v_measure"], abs=0.03)
 
@@ -287,17 +243,12 @@ def test_a_sentence_transformers_baseline_applies_its_own_prompts(tmp_path):
     model = library.SentenceTransformer(modules=[module], prompts={"query": "find "}, device="cpu")
     model.save(str(tmp_path / "static"))
 
-    encoder = tasks.SentenceTransformerBaseline(str(tmp_path / "static"))
+    encoder = evaluation.SentenceTransformerBaseline(str(tmp_path / "static"))
     passage = encoder.encode(["cat"])
     query = encoder.encode(["cat"], prompt=PROMPTS["retrieval"])
     assert passage.argmax() == 1 and passage[0, 3] < 0.02 < 0.5 < query[0, 3]
     assert np.linalg.norm(query) == pytest.approx(1)
-    short = tasks.CachedEncoder(encoder).encode(["cat", "dog"], truncate_dim=2)
+    short = evaluation.CachedEncoder(encoder).encode(["cat", "dog"], truncate_dim=2)
     assert short.shape == (2, 2) and short[0, 1] > 0.9
 
 
-def test_figure3_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    rows = [{"text": f"t{i}:{lang}", "lang": lang} for lang in ("de", "en") for i in range(5)]
-    tasks.draw_languages(Drawn(), rows, tmp_path / "figure3.png")
-    assert (tmp_path / "figure3.png").read_bytes()[1:4] == b"PNG"

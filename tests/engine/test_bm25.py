@@ -96,7 +96,7 @@ def test_empty_query_document_and_collection():
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("Straße e\u0301te\u0301 İzmir", ["straße", "e\u0301te\u0301", "i\u0307zmir"]),
+        ("Straße e\u0301te\u0301 İzmir", ["straße", "été", "i\u0307zmir"]),
         ("हिन्दी में লেখা", ["हिन्दी", "में", "লেখা"]),  # vowel signs stay inside their word
         ("np.linalg_norm(x, 2)", ["np", "linalg", "norm", "x", "2"]),
         ("서울특별시 역", ["서울", "울특", "특별", "별시", "역"]),
