@@ -194,16 +194,21 @@ def _read_exported(path):
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError,
             RecursionError) as error:
         raise ValueError(f"{where / EXPORTED}: not as export.py wrote it: {error!r}") from None
+    weights = read_safetensors(where / "model.safetensors")
+    return where, meta, {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+
+def read_safetensors(path):
+    """Return {name: tensor} of a file; ValueError by its name if it is damaged."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
-        raise ImportError(f"{where}: an exported folder needs: pip install safetensors") from None
+        raise ImportError(f"{path}: to read it, pip install safetensors") from None
     try:
-        weights = load_file(where / "model.safetensors")
+        return load_file(path)
     except (SafetensorError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{where / 'model.safetensors'}: damaged: {error!r:.200}") from None
-    return where, meta, {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+        raise ValueError(f"{path}: damaged safetensors file: {error!r:.200}") from None
 
 
 # ---------------------------------------------------------------- search

@@ -33,8 +33,8 @@ from engine.bm25 import BM25, split_words, top_k_of
 from engine.jsonl import atomic, read_jsonl, read_texts
 from engine.metrics import (accuracy, average_precision, f1, hit_at_k, mean_average_precision,
                             mrr_at_k, ndcg_at_k, recall_at_k, spearman, v_measure)
-from engine.mteb_bridge import SentenceTransformerBaseline, mteb_tasks  # noqa: F401 (also eval's)
-from engine.splits import (HELD_OUT, check_name, choose_split, groups_of, languages_in, set_name)
+from engine.mteb_bridge import SentenceTransformerBaseline
+from engine.splits import HELD_OUT, check_name, choose_split, groups_of, languages_in, set_name
 from mask import effective_rank
 
 DOCS = "out/installed_docs/test"   # the default collection, built by toy/
@@ -509,7 +509,7 @@ class EvalConfig:
     classification: tuple[str, ...] = ()   # {text, label, split}
     clustering: tuple[str, ...] = ()   # {text, label}
     figure3: tuple[str, ...] = ()      # {text, lang}
-    mteb: tuple[str, ...] = ()         # names of mteb's tasks or benchmarks; it downloads their data
+    mteb: tuple[str, ...] = ()         # mteb's tasks or benchmarks by name; data is downloaded
     timing_texts: str = ""             # a file of queries: the seconds that they take to encode
     split: str | None = None           # none: test, else dev, else validation, else all rows
     dangling: Literal["refuse", "skip", "count"] = "refuse"    # qrels that name a missing text

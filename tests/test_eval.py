@@ -5,6 +5,7 @@ import doctest
 import gzip
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +186,8 @@ def test_search_in_chunks_is_a_stable_sort(monkeypatch):
 
 
 def test_bm25_finds_only_what_shares_a_word():
-    found = evaluation.search(LexicalBaseline(), ["cat", "bird"], ["a dog", "a cat"], 2, "retrieval")
+    found = evaluation.search(
+        LexicalBaseline(), ["cat", "bird"], ["a dog", "a cat"], 2, "retrieval")
     assert found.tolist() == [[1, -1], [-1, -1]]
     scores = evaluation.similarity(
         LexicalBaseline(), ["cat", "cat", "cow"], ["cat", "dog", "cow"], "retrieval")
@@ -213,7 +215,7 @@ PLANE = Vectors(
         "first": angle(0), "second": angle(80), "unjudged": angle(0),
         "T zero": angle(30), "one": angle(10), "deux": angle(85),
     }
-)  # fmt: skip
+)
 
 
 def test_retrieval_by_hand():
@@ -284,10 +286,48 @@ def test_mkqa_means_over_the_languages_besides_english():
     assert results.keys() == {"en", "fr", "mean"}
     assert results["mean"] == results["fr"] == {
         "recall@20": 1.0, "recall@100": 1.0, "ndcg@10": pytest.approx(1 / math.log2(3)),
-    }  # fmt: skip
+    }
     english = [row for row in COLLECTION.queries if row["lang"] == "en"]
     with pytest.raises(ValueError, match="mkqa needs `lang`"):
         evaluation.mkqa(PLANE, dataclasses.replace(COLLECTION, queries=english))
+
+
+MKQA = ("ar da de es fi fr he hu it ja km ko ms nl no pl pt ru sv th tr vi zh_cn zh_hk "
+        "zh_tw").split()               # Table 13
+
+
+def test_mkqa_takes_the_papers_25_languages():
+    queries = [{"id": lang, "text": f"{lang}?", "lang": lang} for lang in [*MKQA, "en"]]
+    qrels = {lang: {"d0": 1.0} for lang in [*MKQA, "en"]}
+    encoder = Vectors(PLANE.known | {row["text"]: angle(3 * i) for i, row in enumerate(queries)})
+    results = evaluation.mkqa(encoder, dataclasses.replace(COLLECTION, queries=queries,
+                                                           qrels=qrels))
+    assert results.keys() == {*MKQA, "en", "mean"} and len(MKQA) == 25
+    foreign = np.mean([results[lang]["ndcg@10"] for lang in MKQA])
+    assert results["mean"]["ndcg@10"] == pytest.approx(foreign) and 0.6 < foreign < 1
+
+
+def test_mkqa_looks_for_the_answers_words(tmp_path):
+    """Nobody judged: no qrels, passages without lang. "Ni" is no answer inside of "night"."""
+    corpus = [{"id": "d0", "title": "", "text": "A night in May."},
+              {"id": "d1", "title": "Knights", "text": "who say NI!"},
+              {"id": "d2", "text": "It was in May 1976, in Ni\u0301mes."}]
+    queries = [{"id": "q0", "text": "a", "lang": "de", "answers": ["Ni"]},
+               {"id": "q1", "text": "b", "lang": "de", "answers": ["may 1976", "June"]},
+               {"id": "q2", "text": "c", "lang": "de", "answers": ["N\u00edmes", "1975"]},
+               {"id": "q3", "text": "d", "lang": "de", "answers": []},
+               {"id": "q4", "text": "e", "lang": "en", "answers": ["1975"]}]
+    for name, rows in (("corpus", corpus), ("queries", queries)):
+        write_rows(tmp_path / "mkqa" / f"{name}.jsonl", rows)
+    known = dict(zip("abcde", map(angle, (0, 0, 90, 0, 0))))
+    known |= {data.document_text(row): angle(i * 20) for i, row in enumerate(corpus)}
+    results = evaluate(Vectors(known), "mkqa", tmp_path / "mkqa")
+    # Ranks of the answers: d1 second, d2 third, d2 first.
+    ndcg = (1 / math.log2(3) + 1 / math.log2(4) + 1) / 3
+    assert results["mkqa/mkqa/mean/ndcg@10"] == pytest.approx(ndcg)
+    assert results["mkqa/mkqa/de/recall@20"] == 1 and results["mkqa/mkqa/en/recall@20"] == 0
+    with pytest.raises(ValueError, match="no query of the collection has a judged"):
+        evaluate(Vectors(known), "retrieval", tmp_path / "mkqa")
 
 
 def test_bitext_mining_has_two_directions():
@@ -296,7 +336,7 @@ def test_bitext_mining_has_two_directions():
     # a -> A, b -> B; back: A -> a, B -> a (20 degrees against 30).
     assert evaluation.bitext_mining(encoder, rows) == {
         "accuracy": 1.0, "f1": 1.0, "accuracy_reverse": 0.5, "f1_reverse": pytest.approx(1 / 3),
-    }  # fmt: skip
+    }
 
 
 def test_sts_and_its_dimensions():
@@ -344,6 +384,7 @@ def labelled(n, labels=("x", "y", "z"), split=None):
     return known, rows
 
 
+@pytest.mark.extras
 def test_classification_of_separable_labels():
     known, train = labelled(20, split="train")
     more, test = labelled(30, split="test")
@@ -356,6 +397,7 @@ def test_classification_of_separable_labels():
         evaluation.classification(encoder, train)
 
 
+@pytest.mark.extras
 def test_clustering_of_separate_labels_is_seeded():
     known, rows = labelled(40)
     encoder = evaluation.CachedEncoder(Vectors(known))
@@ -367,7 +409,8 @@ def test_clustering_of_separate_labels_is_seeded():
     assert first != evaluation.clustering(encoder, rows, seed=1)
 
 
-def test_language_separation_tells_clusters_from_one_distribution(tmp_path):
+@pytest.mark.extras
+def test_language_separation_tells_clusters_from_one_distribution():
     draw, known, rows = np.random.default_rng(0), {}, []
     for lang, centre in (("en", 0.0), ("de", 0.0), ("ja", 0.0)):
         for i in range(60):
@@ -382,8 +425,39 @@ def test_language_separation_tells_clusters_from_one_distribution(tmp_path):
     assert apart["language_accuracy"] > 0.95
     assert apart["centroid_distance"] > 3 * together["centroid_distance"]
     assert apart["spread"] < together["spread"]
+    assert together["effective_rank"] > apart["effective_rank"] > 1
     with pytest.raises(ValueError, match=r"two languages, got \['en'\]"):
         evaluation.language_separation(Vectors(known), rows[:60])
+
+
+def test_figure_3s_texts_are_sampled():
+    """The first rows of a sorted file would be of one kind."""
+    rows = [{"text": f"{lang}{i}", "lang": lang} for lang in ("en", "de") for i in range(100)]
+    texts, codes, languages = evaluation.sample_languages(rows, most=20)
+    assert languages == ["de", "en"] and codes.tolist() == [0] * 20 + [1] * 20
+    assert len(set(texts)) == 40 and max(int(text[2:]) for text in texts) > 60
+    assert texts == evaluation.sample_languages(rows, most=20)[0]
+
+
+@pytest.mark.parametrize("task, row", [
+    ("classification", {"text": "a", "label": "x", "split": "test"}),
+    ("clustering", {"text": "a", "label": "x"}), ("figure3", {"text": "a", "lang": "en"})])
+def test_without_scikit_learn_the_message_says_what_to_install(tmp_path, monkeypatch, task, row):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    more = {"split": "train"} if "split" in row else {"lang": "de"} if "lang" in row else {}
+    path = write_rows(tmp_path / "set.jsonl", [row, row | more])
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        evaluate(Vectors(), task, path)
+
+
+def test_embeddings_on_one_line_have_rank_one():
+    """Sec. 4.6.2's collapse as a number."""
+    texts = [f"t{i}" for i in range(50)]
+    line = Vectors({text: [1.0, 2.0, 3.0] for text in texts})
+    assert evaluation.embedding_rank(line, texts, "sts") == pytest.approx(1)
+    assert 7 < evaluation.embedding_rank(Vectors(), texts, "sts") <= 8
+    assert evaluation.embedding_rank(Vectors(), texts, "sts", most=2) <= 2
 
 
 # ---------------------------------------------------------------- files, splits, the command line
@@ -420,11 +494,90 @@ def test_collection_keys_and_dims(tmp_path, suffix):
     assert {key.split("/")[2] for key in results} >= {"en-en", "fr-en", "mean"}
 
 
+def write_beir(folder, splits, header="query-id\tcorpus-id\tscore\n"):
+    """Write COLLECTION as BEIR publishes it, with q0 in one split and q1 in the other."""
+    rows = {"corpus": COLLECTION.corpus, "queries": COLLECTION.queries}
+    for name, part in rows.items():
+        part = [{"_id": row["id"], **{k: v for k, v in row.items() if k != "id"}} for row in part]
+        write_rows(folder / f"{name}.jsonl", part)
+    (folder / "qrels").mkdir()
+    for split, query in zip(splits, ("q0", "q1")):
+        lines = [f"{query}\t{doc}\t{int(gain)}\n" for doc, gain in COLLECTION.qrels[query].items()]
+        (folder / "qrels" / f"{split}.tsv").write_text(header + "".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("header", ["query-id\tcorpus-id\tscore\n", ""])
+def test_beirs_own_layout(tmp_path, header):
+    folder = write_beir(tmp_path / "scifact", ("test", "train"), header)
+    (folder / "qrels" / "test.tsv.bak").write_text("not ours")
+    results = evaluate(PLANE, "retrieval", folder)
+    assert results["retrieval/scifact/test/mrr@10"] == 1 / 2
+    assert evaluate(PLANE, "retrieval", folder, "train")["retrieval/scifact/train/mrr@10"] == 1
+    with pytest.raises(FileNotFoundError, match=r"nor qrels/dev.tsv; .* \['test', 'train'\]"):
+        evaluate(PLANE, "retrieval", folder, "dev")
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"id": 7, "text": "a"}, "corpus.jsonl:4: id 7 must be a string, not int"),
+    ({"_id": 7, "text": "a"}, "corpus.jsonl:4: _id 7 must be a string, not int"),
+    ({"name": "x", "text": "a"}, r"corpus.jsonl:4: no id or _id; the keys are \['name', 'text'\]"),
+    ({"id": "d1", "text": "a"}, "corpus.jsonl:4: id 'd1' comes twice")])
+def test_a_wrong_id_is_named_for_what_it_is(tmp_path, row, reason):
+    corpus = [*COLLECTION.corpus, row]
+    folder = write_collection(tmp_path / "x", dataclasses.replace(COLLECTION, corpus=corpus))
+    with pytest.raises(ValueError, match=reason):
+        data.load_collection(folder)
+
+
+def test_blank_lines_at_the_end_of_a_collections_files(tmp_path):
+    folder = write_collection(tmp_path / "x", COLLECTION)
+    before = data.load_collection(folder)
+    for path in folder.iterdir():
+        path.write_text(path.read_text() + "\n\n")
+    assert data.load_collection(folder) == before
+    (folder / "qrels.tsv").write_text("q0\td0\t1\n\nq1\td1\t1\n")
+    with pytest.raises(ValueError, match="qrels.tsv:2: query-id, corpus-id and a number"):
+        data.load_collection(folder)
+
+
+def test_a_name_with_a_slash_is_refused_before_scoring(tmp_path):
+    """It would be four parts of a key: "retrieval/set/zh/tw/..."."""
+    encoder = Vectors()
+    queries = [{**row, "lang": "zh/tw"} for row in COLLECTION.queries]
+    folder = write_collection(tmp_path / "x", dataclasses.replace(COLLECTION, queries=queries))
+    with pytest.raises(ValueError, match="x: lang 'zh/tw' must be a string without '/'"):
+        evaluate(encoder, "retrieval", folder)
+    row = {"query": "a", "pos": "b", "lang_q": "de", "lang_p": "e/n"}
+    with pytest.raises(ValueError, match="pairs.jsonl:2: lang_p 'e/n'"):
+        evaluate(encoder, "bitext", write_rows(tmp_path / "pairs.jsonl", [row | {"lang_p": "x"},
+                                                                          row]))
+    row = {"sentence1": "a", "sentence2": "b", "score": 1, "split": "test/1"}
+    with pytest.raises(ValueError, match="sts.jsonl:1: split 'test/1'"):
+        evaluate(encoder, "sts", write_rows(tmp_path / "sts.jsonl", [row]))
+    assert not encoder.asked
+
+
+def test_a_string_and_a_list_of_one_are_the_same_pair(tmp_path):
+    pairs = [{"query": f"x{i}", "pos": f"long text {i}"} for i in range(5)]
+    lists = [row | {"pos": [row["pos"]]} for row in pairs]
+    one, two = (evaluate(Vectors(), "bitext", write_rows(tmp_path / name / "pairs.jsonl", rows))
+                for name, rows in (("a", pairs), ("b", lists)))
+    assert list(one.values()) == list(two.values())
+    rows = [{"query": "q", "pos": "near", "neg": "far"}, {"query": "q", "pos": [], "neg": ["far"]}]
+    known = Vectors({"q": angle(0), "near": angle(5), "far": angle(90)})
+    path = write_rows(tmp_path / "reranking.jsonl", rows)
+    assert evaluate(known, "reranking", path)["reranking/reranking/all/map"] == 1
+    two = write_rows(tmp_path / "two.jsonl", [{"query": "x", "pos": ["a", "b"]}])
+    with pytest.raises(ValueError, match="two.jsonl: bitext rows need query and one pos"):
+        evaluate(Vectors(), "bitext", two)
+
+
 def test_the_held_out_split_is_chosen(tmp_path):
     rows = [
         {"sentence1": "a", "sentence2": "b", "score": i, "split": split}
         for split in ("train", "dev") for i in range(3)
-    ]  # fmt: skip
+    ]
     assert evaluation.choose_split(rows, None, "f") == (rows[3:], "dev")
     assert evaluation.choose_split(rows, "train", "f") == (rows[:3], "train")
     assert evaluation.choose_split(rows[:3], None, "f") == (rows[:3], "all")
@@ -464,6 +617,7 @@ def test_both_forms_of_bitext(tmp_path):
         evaluate(Vectors(), "bitext", write_rows(tmp_path / "bad.jsonl", long[:5]))
 
 
+@pytest.mark.extras
 def test_classification_keeps_the_training_rows(tmp_path):
     known, train = labelled(12, split="train")
     more, test = labelled(12, split="test")
@@ -500,6 +654,37 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*argv[:2], f"--clustering={folder / 'corpus.jsonl'}"])
     with pytest.raises(SystemExit, match="label|no vectors"):
         evaluation.main()
+
+
+def test_scores_are_saved_after_each_set(tmp_path, monkeypatch):
+    """A set that cannot be scored must not cost the sets before it."""
+    folder, out = write_collection(tmp_path / "docs", COLLECTION), tmp_path / "scores.json"
+    monkeypatch.setattr("sys.argv", ["eval.py", "--bm25", f"--retrieval={folder},missing",
+                                     f"--out={out}"])
+    with pytest.raises(SystemExit, match="missing"):
+        evaluation.main()
+    assert "retrieval/docs/all/ndcg@10" in json.loads(out.read_text())
+
+
+def test_a_comma_in_a_path_does_not_split_it(tmp_path, monkeypatch):
+    folders = [write_collection(tmp_path / name, COLLECTION) for name in ("a,b", "c, d, e", "f")]
+    assert evaluation.join_names(f"{','.join(map(str, folders))}".replace(", ", ",").split(",")) \
+        == [str(folder) for folder in folders]
+    out = tmp_path / "scores.json"
+    monkeypatch.setattr("sys.argv", ["eval.py", "--bm25", f"--retrieval={folders[0]}",
+                                     f"--out={out}"])
+    evaluation.main()
+    assert "retrieval/a,b/all/ndcg@10" in json.loads(out.read_text())
+
+
+def test_a_file_of_queries_is_timed(tmp_path):
+    """Table 5: encoded as retrieval's queries are, after a warm-up that is not counted."""
+    (tmp_path / "reviews.txt").write_text("one\ntwo\nthree\n")
+    encoder = Vectors()
+    results = evaluation.timing(encoder, tmp_path / "reviews.txt", batch_size=2)
+    assert results["timing/reviews/all/texts"] == 3 and results["timing/reviews/all/seconds"] > 0
+    query = PROMPTS["retrieval"]
+    assert encoder.asked == [(query, text) for text in ("one", "two", "one", "two", "three")]
 
 
 def test_each_model_has_a_file_of_its_own(tmp_path):
@@ -563,4 +748,4 @@ def test_table_lists_every_number():
     shown = evaluation.table({"sts/a/en/spearman": 0.25, "sts/a/en/spearman:64": 0.125})
     assert [line.split() for line in shown.strip().split("\n")] == [
         ["sts/a", "spearman"], ["en", "0.2500"], ["en,", "64", "dims", "0.1250"],
-    ]  # fmt: skip
+    ]

@@ -15,8 +15,8 @@ import eval as evaluation
 from data import PROMPTS
 from embed import Embedder
 from engine import checkpoint
-from engine.mteb_bridge import flat_scores
-from eval import MTEBModel, evaluate_mteb, join_names, mteb_tasks
+from engine.mteb_bridge import flat_scores, mteb_tasks
+from eval import MTEBModel, evaluate_mteb, join_names
 from tools.export import export
 from mask import FULL
 from model import Conan, ConanConfig
