@@ -12,11 +12,10 @@ PAPER Sec. 3.1, App. A, Table 11. The examples of a step depend only on the seed
 number (engine/order.py). That is why resuming needs no reader state.
 UNSPECIFIED: the instruction template; `format_query` is the one place that knows it.
 """
-import gzip
 import hashlib
 import math
 import unicodedata
-import zlib
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -28,8 +27,9 @@ from tqdm import tqdm
 
 from dhnm import HardNegativePool, should_replace
 from engine.bm25 import BM25
-from engine.jsonl import JsonlFiles, atomic, read_jsonl
+from engine.jsonl import JsonlFiles, atomic, lines_of, read_jsonl
 from engine.order import choice, mix, shuffled
+from engine.splits import HELD_OUT
 
 PROMPTS = {                        # a query's instruction by task, unless its row has one
     "retrieval": "Find",
