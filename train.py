@@ -36,7 +36,7 @@ import data
 from configurator import ConfigError
 from embed import Embedder
 from engine import budget, checkpoint, distributed, kernels, memory, report, run
-from engine.jsonl import atomic
+from engine.jsonl import atomic, read_jsonl
 from engine.microbatch import two_pass
 from engine.order import task_of_step
 from eval import LexicalBaseline, evaluate_collection
@@ -58,7 +58,8 @@ LIMITS = {                         # of settings; the others may be anything of 
     "seed": (0, 2 ** 62)}
 TASKS = ("retrieval", "clr", "classification", "sts")
 GRAD_CLIP = 1.0                    # UNSPECIFIED: the norm that gradients are cut to
-VALIDATION_TEXTS = 200             # held-out examples that an LM stage is measured on
+VALIDATION_TEXTS = 200             # held-out examples that an LM stage is measured on,
+VALIDATE_EVERY = 50                # steps
 
 
 @dataclass(frozen=True)
@@ -333,8 +334,8 @@ def start(cfg, world, where, before):
         run.restore(state, checkpoint.load(where, "trainer.pt"))
     elif cfg.stage == "embed_sup":
         data.fill_pools([task for task, _ in state.tasks], state.embedder)
-    elif cfg.stage in ("pretrain", "sft"):
-        state.counters["validation_before"] = validation_loss(state)
+    elif (loss := validation_loss(state)) is not None:
+        state.counters |= {"validation_before": loss, "validation": loss}
     return state
 
 
@@ -391,6 +392,8 @@ def run_steps(state):
                                  world.gather(scores.cpu()))
                 stats = task.pool.stats()
         state.optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % VALIDATE_EVERY == 0 and "validation" in counters:
+            counters["validation"] = validation_loss(state)
         for name in ("tokens", "truncated"):
             counters[name] += round(agreed[name] * world.size)
         log.step(step, batch, {"loss": float(loss), **stats}, data_seconds,
@@ -419,12 +422,13 @@ def collections(cfg):
 
 @torch.no_grad()
 def validation_loss(state):
-    """Return the next-token loss on held-out documents or pairs of DATA, None if it has none."""
+    """Return the next-token loss on DATA's held-out documents or pairs; None if there is none."""
     cfg, folder = state.cfg, Path(state.cfg.data)
-    if not data.uses_folder(cfg) or not (folder / "dev/corpus.jsonl").is_file():
+    file = {"pretrain": "text_dev.jsonl", "sft": "dev/corpus.jsonl"}.get(cfg.stage)
+    if file is None or not data.uses_folder(cfg) or not (folder / file).is_file():
         return None
     if cfg.stage == "pretrain":
-        texts = [row["text"] for row in data.read_jsonl(folder / "text_dev.jsonl")]
+        texts = [row["text"] for row in read_jsonl(folder / file)]
         rows = [(None, "", text) for text in texts[:VALIDATION_TEXTS]]
     else:
         dev = data.load_collection(folder / "dev")
@@ -444,11 +448,11 @@ def validation_loss(state):
 def score(state):
     """Score a stage on its collections and by its own measure; write OUT/STAGE/eval.json."""
     cfg, results = state.cfg, {}
+    if "validation" in state.counters:
+        name = f"lm/{Path(cfg.data).name}/dev/loss"
+        results = {f"{name}_before": state.counters["validation_before"],
+                   name: validation_loss(state)}
     if cfg.stage in ("pretrain", "sft"):
-        after = validation_loss(state)
-        if after is not None:
-            name = f"lm/{Path(cfg.data).name}/dev/loss"
-            results = {f"{name}_before": state.counters["validation_before"], f"{name}": after}
         if state.world.is_main and cfg.parallel != "fsdp":
             prompt = "Return the" if cfg.stage == "pretrain" else \
                 data.format_sft(state.prompts["retrieval"], "Return the sum of two numbers.")
