@@ -492,7 +492,10 @@ class Task:
         self.rows = world.main_first(lambda: Rows(files, kind, skip_bad=cfg.skip_bad_lines))
         self.size = cfg.batch_sizes.get(kind, cfg.batch_size)
         self.pool = self.passages = self.stream = None
-        self.prompt = self._default_prompt()
+        own = self.rows.prompts                # instructions that rows name; "" is one, too
+        default = PROMPTS.get("retrieval" if kind == "pairs" else kind, "")
+        self.prompt = max(own, key=own.get) if own else default    # of rows that name none
+        self.prompts = own + Counter({self.prompt: len(self.rows) - own.total()})
         if self.rows.bad and world.is_main:
             tqdm.write(f"{kind}: {self.rows.bad:,} bad lines left out, {len(self.rows):,} taken")
         if cfg.stage == "embed_sup" and kind != "sts":
@@ -507,15 +510,6 @@ class Task:
                              f"a batch of {self.size}")
         if self.size % world.size:
             raise ValueError(f"a batch of {self.size} cannot be split over {world.size} ranks")
-
-    def _default_prompt(self):
-        """Return the instruction of this kind: the rows' own if they have one, else PROMPTS'."""
-        default = PROMPTS.get("retrieval" if self.kind == "pairs" else self.kind, "")
-        own = {prompt: n for prompt, n in self.rows.prompts.items() if prompt}
-        if len(own) > 1 and self.world.is_main:
-            tqdm.write(f"{self.kind}: rows carry {len(own)} instructions; search and evaluation "
-                       f"will use the most frequent one, {max(own, key=own.get)!r}")
-        return max(own, key=own.get) if own else default
 
     def load_pool(self, state):
         """Set the pool of a resumed run from what `HardNegativePool.state_dict` gave."""
@@ -650,6 +644,19 @@ def build_tasks(cfg, tokenizer, world):
         raise ValueError("embed_sup needs data: --retrieval=, --clr=, --classification= or --sts=")
     tasks = [Task(kind, cfg, tokenizer, world, sources(cfg, kind)) for kind in kinds]
     return [(task, cfg.task_weights[task.kind] / task.size) for task in tasks]
+
+
+def prompts_of(tasks):
+    """Return {kind: the instruction that most rows of a stage were trained with}; say if others."""
+    counts = {}
+    for task in (task for task, _ in tasks if task.kind != "text"):
+        kind = "retrieval" if task.kind == "pairs" else task.kind
+        counts[kind] = counts.get(kind, Counter()) + task.prompts
+    for kind, prompts in counts.items():
+        if len(prompts) > 1 and tasks[0][0].world.is_main:
+            tqdm.write(f"{kind}: rows carry {len(prompts)} instructions; search and evaluation "
+                       f"will use the most frequent one, {max(prompts, key=prompts.get)!r}")
+    return {kind: max(prompts, key=prompts.get) for kind, prompts in counts.items()}
 
 
 def fill_pools(tasks, embedder):

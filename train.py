@@ -323,9 +323,7 @@ def start(cfg, world, where, before):
                       hashes)
     build_model(state, weights)
     state.tasks = data.build_tasks(cfg, tokenizer, world)
-    own = {"retrieval" if t.kind == "pairs" else t.kind: t.prompt for t, _ in state.tasks
-           if t.kind != "text"}
-    state.prompts = prompts | own
+    state.prompts = prompts | data.prompts_of(state.tasks)
     state.embedder = Embedder.of(state.model, tokenizer, world.device, state.dtype,
                                  stage_mask(cfg, cfg.steps - 1), cfg.passage_len, state.prompts)
     state.optimizer = distributed.shard_optimizer(build_optimizer(state.model, cfg), world,

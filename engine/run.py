@@ -123,17 +123,18 @@ def check_data(hashes, where):
     reordered one is refused.
     """
     saved = read_meta(where)["data"]
-    for kind, files in hashes.items():
-        before = saved.get(kind, {})
-        if list(files.values()) == list(before.values()):
+    for kind in hashes | saved:
+        now, before = hashes.get(kind, {}), saved.get(kind, {})
+        if list(now.values()) == list(before.values()):
             continue
-        changed = [name for name, sha256 in files.items() if sha256 not in before.values()]
-        gone = [name for name, sha256 in before.items() if sha256 not in files.values()]
-        raise ValueError(
-            f"{where} was trained on other {kind} data: "
-            f"{', '.join(changed) or 'the order of the files'} changed or new, "
-            f"{', '.join(gone) or 'nothing'} changed or gone. Bring the old files back, choose "
-            "another --out, or start this stage afresh with --resume=false")
+        new = {name for name, sha256 in now.items() if sha256 not in before.values()}
+        gone = {name for name, sha256 in before.items() if sha256 not in now.values()}
+        what = [f"{', '.join(sorted(names))} {word}" for names, word in (
+            (new & gone, "changed"), (new - gone, "new"), (gone - new, "gone")) if names]
+        raise ValueError(f"{where} was trained on other {kind} data: "
+                         f"{'; '.join(what) or 'the order of its files changed'}. Bring the old "
+                         "files back, choose another --out, or start this stage afresh with "
+                         "--resume=false")
 
 
 # ---------------------------------------------------------------- saving and resuming
