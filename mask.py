@@ -67,8 +67,8 @@ def soft_mask(seq_len, alpha, axis="row"):
         raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
     if seq_len < 1:
         raise ValueError(f"seq_len must be at least 1, not {seq_len}")
-    i = torch.arange(seq_len, dtype=torch.float64)
-    return mask_weights(i[:, None], i, float(seq_len), alpha, axis)
+    i, length = torch.arange(seq_len).double(), torch.tensor(seq_len).double()
+    return mask_weights(i[:, None], i, length, alpha, axis)
 
 
 @dataclass(frozen=True)
