@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from dhnm import HardNegativePool, should_replace
 from engine.bm25 import BM25
-from engine.jsonl import JsonlFiles, atomic, lines_of, read_jsonl
+from engine.jsonl import JsonlFiles, atomic, is_json, lines_of, read_jsonl
 from engine.order import choice, mix, shuffled
 from engine.splits import HELD_OUT
 
@@ -593,9 +593,9 @@ def sources(cfg, kind):
     if getattr(cfg, kind) or not uses_folder(cfg):
         return getattr(cfg, kind)
     folder = Path(cfg.data)
-    files = [*folder.glob(f"{kind}.jsonl"), *folder.glob(f"{kind}-*.jsonl"),
-             *(folder / kind).glob("*.jsonl")]
-    return tuple(sorted(map(str, files)))
+    files = [path for path in folder.glob("*") if path.name.startswith((f"{kind}.", f"{kind}-"))]
+    files += (folder / kind).glob("*")
+    return tuple(sorted(str(path) for path in files if is_json(path)))
 
 
 def uses_folder(cfg):

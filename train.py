@@ -414,8 +414,9 @@ def collections(cfg):
     """Return the folders that a stage is scored on: those named, else the test splits of DATA."""
     if cfg.evaluate or not data.uses_folder(cfg):
         return [Path(name) for name in cfg.evaluate]
-    folders = [path.parent for path in sorted(Path(cfg.data).rglob("corpus.jsonl*"))]
-    return [folder for folder in folders if folder.name not in ("dev", "search")]
+    folders = {path.parent for name in ("corpus.jsonl", "corpus.jsonl.gz")
+               for path in Path(cfg.data).rglob(name)}
+    return sorted(folder for folder in folders if folder.name not in ("dev", "search"))
 
 
 @torch.no_grad()
