@@ -1,7 +1,7 @@
 """Write a trained model as the folder that sentence-transformers and transformers load.
 
-    python -m tools.export --checkpoint=out/embed_sup --out=DIR    # SentenceTransformer("DIR")
-    python -m tools.export --checkpoint=out/sft --out=DIR --lm     # AutoModelForCausalLM, stages 1, 2
+    python -m tools.export --checkpoint=out/embed_sup --out=DIR  # SentenceTransformer("DIR")
+    python -m tools.export --checkpoint=out/sft --out=DIR --lm   # AutoModelForCausalLM
 
 The tensors are those of a stock Llama, so the export is a copy and needs no code of ours. It is
 bidirectional by `is_causal: false`, which transformers older than 5.2 ignore without a word. A
@@ -296,10 +296,7 @@ def check_golden(folder):
 
 @torch.no_grad()
 def greedy(model, ids, n):
-    """Return the `n` ids that a causal model holds most likely after `ids`, one by one.
-
-    An id's loss is the cross-entropy of predicting it, so the likeliest one costs least.
-    """
+    """Return the `n` ids that a causal model holds most likely after `ids`, one by one."""
     ids = list(ids)
     for _ in range(n):
         hidden = model.hidden(torch.tensor(ids), [len(ids)], CAUSAL)                    # (T, D)

@@ -1,6 +1,6 @@
 """Build the data folder of a run without data of its own: the embedded corpus and its languages.
 
-    python -m toy.build --out=out/installed_docs       # what train.py does by itself on the first run
+    python -m toy.build --out=out/installed_docs     # train.py does it on the first run
 
 corpus.py writes the English files. Here the lexicon (26 languages) adds
 

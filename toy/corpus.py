@@ -5,7 +5,7 @@ download: the docstrings of the standard library, torch, numpy, sympy, networkx,
 language reference that pydoc carries. It stands in for the paper's data at laptop scale
 (PAPER Sec. 3.1.1, 3.1.2, Table 10, Table 11); every file is in a format that a user's own data has.
 
-    python -m toy.corpus --out=out/installed_docs       # what train.py does by itself on the first run
+    python -m toy.corpus --out=out/installed_docs     # train.py does it on the first run
 
 Nothing is imported to be read: Python sources are parsed with `ast`, and only the C modules of the
 standard library, which have no source, are asked for their docstrings. Whole docstrings are the
