@@ -223,8 +223,9 @@ def read_qrels(path):
         if number == 1 and cells[-1].strip() == "score":
             continue
         try:
-            query, document, score = cells[0], cells[-2], float(cells[-1])
-        except (ValueError, IndexError):
+            query, *_, document, score = cells             # _: TREC's second column
+            score = float(score)
+        except ValueError:
             raise ValueError(f"{path}:{number}: query-id, corpus-id and a number are needed, not "
                              f"{str(line[:80])[2:-1]}") from None
         if not math.isfinite(score):
