@@ -17,7 +17,8 @@ SENTENCES = 2                      # sentences of a document that become queries
 SENTENCE = regex.compile(r"(?<=[.!?])\s+(?=[A-Z`\"])|\n\s*\n")
 PROSE = regex.compile(r"[A-Z`][\w\s,;:'`\"()/.*=<>+-]{38,240}[.!?:]", regex.DOTALL)
 WORD = regex.compile(r"\p{Lu}+(?!\p{Ll})|\p{Lu}?\p{Ll}+|\d+")      # HTTP|Server, read|csv
-NUMPY = regex.compile(r"^Parameters\n-{3,}\n(.*?)(?=^\S[^\n]*\n-{3,}$|\Z)", regex.M | regex.DOTALL)
+NUMPY = regex.compile(r"^Parameters\n[-=]{3,}\n(.*?)(?=^\S[^\n]*\n[-=]{3,}$|\Z)",
+                      regex.M | regex.DOTALL)
 NUMPY_ITEM = regex.compile(r"^\*{0,2}(\w+)(?: ?:.*)?\n((?:[ \t]+\S.*(?:\n|\Z))+)", regex.M)
 GOOGLE = regex.compile(r"^(?:Args|Arguments|Parameters):\n((?:[ \t]+\S.*(?:\n|\Z)|\n)+)", regex.M)
 GOOGLE_ITEM = regex.compile(r"^([ \t]+)\*{0,2}(\w+)(?: ?\([^\n]*?\))?: (.*(?:\n\1[ \t]+\S.*)*)",

@@ -123,7 +123,8 @@ def test_held_out_documents_are_in_no_training_file(small):
             [row["text"] for row in rows_of(folder / name / "queries.jsonl")
              + rows_of(folder / name / "corpus.jsonl")]}
     held |= {corpus.key_of(row["text"]) for row in rows_of(folder / "text_dev.jsonl")}
-    ids = {row["id"] for name in ("dev", "test") for row in rows_of(folder / name / "queries.jsonl")}
+    ids = {row["id"] for name in ("dev", "test")
+           for row in rows_of(folder / name / "queries.jsonl")}
     files = [*(folder / "pairs").iterdir(), folder / "text.jsonl", folder / "retrieval.jsonl",
              folder / "clr.jsonl"]
     for path in files:
