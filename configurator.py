@@ -43,7 +43,7 @@ def load_config(cls, argv=None):
     process exits with code 2, as command-line programs do.
     """
     try:
-        return _build(cls, sys.argv[1:] if argv is None else list(argv))
+        return build(cls, read_settings(cls, sys.argv[1:] if argv is None else list(argv)))
     except ConfigError as error:
         if argv is not None:
             raise
@@ -75,7 +75,11 @@ def help_text(cls):
     return "\n".join(lines)
 
 
-def _build(cls, argv):
+def read_settings(cls, argv):
+    """Return {setting: value} of config files and flags, checked against `cls`, which is not built.
+
+    Raises ConfigError for an unknown key or a value of the wrong type, by file and line.
+    """
     if "-h" in argv or "--help" in argv:
         print(help_text(cls))
         raise SystemExit(0)
@@ -93,6 +97,12 @@ def _build(cls, argv):
         except (ValueError, TypeError, OverflowError) as error:
             note = f": {error}" if str(error) else ""
             raise ConfigError(f"{where}: {key} takes {kind}, not {value!r}{note}") from None
+    return values
+
+
+def build(cls, values):
+    """Return `cls` built from {setting: value}; ConfigError if one is missing or refused."""
+    fields = _settable(cls)
     missing = [key for key, field in fields.items() if key not in values
                and field.default is field.default_factory is dataclasses.MISSING]
     if missing:

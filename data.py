@@ -1,33 +1,37 @@
-"""Data: formats, files larger than memory, order of examples, batches, mined candidates.
+"""Data: formats, batches of each stage, the supervised mixture, pools of mined candidates.
 
 One example a line, JSONL or JSONL.gz, UTF-8, in the formats that users already have:
 
     text            {"text"}
-    pairs           {"instruction"?, "input", "output"}  or  {"query", "pos", "prompt"?}
+    pairs           {"instruction"?, "input"?, "output"}  or  {"query", "pos", "prompt"?}
     retrieval, clr, classification    {"query", "pos": [..], "neg": [..]?, "prompt"?}
     sts             {"sentence1", "sentence2", "score"}
     a collection    corpus.jsonl, queries.jsonl, qrels.tsv (the BEIR form)
 
-PAPER Sec. 3.1, Table 10, Table 11. A bad line is named by file and number. The order of examples is
-a pure function of (seed, epoch, position), and the task of a step one of (seed, step), the same on
-every rank: a resumed run needs no more than the number of its next step, on any number of ranks.
+PAPER Sec. 3.1, App. A, Table 11. The examples of a step depend only on the seed and the step
+number (engine/order.py). That is why resuming needs no reader state.
 UNSPECIFIED: the instruction template; `format_query` is the one place that knows it.
 """
-import gzip
 import hashlib
-import json
 import math
-import os
-import shutil
-import struct
-import zlib
+import unicodedata
+import warnings
+from collections import Counter
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-PROMPTS = {                        # what a query of each task asks for, unless its row says so
+from dhnm import HardNegativePool, should_replace
+from engine.bm25 import BM25
+from engine.jsonl import JsonlFiles, atomic, is_json, lines_of, read_jsonl
+from engine.order import choice, mix, shuffled
+from engine.splits import HELD_OUT
+
+PROMPTS = {                        # a query's instruction by task, unless its row has one
     "retrieval": "Find",
     "clr": "Find",
     "classification": "Name the topic",
@@ -37,8 +41,11 @@ PROMPTS = {                        # what a query of each task asks for, unless 
 
 
 def format_query(text, instruction=None):
-    """Put an instruction in front of a query; passages never carry one (PAPER Sec. 3.1.2)."""
-    return f"{instruction}: {text}" if instruction else text
+    """Put an instruction in front of a query; passages never carry one (PAPER Sec. 3.1.2).
+
+    The line end keeps the instruction's tokens apart from the text's: see `prompt_length`.
+    """
+    return f"{instruction}\n{text}" if instruction else text
 
 
 def format_sft(instruction, text):
@@ -46,87 +53,17 @@ def format_sft(instruction, text):
     return format_query(text, instruction) + "\n\n"
 
 
-# ---------------------------------------------------------------- reading
-
-def read_jsonl(path, required=None, skip_bad=False, on_bad=None):
-    """Yield the rows (dicts) of a JSONL or JSONL.gz file.
-
-    required: {key: type or tuple of types} that every row must have. A line that is not a JSON
-    object with these keys raises ValueError "path:line: reason", or with `skip_bad` is left out and
-    reported to `on_bad(message)`. Blank lines are bad lines. Raises FileNotFoundError by name.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    number = 0
-    try:
-        with (gzip.open(path) if path.suffix == ".gz" else open(path, "rb")) as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield parse_line(line, required)
-                except ValueError as error:
-                    _bad(f"{path}:{number}: {error}", skip_bad, on_bad)
-    except (EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"{path}:{number + 1}: cannot be read to the end: {error}") from error
+def prompt_length(tokenizer, instruction):
+    """Return how many tokens an instruction takes in front of a text."""
+    return len(tokenizer.encode(format_query("", instruction))) if instruction else 0
 
 
-def _bad(message, skip_bad, on_bad):
-    if not skip_bad:
-        raise ValueError(message)
-    if on_bad:
-        on_bad(message)
-
-
-def _no_constant(name):
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _no_key_twice(pairs):
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError(f"a key comes twice in {[key for key, _ in pairs][:8]}")
-    return row
-
-
-_JSON = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_no_key_twice)
-
-
-def parse_line(line, required=None):
-    """Parse one line (bytes) to a dict; ValueError with the reason if it is not what it must be.
-
-    A byte order mark is passed over; a lone surrogate, which UTF-8 cannot hold, becomes "?".
-    """
-    try:
-        text = line.decode("utf-8-sig")
-        row = _JSON.decode(text)
-        if "\\ud" in text.lower():
-            row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except json.JSONDecodeError as error:
-        reason = "blank line" if not text.strip("\ufeff \t\r\n") else f"not JSON ({error})"
-        raise ValueError(reason) from None
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON object is needed, not {type(row).__name__}")
-    for key, kind in (required or {}).items():
-        if key not in row:
-            raise ValueError(f"key {key!r} is missing, there are {sorted(row)[:8]}")
-        if not isinstance(row[key], kind) or isinstance(row[key], bool):
-            raise ValueError(f"key {key!r} must be {_name(kind)}, not {type(row[key]).__name__}")
-    for key in ("title", "lang", "split") if required else ():      # read where they are there
-        if not isinstance(row.get(key), (str, type(None))):
-            raise ValueError(f"key {key!r} must be str, not {type(row[key]).__name__}")
-    return row
-
-
-def _name(kind):
-    return " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
-
+# ---------------------------------------------------------------- rows
 
 def _text(row, key):
-    value = row.get(key)
+    if key not in row:
+        raise ValueError(f"key {key!r} is missing; the keys are {sorted(row)[:8]}")
+    value = row[key]
     if not isinstance(value, str):
         raise ValueError(f"key {key!r} must be a string, not {type(value).__name__}")
     if not value.strip():
@@ -135,8 +72,9 @@ def _text(row, key):
 
 
 def _texts(row, key):
-    values = row.get(key)
-    values = [values] if isinstance(values, str) else values
+    if key not in row:
+        raise ValueError(f"key {key!r} is missing; the keys are {sorted(row)[:8]}")
+    values = [row[key]] if isinstance(row[key], str) else row[key]
     if not isinstance(values, list):
         raise ValueError(f"key {key!r} must be a list of strings, not {type(values).__name__}")
     return [_text({key: value}, key) for value in values]
@@ -150,10 +88,15 @@ def parse_text(row):
 def parse_pair(row):
     """Return {query, pos, neg, prompt} of a row in any of the pair and retrieval formats.
 
-    pos is never empty, neg may be; prompt is None where the row says nothing.
+    pos is never empty, neg may be; prompt is None where the row says nothing. Where Alpaca's input
+    is empty, the instruction is the query.
     """
-    if "input" in row or "output" in row:
-        query, pos, prompt = _text(row, "input"), [_text(row, "output")], row.get("instruction")
+    if "output" in row or "input" in row:
+        prompt, pos = row.get("instruction"), [_text(row, "output")]
+        if prompt and row.get("input") in ("", None):
+            query, prompt = _text(row, "instruction"), ""
+        else:
+            query = _text(row, "input")
     else:
         query, pos, prompt = _text(row, "query"), _texts(row, "pos"), row.get("prompt")
     if not pos:
@@ -168,7 +111,8 @@ def parse_sts(row):
     """Return {sentence1, sentence2, score} of an STS row; only the order of scores counts."""
     score = row.get("score")
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) < 3e38:
-        raise ValueError(f"key 'score' must be a finite number (float32), not {str(score)[:40]}")
+        raise ValueError(f"key 'score' must be a finite number (float32), not {str(score)[:40]}; "
+                         f"the keys are {sorted(row)[:8]}")
     return {"sentence1": _text(row, "sentence1"), "sentence2": _text(row, "sentence2"),
             "score": float(score)}
 
@@ -177,222 +121,178 @@ PARSERS = {"text": parse_text, "pairs": parse_pair, "retrieval": parse_pair, "cl
            "classification": parse_pair, "sts": parse_sts}
 
 
-class JsonlFile:
-    """Random access to the rows of a file that need not fit into memory.
-
-    The first opening checks every line and writes an index of byte offsets next to the other
-    caches (`cache_dir`); a .gz file is unpacked there once. Later openings map the index. With
-    `skip_bad` the index leaves bad lines out, and `bad` counts them.
-    """
-
-    def __init__(self, path, kind, cache_dir="out/cache", skip_bad=False):
-        if kind not in PARSERS:
-            raise ValueError(f"kind {kind!r} is unknown; choose one of {', '.join(PARSERS)}")
-        self.path, self.parse = Path(path), PARSERS[kind]
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        stat = self.path.stat()
-        self.state = f"{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns} {kind} {skip_bad}"
-        key = hashlib.sha256(os.fsencode(self.state)).hexdigest()[:24]
-        self.plain, index = self.path, Path(cache_dir) / f"{key}.idx"
-        if self.path.suffix == ".gz":
-            self.plain = index.with_suffix(".jsonl")
-        if not self._is_whole(index):
-            self._build(index, skip_bad)
-        self.offsets = np.memmap(index, np.int64, "r").reshape(-1, 2)       # (rows + 1, 2)
-        self.bad = int(self.offsets[-1, 1])
-        self._file = None
-
-    def _is_whole(self, index):
-        """Tell whether an index is there and reaches the end of its file."""
-        if not index.is_file() or index.stat().st_size < 32 or index.stat().st_size % 16 \
-                or not self.plain.is_file():
-            return False
-        return int(np.memmap(index, np.int64, "r")[-2]) == self.plain.stat().st_size
-
-    def _build(self, index, skip_bad):
-        index.parent.mkdir(parents=True, exist_ok=True)
-        if self.plain != self.path:
-            part = Path(f"{self.plain}.{os.getpid()}")
-            try:
-                with gzip.open(self.path) as source, open(part, "wb") as target:
-                    shutil.copyfileobj(source, target)
-            except (EOFError, zlib.error, OSError) as error:
-                part.unlink(missing_ok=True)
-                raise ValueError(f"{self.path}: cannot be unpacked: {error}") from error
-            os.replace(part, self.plain)
-        part = Path(f"{index}.{os.getpid()}")
-        try:
-            with open(self.plain, "rb") as file, open(part, "wb") as target:
-                rows, bad, at = 0, 0, 0
-                for number, line in enumerate(file, 1):
-                    try:
-                        self.parse(parse_line(line))
-                        target.write(struct.pack("=2q", at, number))
-                        rows += 1
-                    except ValueError as error:
-                        _bad(f"{self.path}:{number}: {error}", skip_bad, None)
-                        bad += 1
-                    at += len(line)
-                target.write(struct.pack("=2q", at, bad))                   # the end, and a count
-            if not rows:
-                raise ValueError(f"{self.path}: no usable line ({bad} bad ones)")
-            os.replace(part, index)
-        except (ValueError, OSError):
-            part.unlink(missing_ok=True)
-            if self.plain != self.path:
-                self.plain.unlink()
-            raise
-
-    def __len__(self):
-        return len(self.offsets) - 1
-
-    def __getitem__(self, i):
-        """Return row `i`, parsed; the file is read at its place only."""
-        if self._file is None:
-            self._file = open(self.plain, "rb")
-        at, number = self.offsets[i].tolist()
-        self._file.seek(at)
-        try:
-            return self.parse(parse_line(self._file.readline()))
-        except ValueError as error:
-            raise ValueError(f"{self.path}:{number}: changed while in use: {error}") from None
+def Rows(paths, kind, cache_dir="out/cache", skip_bad=False):
+    """Return the rows of several files of one kind as one sequence (engine/jsonl.py)."""
+    if kind not in PARSERS:
+        raise ValueError(f"kind {kind!r} is unknown; choose one of {', '.join(PARSERS)}")
+    if not paths:
+        raise ValueError(f"no file of kind {kind!r} is given (--{kind}=FILE)")
+    return JsonlFiles(paths, PARSERS[kind], cache_dir, skip_bad)
 
 
-class Rows:
-    """The rows of several files of one kind, as one sequence."""
+def text_id(text):
+    """Hash a text to a non-negative int64; equal ids mean equal texts, composed or not (NFC)."""
+    text = text if text.isascii() else unicodedata.normalize("NFC", text)
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
-    def __init__(self, paths, kind, cache_dir="out/cache", skip_bad=False):
-        if not paths:
-            raise ValueError(f"no file of kind {kind!r} is given")
-        self.files = [JsonlFile(path, kind, cache_dir, skip_bad) for path in paths]
-        self.ends = np.cumsum([len(file) for file in self.files])
-        self.bad = sum(file.bad for file in self.files)
 
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def __getitem__(self, i):
-        which = int(np.searchsorted(self.ends, i, side="right"))
-        return self.files[which][i - (int(self.ends[which - 1]) if which else 0)]
-
+# ---------------------------------------------------------------- collections
 
 @dataclass
 class Collection:
-    """A retrieval collection: rows with ids, and qrels {query id: {document id: relevance}}."""
+    """A retrieval collection: rows with ids, and qrels {query id: {document id: relevance}}.
+
+    split: the name of the qrels, None where rows name it. without_self: a ranking leaves out the
+    document whose id is the query's own.
+    """
     name: str
     corpus: list
     queries: list
     qrels: dict
+    split: str | None = None
+    without_self: bool = False
+
+
+def document_text(row):
+    """Return a document as it is embedded: its title, one space and its text, as mteb joins them.
+
+    >>> document_text({"title": "Cats", "text": "They purr."}), document_text({"text": "No title."})
+    ('Cats They purr.', 'No title.')
+    """
+    return f"{row.get('title') or ''} {row['text']}".strip()
+
+
+def read_with_ids(path):
+    """Yield the rows of a corpus.jsonl or queries.jsonl; BEIR's `_id` is taken for `id`.
+
+    Raises ValueError by file and line for an id that is missing, no string, or there twice.
+    """
+    seen = set()
+    for number, row in enumerate(read_jsonl(path, {"text": str}), 1):
+        name = next((name for name in ("id", "_id") if name in row), None)
+        if name is None:
+            raise ValueError(f"{path}:{number}: no id or _id; the keys are {sorted(row)[:8]}")
+        key = row[name]
+        if not isinstance(key, str):
+            raise ValueError(f"{path}:{number}: {name} {key!r} must be a string, not "
+                             f"{type(key).__name__}")
+        if key in seen:
+            raise ValueError(f"{path}:{number}: id {key!r} comes twice")
+        seen.add(key)
+        yield {**row, "id": key}
+
+
+def find_packed(path):
+    """Return a file or its .gz, whichever is there; FileNotFoundError by name without either."""
+    for found in (Path(path), Path(f"{path}.gz")):
+        if found.is_file():
+            return found
+    raise FileNotFoundError(f"{path}: no such file (nor {Path(path).name}.gz)")
+
+
+def find_qrels(directory, split=None):
+    """Return (file, split or None) of a folder's qrels.tsv or, as in BEIR, qrels/SPLIT.tsv.
+
+    Of several splits, the one that is named or the first of HELD_OUT.
+    """
+    files = {path.name.removesuffix(".gz").removesuffix(".tsv"): path
+             for path in sorted((directory / "qrels").glob("*"))
+             if path.name.endswith((".tsv", ".tsv.gz"))}
+    whole = next((path for path in (directory / "qrels.tsv", directory / "qrels.tsv.gz")
+                  if path.is_file()), None)
+    if whole and split not in files:
+        return whole, None
+    name = split or next((name for name in HELD_OUT if name in files), None)
+    if name not in files:
+        raise FileNotFoundError(f"{directory / 'qrels.tsv'}: no such file, nor qrels/"
+                                f"{name or 'test'}.tsv; the splits in qrels/ are {sorted(files)}")
+    return files[name], name
 
 
 def read_qrels(path):
-    """Yield (line number, query id, document id, score) of a qrels.tsv, plain or .gz."""
-    number = 0
-    try:
-        with (gzip.open(path) if path.suffix == ".gz" else open(path, "rb")) as file:
-            for number, line in enumerate(file, 1):
-                cells = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
-                if number == 1 and cells[-1] == "score":
-                    continue
-                try:
-                    query, document, score = cells[0], cells[-2], float(cells[-1])
-                except (ValueError, IndexError):
-                    raise ValueError(f"{path}:{number}: query-id, corpus-id and a number are "
-                                     f"needed, not {str(line[:80])[2:-1]}") from None
-                if not math.isfinite(score):
-                    raise ValueError(f"{path}:{number}: the score {score} is not finite")
-                yield number, query, document, score
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
-    except (EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"{path}:{number + 1}: cannot be read to the end: {error}") from error
+    """Yield (line number, query id, document id, score) of a qrels file, plain or .gz.
 
-
-def load_collection(directory, split=None):
-    """Read corpus.jsonl, queries.jsonl and qrels.tsv (each plain or .gz) of a folder.
-
-    split: keep the queries whose row says `"split": split`; None keeps all. Queries without
-    relevant documents are left out. Raises ValueError by file and line for unknown or double ids.
+    Three columns and a header or none, or TREC's four; blank lines at the end are passed over.
     """
-    directory = Path(directory)
+    for number, line in lines_of(path):
+        try:
+            cells = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
+        if number == 1 and cells[-1].strip() == "score":
+            continue
+        try:
+            query, *_, document, score = cells             # _: TREC's second column
+            score = float(score)
+        except ValueError:
+            raise ValueError(f"{path}:{number}: query-id, corpus-id and a number are needed, not "
+                             f"{str(line[:80])[2:-1]}") from None
+        if not math.isfinite(score):
+            raise ValueError(f"{path}:{number}: the score {score} is not finite")
+        yield number, query, document, score
 
-    def find(name):
-        for path in (directory / name, directory / f"{name}.gz"):
-            if path.is_file():
-                return path
-        raise FileNotFoundError(f"{directory / name}: no such file (nor {name}.gz)")
 
-    def rows(name):
-        path, seen = find(name), set()
-        for number, row in enumerate(read_jsonl(path, {"text": str}), 1):
-            key = row.get("id", row.get("_id"))
-            if not isinstance(key, str) or key in seen:
-                raise ValueError(f"{path}:{number}: id {key!r} is missing, no string, or double")
-            seen.add(key)
-            yield {**row, "id": key}
+def join_qrels(path, queries, documents, dangling):
+    """Return {query id: {document id: relevance}} of a file; `queries`, `documents` are known ids.
 
-    corpus, queries, qrels = list(rows("corpus.jsonl")), list(rows("queries.jsonl")), {}
-    known_q, known_d = {r["id"] for r in queries}, {r["id"] for r in corpus}
-    path = find("qrels.tsv")
+    dangling, for a line that names a missing one: "refuse", "skip", or "count" (a missing document
+    stays judged, as in mteb: no ranking ever has it). Skipped and counted lines give a warning.
+    """
+    qrels, missing = {}, []
     for number, query, document, score in read_qrels(path):
-        if query not in known_q or document not in known_d:
-            raise ValueError(f"{path}:{number}: unknown query {query!r} or unknown document "
-                             f"{document!r}")
+        unknown = [f"unknown {kind} {key!r}" for kind, key, known in (
+            ("query", query, queries), ("document", document, documents)) if key not in known]
+        if unknown:
+            missing.append(f"line {number}: {' and '.join(unknown)}")
+            if dangling == "refuse":
+                raise ValueError(f"{path}:{number}: {' and '.join(unknown)}; dangling=skip leaves "
+                                 "such lines out, dangling=count takes them as never found")
+            if dangling == "skip" or query not in queries:
+                continue
         if qrels.setdefault(query, {}).setdefault(document, score) != score:
             raise ValueError(f"{path}:{number}: query {query!r} and document {document!r} have "
                              f"two scores, {qrels[query][document]} and {score}")
-    queries = [q for q in queries if qrels.get(q["id"]) and (not split or q.get("split") == split)]
+    if missing:
+        done = "left out" if dangling == "skip" else "counted as never found"
+        warnings.warn(f"{path}: {len(missing)} lines {done}; {missing[0]}", stacklevel=3)
+    return qrels
+
+
+def load_collection(directory, split=None, dangling="refuse", ignore_identical_ids=None):
+    """Read the corpus.jsonl, queries.jsonl and qrels of a folder, each plain or .gz.
+
+    split: one of qrels/SPLIT.tsv, or the queries whose row says `"split": split`. Queries without a
+    judged document are left out, unless their row has `answers`. dangling: see `join_qrels`.
+    ignore_identical_ids: leave the document with a query's own id out of its ranking; None: if such
+    a pair has equal texts and is not judged relevant, as in ArguAna. Raises ValueError by file and
+    line.
+    """
+    if dangling not in ("refuse", "skip", "count"):
+        raise ValueError(f"dangling {dangling!r} is unknown; choose refuse, skip or count")
+    directory = Path(directory)
+    corpus = list(read_with_ids(find_packed(directory / "corpus.jsonl")))
+    queries = list(read_with_ids(find_packed(directory / "queries.jsonl")))
+    texts, qrels, of_file = {row["id"]: row["text"] for row in corpus}, {}, None
+    try:
+        path, of_file = find_qrels(directory, split)
+        qrels = join_qrels(path, {row["id"] for row in queries}, texts, dangling)
+    except FileNotFoundError:
+        if not any(row.get("answers") for row in queries):
+            raise
+    queries = [row for row in queries if (qrels.get(row["id"]) or row.get("answers"))
+               and (of_file or not split or row.get("split") == split)]
     if not queries:
         raise ValueError(f"{directory}: no query{f' of split {split!r}' if split else ''} has a "
-                         "relevant document")
-    return Collection(directory.name, corpus, queries, qrels)
-
-
-# ---------------------------------------------------------------- order: a pure function
-
-def _mix(x, key):
-    """Hash uint64 arrays (splitmix64's finaliser)."""
-    with np.errstate(over="ignore"):
-        x = (x + np.uint64(key)) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
-def shuffled(positions, n, seed):
-    """Map endless positions (int64 array) to example indices: each epoch is a permutation of n.
-
-    A four-round Feistel network on the epoch's number and the place in it: a permutation that is
-    computed where it is asked, so that it costs no memory for a billion examples.
-    """
-    positions = np.asarray(positions, dtype=np.uint64)
-    epoch, x = positions // np.uint64(n), positions % np.uint64(n)
-    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    low = np.uint64((1 << half) - 1)
-    key = _mix(epoch, seed)
-    todo = np.ones(x.shape, dtype=bool)
-    while todo.any():                                  # walk the cycle until it falls below n
-        left, right = x >> np.uint64(half), x & low
-        for number in range(4):
-            left, right = right, left ^ (_mix(right ^ key, number) & low)
-        x = np.where(todo, (left << np.uint64(half)) | right, x)
-        todo = x >= n
-    return x.astype(np.int64)
-
-
-def task_of_step(steps, weights, seed):
-    """Return the task number of each step (int64 array), drawn by weight from (seed, step) only."""
-    edges = np.cumsum(np.asarray(weights, dtype=np.float64))
-    key = int(_mix(np.array([seed], dtype=np.uint64), 0x7A5C)[0])   # near seeds, far draws
-    draw = _mix(np.asarray(steps, dtype=np.uint64), key) / 2.0 ** 64
-    return np.searchsorted(edges / edges[-1], draw, side="right").clip(max=len(weights) - 1)
-
-
-def text_id(text):
-    """Hash a text to a non-negative int64; equal ids mean equal texts."""
-    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+                         "judged document")
+    if ignore_identical_ids is None:
+        same = [row["id"] for row in queries if texts.get(row["id"]) == row["text"]
+                and qrels.get(row["id"], {}).get(row["id"], 0) <= 0]
+        if ignore_identical_ids := bool(same):
+            warnings.warn(f"{directory}: {len(same)} queries are documents too, {same[0]!r} first; "
+                          "each is left out of its own ranking (ignore_identical_ids=false keeps "
+                          "them)", stacklevel=2)
+    return Collection(directory.name, corpus, queries, qrels, of_file, ignore_identical_ids)
 
 
 # ---------------------------------------------------------------- pretraining: a token stream
@@ -400,21 +300,18 @@ def text_id(text):
 class TokenStream:
     """All documents of some text files as one memory-mapped stream of uint32 ids.
 
-    Documents are separated by the end-of-text id. Window w of an epoch is `block` + 1 ids; the
-    windows of later epochs start elsewhere, so that text is not always cut at the same places.
+    Documents are separated by the end-of-text id. Window w of an epoch is `block` + 1 ids. The
+    windows of later epochs start elsewhere, so text is not always cut at the same places. The name
+    of `path` must carry the hash of texts and tokenizer: a stream that exists is not built again.
     """
 
     def __init__(self, rows, tokenizer, path, seed=0):
-        path = Path(path)
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = Path(f"{path}.{os.getpid()}")
-            with open(part, "wb") as file:
+        if not Path(path).is_file():
+            with atomic(path, "wb") as file:
                 for start in range(0, len(rows), 1000):
                     texts = [rows[i] for i in range(start, min(start + 1000, len(rows)))]
                     for ids in tokenizer.encode_batch(texts):
                         np.array(ids + [tokenizer.eos_id], dtype=np.uint32).tofile(file)
-            os.replace(part, path)
         self.ids, self.seed = np.memmap(path, dtype=np.uint32, mode="r"), seed
 
     def windows(self, positions, block):
@@ -422,9 +319,9 @@ class TokenStream:
         n = (len(self.ids) - 1) // block - 1
         if n < 1:
             raise ValueError(f"{len(self.ids)} tokens of text are too few for blocks of {block}")
-        at = shuffled(positions, n, self.seed)
-        shift = _mix(np.asarray(positions, dtype=np.uint64) // np.uint64(n), self.seed + 1)
-        starts = at * block + (shift % np.uint64(block)).astype(np.int64)
+        place = shuffled(positions, n, self.seed)
+        shift = mix(np.asarray(positions, dtype=np.uint64) // np.uint64(n), self.seed + 1)
+        starts = place * block + (shift % np.uint64(block)).astype(np.int64)
         return np.stack([self.ids[s:s + block + 1] for s in starts]).astype(np.int64)
 
 
@@ -433,32 +330,36 @@ class TokenStream:
 class Passages:
     """Every distinct passage of some rows by number; texts stay in the files.
 
-    `positives[q]` lists the passage numbers that answer row q, its own first and then those of rows
-    with the same query; `given[q]` the negatives that its row carries.
+    `positives[q]` lists the passage numbers that answer row q: its own, then those of rows with the
+    same query. `given[q]` lists the negatives that its row carries. `ids[p]` is a text id.
     """
 
     def __init__(self, rows):
         self.rows, self.where, self.ids = rows, [], []
         self.positives, self.given = [], []
-        number, same = {}, {}
+        self.number, same = {}, {}
         for q in range(len(rows)):
-            row, found = rows[q], []
-            for part in ("pos", "neg"):
-                found.append([])
-                for place, text in enumerate(row[part]):
-                    key = text_id(text)
-                    if key not in number:
-                        number[key] = len(self.where)
-                        self.where.append((q, part, place))
-                        self.ids.append(key)
-                    found[-1].append(number[key])
-            self.positives.append(found[0])
-            self.given.append(found[1])
+            row = rows[q]
+            self.positives.append(self._add(row, q, "pos"))
+            self.given.append(self._add(row, q, "neg"))
             same.setdefault(text_id(row["query"]), []).append(q)
-        for q, own in enumerate(list(self.positives)):
-            others = [p for r in same[text_id(rows[q]["query"])] for p in self.positives[r]]
-            self.positives[q] = list(dict.fromkeys(own + others))
-            self.given[q] = [p for p in self.given[q] if p not in self.positives[q]]
+        for group in same.values():
+            shared = [p for q in group for p in self.positives[q]]
+            for q in group:
+                self.positives[q] = list(dict.fromkeys(self.positives[q] + shared))
+                self.given[q] = [p for p in dict.fromkeys(self.given[q])
+                                 if p not in self.positives[q]]
+
+    def _add(self, row, q, part):
+        numbers = []
+        for place, text in enumerate(row[part]):
+            key = text_id(text)
+            if key not in self.number:
+                self.number[key] = len(self.where)
+                self.where.append((q, part, place))
+                self.ids.append(key)
+            numbers.append(self.number[key])
+        return numbers
 
     def __len__(self):
         return len(self.where)
@@ -469,34 +370,33 @@ class Passages:
         return self.rows[q][part][place]
 
 
-def mine(queries, passages, positives, passage_ids, depth=50, cap=None, extra=None, chunk=256,
-         progress=lambda x: x):
-    """Return (Q, depth) int64 hard-negative candidates of each query, hardest first, -1 padded.
+def mine(queries, passages, positives, depth=50, *, given=None, n_given=0, extra=None, chunk=256):
+    """Return (candidates, scores), each (Q, depth): hard negatives of each query, hardest first.
 
-    queries (Q, D), passages (P, D): normalised float32 embeddings. A query's positives, and
-    passages whose text id equals one of theirs, are left out. extra: (Q, X) further candidates
-    (BM25's), ranked by the same cosine. cap: drop candidates above cap * the positive's score
-    (a guard against false negatives that the paper does not have). Never holds Q x P scores.
+    queries (Q, D), passages (P, D): normalised float32 embeddings. Candidates are int64 passage
+    numbers padded with -1, scores float32 cosines. A query's `positives` are left out. Its `given`
+    negatives come first; passages are searched for only if there are fewer than `n_given` of them.
+    extra: (Q, X) further candidates (BM25's), ranked by the same cosine. Never holds Q x P scores.
     """
     pool = np.full((len(queries), depth), -1, dtype=np.int64)
-    k = min(len(passages), depth + max((len(p) for p in positives), default=0) + 8)
+    cosines = np.zeros((len(queries), depth), dtype=np.float32)
+    k = min(len(passages), depth + max((len(p) for p in positives), default=0))
     embedded = torch.from_numpy(passages)
-    ids = np.asarray(passage_ids)
-    for start in progress(range(0, len(queries), chunk)):
+    for start in range(0, len(queries), chunk):
         scores = torch.from_numpy(queries[start:start + chunk]) @ embedded.T    # (chunk, P)
-        top = scores.topk(k, dim=1).indices.numpy()
-        scores = scores.numpy()
-        for row, q in enumerate(range(start, min(start + chunk, len(queries)))):
-            near = top[row]
-            if extra is not None:
-                near = np.unique(np.r_[near, extra[q][extra[q] >= 0]])
-            own = list(positives[q])
-            near = near[~np.isin(ids[near], ids[own])]
-            if cap is not None and own:
-                near = near[scores[row, near] <= cap * scores[row, own].max()]
-            near = near[np.argsort(-scores[row, near], kind="stable")][:depth]
-            pool[q, :len(near)] = near
-    return pool
+        nearest = scores.topk(k, dim=1).indices.numpy()
+        for row, score in enumerate(scores.numpy()):
+            q = start + row
+            own = np.array(given[q] if given else [], dtype=np.int64)
+            own = own[np.argsort(-score[own], kind="stable")]
+            near = nearest[row] if len(own) < max(n_given, 1) else own[:0]
+            if extra is not None and len(near):
+                near = np.union1d(near, extra[q][extra[q] >= 0])
+            near = near[~np.isin(near, [*positives[q], *own])]
+            near = near[np.argsort(-score[near], kind="stable")]
+            chosen = np.concatenate([own, near])[:depth]
+            pool[q, :len(chosen)], cosines[q, :len(chosen)] = chosen, score[chosen]
+    return pool, cosines
 
 
 # ---------------------------------------------------------------- batches
@@ -513,37 +413,39 @@ class Batch:
     lengths: list
     rows: np.ndarray                       # the examples' numbers in their source
     targets: torch.Tensor | None = None
+    skip: list | None = None                       # instruction tokens at the start of each text
     query_ids: torch.Tensor | None = None          # (B,) text ids
     positive_ids: torch.Tensor | None = None       # (B,)
-    negative_ids: torch.Tensor | None = None       # (B, N), -1 where there is none
+    negative_ids: torch.Tensor | None = None       # (B, N), -1 for an empty place
+    known_ids: torch.Tensor | None = None          # (B, P) all positives of each query, -1 padded
     scores: torch.Tensor | None = None             # (B,) STS
     truncated: int = 0                             # texts that were cut
 
     def to(self, device):
-        """Move the tensors; lengths stay on the CPU, where the packing is planned."""
-        for name in ("ids", "targets", "query_ids", "positive_ids", "negative_ids", "scores"):
-            value = getattr(self, name)
-            if value is not None:
+        """Move the tensors; lengths stay on the CPU, where attention is planned."""
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
                 setattr(self, name, value.to(device, non_blocking=True))
         return self
 
     def chunks(self, n_texts):
-        """Yield (ids, lengths, targets or None) of about `n_texts` texts at a time; 0: all.
+        """Yield (ids, lengths, targets or None, skip or None) of about `n_texts` texts; 0: all.
 
-        Absent negatives are counted as texts: all ranks get the same number of chunks, whichever
-        of their negatives are there. Under fsdp each chunk is a meeting of all ranks.
+        Absent negatives count as texts: all ranks then have the same number of chunks. FSDP
+        synchronises at every chunk, so they must.
         """
         texts = sure = len(self.lengths)
         if self.negative_ids is not None:
-            sure = 2 * len(self.negative_ids)              # queries and positives are always there
+            sure = 2 * len(self.negative_ids)              # queries and positives are never absent
             texts = sure + self.negative_ids.numel()
         count, start = min(-(-texts // (n_texts or texts)), sure), 0
         cuts = [-(-i * len(self.lengths) // count) for i in range(count + 1)]
         for first, last in zip(cuts, cuts[1:]):
             lengths = self.lengths[first:last]
             end = start + sum(lengths)
-            targets = None if self.targets is None else self.targets[start:end]
-            yield self.ids[start:end], lengths, targets
+            yield (self.ids[start:end], lengths,
+                   None if self.targets is None else self.targets[start:end],
+                   None if self.skip is None else self.skip[first:last])
             start = end
 
     @classmethod
@@ -564,53 +466,241 @@ def lm_batch(stream, positions, block):
                  np.asarray(positions), targets=windows[:, 1:].reshape(-1))
 
 
-def sft_batch(rows, indices, tokenizer, max_len, default_prompt):
-    """Return a `Batch` of prompt + output + end-of-text; only the output is predicted."""
+def sft_batch(examples, rows, tokenizer, max_len):
+    """Return a `Batch` of prompt + output + end-of-text; only the output is predicted.
+
+    examples: [(instruction, query, output)]. A prompt takes at most half of the room.
+    """
     ids, targets, lengths, truncated = [], [], [], 0
-    examples = [rows[int(i)] for i in indices]
-    prompts = tokenizer.encode_batch([
-        format_sft(default_prompt if e["prompt"] is None else e["prompt"], e["query"])
-        for e in examples])
-    outputs = tokenizer.encode_batch([e["pos"][0] for e in examples])
+    prompts = tokenizer.encode_batch([format_sft(e[0], e[1]) for e in examples])
+    outputs = tokenizer.encode_batch([e[2] for e in examples])
     for prompt, output in zip(prompts, outputs):
         truncated += len(prompt) > max_len // 2 or len(prompt) + len(output) > max_len
-        prompt = prompt[:max(max_len // 2, 1)]         # the output keeps at least half of the room
+        prompt = prompt[:max(max_len // 2, 1)]
         whole = (prompt + output + [tokenizer.eos_id])[:max_len + 1]
         ids += whole[:-1]
         targets += [-100] * (len(prompt) - 1) + whole[len(prompt):]
         lengths.append(len(whole) - 1)
-    return Batch("sft", torch.tensor(ids), lengths, np.asarray(indices),
+    return Batch("sft", torch.tensor(ids), lengths, np.asarray(rows),
                  targets=torch.tensor(targets), truncated=truncated)
 
 
-def contrastive_batch(task, rows, indices, tokenizer, query_len, passage_len, default_prompt,
-                      negatives=None, passages=None):
-    """Return a `Batch` of queries, positives and (with `negatives`, (B, N) passage numbers) these.
+class Task:
+    """One kind of example, and its batches; `pool` holds hard negatives where DHNM works."""
 
-    The positive of a query with several is drawn by the query's number and place, not by chance of
-    the process. Places without a negative (-1) carry no text.
+    def __init__(self, kind, cfg, tokenizer, world, files):
+        self.kind, self.cfg, self.tokenizer, self.world = kind, cfg, tokenizer, world
+        self.rows = world.main_first(lambda: Rows(files, kind, skip_bad=cfg.skip_bad_lines))
+        self.size = cfg.batch_sizes.get(kind, cfg.batch_size)
+        self.pool = self.passages = self.stream = None
+        own = self.rows.prompts                # instructions that rows name; "" is one, too
+        default = PROMPTS.get("retrieval" if kind == "pairs" else kind, "")
+        self.prompt = max(own, key=own.get) if own else default    # of rows that name none
+        self.prompts = own + Counter({self.prompt: len(self.rows) - own.total()})
+        if self.rows.bad and world.is_main:
+            tqdm.write(f"{kind}: {self.rows.bad:,} bad lines left out, {len(self.rows):,} taken")
+        if cfg.stage == "embed_sup" and kind != "sts":
+            self.passages = Passages(self.rows)
+        if kind == "text":
+            made_of = " ".join([*self.rows.hashes().values(), tokenizer.fingerprint()])
+            path = Path(cfg.out) / f"tokens-{text_id(made_of):016x}.bin"
+            self.stream = world.main_first(
+                lambda: TokenStream(self.rows, tokenizer, path, cfg.seed))
+        elif len(self.rows) < self.size:
+            raise ValueError(f"{', '.join(map(str, files))}: {len(self.rows)} rows are too few for "
+                             f"a batch of {self.size}")
+        if self.size % world.size:
+            raise ValueError(f"a batch of {self.size} cannot be split over {world.size} ranks")
+
+    def load_pool(self, state):
+        """Set the pool of a resumed run from what `HardNegativePool.state_dict` gave."""
+        candidates = [row[row >= 0].tolist() for row in state["candidates"]]
+        self.pool = HardNegativePool(candidates, self.cfg.n_negatives, policy=self.cfg.dhnm)
+        self.pool.load_state_dict(state)
+
+    def pairs_of(self, indices, epoch):
+        """Return [(instruction, query, positive)]; the positive is drawn anew in each epoch."""
+        rows = [self.rows[int(i)] for i in indices]
+        return [(self.prompt if row["prompt"] is None else row["prompt"], row["query"],
+                 row["pos"][choice(len(row["pos"]), self.cfg.seed, epoch, i)])
+                for i, row in zip(indices, rows)]
+
+    def batch(self, k):
+        """Return this rank's share of the task's k-th batch, a pure function of (seed, k).
+
+        Batches do not straddle epochs, so no query comes twice in one.
+        """
+        cfg, world, n = self.cfg, self.world, len(self.rows)
+        share = self.size // world.size
+        if self.stream:
+            start = k * self.size + world.rank * share
+            return lm_batch(self.stream, np.arange(start, start + share), cfg.passage_len)
+        epoch, place = divmod(k, n // self.size)
+        first = epoch * n + place * self.size + world.rank * share
+        indices = shuffled(np.arange(first, first + share), n, cfg.seed)
+        if self.kind == "sts":
+            return self._sts_batch(indices)
+        if cfg.stage == "sft":
+            return sft_batch(self.pairs_of(indices, epoch), indices, self.tokenizer,
+                             cfg.passage_len)
+        return self._contrastive_batch(indices, epoch)
+
+    def _sts_batch(self, indices):
+        rows = [self.rows[int(i)] for i in indices]
+        texts = [format_query(row[key], self.prompt) for key in ("sentence1", "sentence2")
+                 for row in rows]
+        skip = [prompt_length(self.tokenizer, self.prompt)] * len(texts)
+        return Batch.of("sts", texts, [self.cfg.query_len] * len(texts), self.tokenizer, indices,
+                        skip=skip, scores=torch.tensor([row["score"] for row in rows]))
+
+    def _contrastive_batch(self, indices, epoch):
+        """Return a `Batch` of queries, positives and, with a pool, the present negatives."""
+        triples = self.pairs_of(indices, epoch)
+        queries = [format_query(query, prompt) for prompt, query, _ in triples]
+        texts, ids = queries + [positive for *_, positive in triples], None
+        if self.pool:
+            negatives = self.pool.negatives(indices)                        # (B, N), -1: absent
+            present = negatives[negatives >= 0].tolist()
+            texts = texts + [self.passages.text(p) for p in present]
+            ids = torch.full(negatives.shape, -1, dtype=torch.int64)
+            ids[negatives >= 0] = torch.tensor([self.passages.ids[p] for p in present],
+                                               dtype=torch.int64)
+        limits = [self.cfg.query_len] * len(queries)
+        limits += [self.cfg.passage_len] * (len(texts) - len(queries))
+        skip = [prompt_length(self.tokenizer, prompt) for prompt, *_ in triples]
+        return Batch.of(self.kind, texts, limits, self.tokenizer, indices, negative_ids=ids,
+                        skip=skip + [0] * (len(texts) - len(skip)),
+                        query_ids=torch.tensor([text_id(query) for _, query, _ in triples]),
+                        positive_ids=torch.tensor([text_id(pos) for *_, pos in triples]),
+                        known_ids=self._known_ids(indices))
+
+    def _known_ids(self, indices):
+        """Return the text ids of all positives of these queries, (B, P), padded with -1."""
+        if self.passages:
+            known = [[self.passages.ids[p] for p in self.passages.positives[int(i)]]
+                     for i in indices]
+        else:
+            known = [[text_id(pos) for pos in self.rows[int(i)]["pos"]] for i in indices]
+        table = torch.full((len(known), max(map(len, known))), -1, dtype=torch.int64)
+        for row, ids in zip(table, known):
+            row[:len(ids)] = torch.tensor(ids)
+        return table
+
+
+# ---------------------------------------------------------------- the mixture of a stage
+
+def sources(cfg, kind):
+    """Return the files of a kind: those that are named, else those in the folder `cfg.data`."""
+    if getattr(cfg, kind) or not uses_folder(cfg):
+        return getattr(cfg, kind)
+    folder = Path(cfg.data)
+    files = [path for path in folder.glob("*") if path.name.startswith((f"{kind}.", f"{kind}-"))]
+    files += (folder / kind).glob("*")
+    return tuple(sorted(str(path) for path in files if is_json(path)))
+
+
+def uses_folder(cfg):
+    """Tell whether a run reads the folder `cfg.data`: if it names no files of its own."""
+    return not any(getattr(cfg, kind) for kind in PARSERS)
+
+
+def hashes(cfg):
+    """Return {kind: {file: SHA-256}} of the data files of a stage, those that exist."""
+    kinds = {"pretrain": ["text"], "sft": ["pairs"], "embed_weak": ["pairs"]}.get(
+        cfg.stage, [kind for kind, weight in cfg.task_weights.items() if weight > 0])
+    return {kind: Rows(sources(cfg, kind), kind, skip_bad=cfg.skip_bad_lines).hashes()
+            for kind in kinds if sources(cfg, kind)}
+
+
+def file_weight(weights, file):
+    """Return how often rows of a file are drawn: by the last pattern that fits its name, else 1.
+
+    >>> file_weight({"tldr*": 0.5, "*-bitext-*": 2}, "pairs/tldr-bitext-en.jsonl")
+    2
     """
-    examples = [rows[int(i)] for i in indices]
-    queries = [format_query(e["query"], default_prompt if e["prompt"] is None else e["prompt"])
-               for e in examples]
-    positives = [e["pos"][int(i) % len(e["pos"])] for i, e in zip(indices, examples)]
-    texts, ids = queries + positives, None
-    if negatives is not None:
-        present = negatives[negatives >= 0].tolist()
-        texts = texts + [passages.text(p) for p in present]
-        known = torch.tensor([passages.ids[p] for p in present], dtype=torch.int64)
-        ids = torch.full(negatives.shape, -1, dtype=torch.int64)
-        ids[negatives >= 0] = known
-    limits = [query_len] * len(queries) + [passage_len] * (len(texts) - len(queries))
-    return Batch.of(task, texts, limits, tokenizer, np.asarray(indices), negative_ids=ids,
-                    query_ids=torch.tensor([text_id(e["query"]) for e in examples]),
-                    positive_ids=torch.tensor([text_id(p) for p in positives]))
+    return ([1.0] + [w for pattern, w in weights.items() if fnmatch(Path(file).stem, pattern)])[-1]
 
 
-def sts_batch(rows, indices, tokenizer, max_len, default_prompt):
-    """Return a `Batch` of sentence pairs with their scores."""
-    examples = [rows[int(i)] for i in indices]
-    texts = [format_query(e[key], default_prompt) for key in ("sentence1", "sentence2")
-             for e in examples]
-    return Batch.of("sts", texts, [max_len] * len(texts), tokenizer, np.asarray(indices),
-                    scores=torch.tensor([e["score"] for e in examples]))
+def build_tasks(cfg, tokenizer, world):
+    """Return [(task, weight)] of a stage.
+
+    Pretraining and SFT shuffle all files together. The weak stage takes one file a step, so that
+    negatives come from the positive's own origin. PAPER Table 11: stage 4 is a mixture of tasks,
+    weighted by rows, so a task with larger batches takes fewer steps.
+    """
+    if cfg.stage in ("pretrain", "sft"):
+        kind = "text" if cfg.stage == "pretrain" else "pairs"
+        return [(Task(kind, cfg, tokenizer, world, sources(cfg, kind)), 1.0)]
+    if cfg.stage == "embed_weak":
+        if not sources(cfg, "pairs"):
+            raise ValueError("embed_weak needs data: --pairs=FILE")
+        weights = {file: file_weight(cfg.file_weights, file) for file in sources(cfg, "pairs")}
+        tasks = [(Task("pairs", cfg, tokenizer, world, [file]), w)
+                 for file, w in weights.items() if w > 0]
+        if not tasks:
+            raise ValueError(f"file_weights {cfg.file_weights} leave no file of pairs")
+        return [(task, len(task.rows) * weight) for task, weight in tasks]
+    kinds = [k for k, w in cfg.task_weights.items() if w > 0 and sources(cfg, k)]
+    if not kinds:
+        raise ValueError("embed_sup needs data: --retrieval=, --clr=, --classification= or --sts=")
+    tasks = [Task(kind, cfg, tokenizer, world, sources(cfg, kind)) for kind in kinds]
+    return [(task, cfg.task_weights[task.kind] / task.size) for task in tasks]
+
+
+def prompts_of(tasks):
+    """Return {kind: the instruction that most rows of a stage were trained with}; say if others."""
+    counts = {}
+    for task in (task for task, _ in tasks if task.kind != "text"):
+        kind = "retrieval" if task.kind == "pairs" else task.kind
+        counts[kind] = counts.get(kind, Counter()) + task.prompts
+    for kind, prompts in counts.items():
+        if len(prompts) > 1 and tasks[0][0].world.is_main:
+            tqdm.write(f"{kind}: rows carry {len(prompts)} instructions; search and evaluation "
+                       f"will use the most frequent one, {max(prompts, key=prompts.get)!r}")
+    return {kind: max(prompts, key=prompts.get) for kind, prompts in counts.items()}
+
+
+def fill_pools(tasks, embedder):
+    """Give the tasks their pools of hard negatives, ranked by the model at hand.
+
+    A row's own negatives come first; others are mined where it has fewer than `n_negatives`: the
+    passages nearest to the query by cosine, and BM25's. A model that has seen English only ranks
+    nothing for a translated query, so CLR mines around the query's positive. PAPER Sec. 3.4: what
+    Eq. 6 would discard at its first step is left out, since the same model has just scored it;
+    the `n_negatives` hardest stay, so that no query is without. Shared texts are embedded once.
+    """
+    vectors = {}
+    for task in tasks:
+        if task.passages is None:
+            continue
+        cfg, p, show = task.cfg, task.passages, task.world.is_main
+        new = [i for i in range(len(p)) if p.ids[i] not in vectors]
+        vectors.update(zip((p.ids[i] for i in new), embedder.encode(
+            [p.text(i) for i in new], show_progress_bar=show)))
+        passages = np.stack([vectors[key] for key in p.ids])
+        lexical = None
+        if task.kind == "clr":
+            queries = passages[[own[0] for own in p.positives]]
+        else:
+            rows = [task.rows[q] for q in range(len(task.rows))]
+            queries = encode_queries(embedder, rows, task.prompt)
+            if min(map(len, p.given)) < cfg.n_negatives:
+                numbers, scores = BM25([p.text(i) for i in range(len(p))]).top_k(
+                    [row["query"] for row in rows], cfg.pool_size)
+                lexical = np.where(scores > 0, numbers, -1)
+        pools, scores = mine(queries, passages, p.positives, cfg.pool_size, given=p.given,
+                             n_given=cfg.n_negatives, extra=lexical)
+        easy = should_replace(torch.from_numpy(scores), torch.from_numpy(scores)).numpy()
+        easy[:, :cfg.n_negatives] = False
+        pools = [row[(row >= 0) & ~drop].tolist() for row, drop in zip(pools, easy)]
+        task.pool = HardNegativePool(pools, cfg.n_negatives, policy=cfg.dhnm)
+
+
+def encode_queries(embedder, rows, default):
+    """Return (Q, D) vectors of the rows' queries, each under its own instruction."""
+    prompts = [default if row["prompt"] is None else row["prompt"] for row in rows]
+    out = np.empty((len(rows), embedder.dim), dtype=np.float32)
+    for prompt in Counter(prompts):
+        chosen = [i for i, other in enumerate(prompts) if other == prompt]
+        out[chosen] = embedder.encode([rows[i]["query"] for i in chosen], prompt=prompt)
+    return out

@@ -7,14 +7,13 @@
     from embed import Embedder
     vectors = Embedder("out/embed_sup").encode(["a text", "another one"])     # (2, D) float32
 
-What evaluation, mining and export stand on. PAPER Sec. 3.1.2: a query carries an instruction, a
-passage does not; every prefix of an embedding is one too (MRL), once it is normalised again.
+Evaluation, mining and export use it. PAPER Sec. 3.1.2: a query carries an instruction, a passage
+does not. The instructions that a model was trained with travel in its checkpoint. Every prefix of
+an embedding is an embedding (MRL), once it is normalised again.
 """
 import argparse
-import dataclasses
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -23,15 +22,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import PROMPTS, format_query, read_jsonl
-from engine import checkpoint
-from engine.distributed import accelerator, has_fast_bf16
+from data import PROMPTS, document_text, find_packed, format_query, read_with_ids
+from engine import checkpoint, kernels
+from engine.distributed import accelerator
+from engine.jsonl import atomic, read_texts
 from mask import MaskSpec
 from model import Conan, ConanConfig
 from tokenizer import Tokenizer
 
-EXPORTED = "nanoconan.json"        # marks a directory that export.py wrote
-SAFETENSORS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+EXPORTED = "nanoconan.json"        # marks a folder that tools/export.py wrote
+DTYPES = {"float32": "float32", "fp32": "float32", torch.float32: "float32",
+          "bfloat16": "bfloat16", "bf16": "bfloat16", torch.bfloat16: "bfloat16"}
 TEXTS_AT_A_TIME = 20_000           # tokenised and sorted together: memory stays bounded
 TOKENS_AT_A_TIME = 4096            # short texts fill a batch up to this
 
@@ -40,39 +41,50 @@ class Embedder:
     """A trained model as a function from texts to vectors.
 
     path: a folder of train.py (its newest good checkpoint is taken), one checkpoint in it, or a
-    directory that export.py wrote.
-    device: "cpu", "cuda", "npu"; None takes the best one here. Computes in float32 on a CPU and in
-    bfloat16 on an accelerator unless `dtype` says otherwise. Raises FileNotFoundError or ValueError
-    with the path if there is no checkpoint or it is damaged.
+    folder that tools/export.py wrote. device: "cpu", "cuda", "npu"; None takes the best one here.
+    dtype: float32 or bfloat16, by name or as torch has it; None is float32 on a CPU and bfloat16
+    elsewhere. Raises FileNotFoundError or ValueError with the path if there is no checkpoint or it
+    is damaged.
     """
 
     def __init__(self, path, device=None, dtype=None):
-        load = _load_exported if (Path(path) / EXPORTED).is_file() else _load_checkpoint
-        where, meta, weights = load(path)
+        exported = (Path(path) / EXPORTED).is_file()
+        where, meta, weights = (_read_exported if exported else _read_checkpoint)(path)
         tokenizer = Tokenizer.load(where / "tokenizer.tiktoken")
         try:
-            mask, longest = MaskSpec(**meta["mask"]), meta["passage_len"]
-            shape = dataclasses.asdict(ConanConfig(**meta["model"]))
-            if longest < 1 or tokenizer.vocab_size > shape["vocab_size"]:
-                raise ValueError(f"passage_len {longest}, {tokenizer.vocab_size} tokens for a "
-                                 f"model of {shape['vocab_size']}")
+            mask, max_len, config = MaskSpec(**meta["mask"]), meta["passage_len"], meta["model"]
+            config, prompts = ConanConfig(**config), dict(meta.get("prompts", PROMPTS))
+            if max_len < 1 or tokenizer.vocab_size > config.vocab_size:
+                raise ValueError(f"passage_len {max_len}, {tokenizer.vocab_size} tokens for a "
+                                 f"model of {config.vocab_size}")
+            if not all(isinstance(text, str) for text in prompts.values()):
+                raise ValueError(f"prompts {prompts}")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where}: its config is not train.py's: {error!r}") from None
-        self._set(build_model(shape, weights, where), tokenizer, device or accelerator(), dtype,
-                  mask, longest)
-        self.checkpoint, self.meta = where, meta
+        device = torch.device(device or accelerator())
+        model = Conan(config, ops=kernels.pick(device))
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"{where}: the weights do not fit the model: {error}") from None
+        self._set(model.eval(), tokenizer, device, dtype, mask, max_len)
+        self.checkpoint, self.meta, self.prompts = where, meta, prompts
 
     @classmethod
-    def of(cls, model, tokenizer, device, dtype, mask, max_len):
-        """Wrap a model that is in memory, as the training loop does for mining and evaluation."""
+    def of(cls, model, tokenizer, device, dtype, mask, max_len, prompts=None):
+        """Wrap a model that is in memory, as training does for mining and evaluation."""
         self = cls.__new__(cls)
         self._set(model, tokenizer, device, dtype, mask, max_len)
-        self.checkpoint = None
+        self.checkpoint, self.meta = None, None
+        self.prompts = dict(PROMPTS if prompts is None else prompts)
         return self
 
     def _set(self, model, tokenizer, device, dtype, mask, max_len):
         self.device = torch.device(device)
-        self.dtype = dtype or ("float32" if self.device.type == "cpu" else "bfloat16")
+        default = "float32" if self.device.type == "cpu" else "bfloat16"
+        if (dtype or default) not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is unknown; choose float32 or bfloat16")
+        self.dtype = DTYPES[dtype or default]
         self.model, self.tokenizer, self.mask = model.to(self.device), tokenizer, mask
         self.max_len = min(max_len, model.config.block_size)
 
@@ -91,10 +103,10 @@ class Embedder:
                show_progress_bar=False):
         """Return (N, D) float32, one row for each text, in their order; a single str gives (D,).
 
-        prompt: an instruction for queries; passages carry none. truncate_dim: the first dims only,
-        normalised again. A text longer than the model was trained for is cut, an empty one is the
-        end-of-text token alone. batch_size: texts in a pass; more of them while they are short (an
-        embedding does not depend on its batch mates). Raises TypeError for what is no string.
+        prompt: the bare instruction of queries ("Find"); passages carry none. truncate_dim: the
+        first dims only, normalised again. A text longer than the model was trained for is cut; an
+        empty one is the end-of-text token alone. batch_size: texts in a pass, more while they are
+        short (an embedding does not depend on its batch). Raises TypeError for what is no string.
         """
         if isinstance(texts, str):
             return self.encode([texts], batch_size, prompt, truncate_dim, normalize)[0]
@@ -104,6 +116,7 @@ class Embedder:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         width = truncate_dim or self.dim
         out = np.empty((len(texts), width), dtype=np.float32)
+        skip = len(self.tokenizer.encode(format_query("", prompt))) if prompt else 0
         bar = tqdm(total=len(texts), unit="text", disable=not show_progress_bar, desc="encode")
         for start in range(0, len(texts), TEXTS_AT_A_TIME):
             part = list(texts[start:start + TEXTS_AT_A_TIME])
@@ -113,7 +126,7 @@ class Embedder:
             ids = [x[:self.max_len] or [self.tokenizer.eos_id] for x in
                    self.tokenizer.encode_batch([format_query(text, prompt) for text in part])]
             for batch in _batches(ids, batch_size):
-                vectors = self._forward([ids[i] for i in batch])[:, :width]     # (b, width)
+                vectors = self._forward([ids[i] for i in batch], skip)[:, :width]   # (b, width)
                 if normalize:
                     vectors = F.normalize(vectors, dim=-1)
                 out[start + np.array(batch)] = vectors.cpu().numpy()
@@ -122,10 +135,10 @@ class Embedder:
         return out
 
     @torch.no_grad()
-    def _forward(self, ids):
+    def _forward(self, ids, skip):
         flat = torch.tensor([i for text in ids for i in text], device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            return self.model(flat, [len(text) for text in ids], self.mask)
+            return self.model(flat, [len(text) for text in ids], self.mask, skip=[skip] * len(ids))
 
 
 def _batches(ids, batch_size):
@@ -142,19 +155,21 @@ def _batches(ids, batch_size):
         yield batch
 
 
+# ---------------------------------------------------------------- reading a model
+
 def find_checkpoint(path):
     """Return the checkpoint folder that `path` is, or the newest good one inside it."""
     path = Path(path)
     if (path / "manifest.json").is_file() and (path / "config.json").is_file():
         return path
-    found = checkpoint.latest(path) if path.is_dir() else None
-    if found is None:
+    newest = checkpoint.latest(path) if path.is_dir() else None
+    if newest is None:
         raise FileNotFoundError(f"{path}: no checkpoint here; train one with "
                                 f"`python train.py config/{path.name}.py`")
-    return found
+    return newest
 
 
-def _load_checkpoint(path):
+def _read_checkpoint(path):
     """Return (folder, config, weights) of a checkpoint; files are verified before they are read."""
     where = find_checkpoint(path)
     checkpoint.load(where, "tokenizer.tiktoken")
@@ -166,8 +181,8 @@ def _load_checkpoint(path):
     return where, meta, checkpoint.load(where, "model.pt")
 
 
-def _load_exported(path):
-    """Return the same of a directory that export.py wrote."""
+def _read_exported(path):
+    """Return the same of a folder that tools/export.py wrote."""
     where = Path(path)
     try:
         meta = json.loads((where / EXPORTED).read_text(encoding="utf-8"))
@@ -184,32 +199,16 @@ def _load_exported(path):
 
 
 def read_safetensors(path):
-    """Return {name: tensor} of a file: the header's length (8 bytes), a JSON header, the data."""
-    raw, tensors = np.fromfile(path, np.uint8), {}
+    """Return {name: tensor} of a file; ValueError by its name if it is damaged."""
     try:
-        start = 8 + int(raw[:8].view("<u8")[0])
-        header = json.loads(raw[8:start].tobytes())
-        data = torch.from_numpy(raw[start:])
-        for name, entry in header.items():
-            if name != "__metadata__":
-                first, end = entry["data_offsets"]
-                if not 0 <= first <= end <= len(data) or min(entry["shape"], default=0) < 0:
-                    raise ValueError(f"{name} lies at {first} .. {end} of {len(data)} bytes")
-                tensors[name] = data[first:end].view(SAFETENSORS[entry["dtype"]]).view(
-                    entry["shape"])
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: no whole safetensors file: {error!r:.200}") from None
-    return tensors
-
-
-def build_model(shape, weights, where):
-    """Return a `Conan` of this shape with these weights; ValueError if they do not fit."""
-    model = Conan(ConanConfig(**shape))
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ImportError(f"{path}: to read it, pip install safetensors") from None
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{where}: the weights do not fit the model: {error}") from None
-    return model.eval()
+        return load_file(path)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged safetensors file: {error!r:.200}") from None
 
 
 # ---------------------------------------------------------------- search
@@ -217,36 +216,30 @@ def build_model(shape, weights, where):
 def load_index(embedder, corpus):
     """Return (rows, vectors) of a collection's documents; the vectors are cached.
 
-    The cache lies beside the checkpoint (in an exported directory: in it) and carries the hashes
-    of checkpoint and corpus in its name: when either changes, it is built anew.
+    The cache lies beside the checkpoint (of an export: in its folder). Its name carries the hashes
+    of model and corpus: when either changes, it is built anew.
     """
-    path = next((p for p in (Path(corpus) / "corpus.jsonl", Path(corpus) / "corpus.jsonl.gz",
-                             Path(corpus)) if p.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"{corpus}: no corpus.jsonl here; train.py writes the embedded "
-                                "documentation to out/installed_docs")
-    rows = list(read_jsonl(path, {"id": str, "text": str}))
-    content = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    where = embedder.checkpoint
+    path = Path(corpus) if Path(corpus).is_file() else find_packed(Path(corpus) / "corpus.jsonl")
+    rows, where = list(read_with_ids(path)), embedder.checkpoint
+    content = hashlib.sha256(f"{embedder.dtype} {embedder.max_len}".encode() + path.read_bytes())
     folder = where if (where / EXPORTED).is_file() else where.parent
-    cache = folder / f"index-{embedder.fingerprint()}-{content}.npy"
-    if cache.is_file():
-        return rows, np.load(cache, mmap_mode="r")
-    if embedder.device.type == "cpu" and has_fast_bf16("cpu"):
-        embedder.dtype = "bfloat16"                    # ranks are the same, and it is faster
-    print(f"embedding {len(rows):,} documents of {path} once", file=sys.stderr)
-    texts = [f"{row.get('title') or ''}\n{row['text']}".strip() for row in rows]
-    vectors = embedder.encode(texts, show_progress_bar=True)
-    for old in cache.parent.glob("index-*.npy"):
-        old.unlink()
-    part = cache.with_suffix(f".{os.getpid()}.npy")
-    np.save(part, vectors)
-    os.replace(part, cache)
-    return rows, vectors
+    cache = folder / f"index-{embedder.fingerprint()}-{content.hexdigest()[:16]}.npy"
+    if not cache.is_file():
+        print(f"embedding {len(rows):,} documents of {path} once", file=sys.stderr)
+        vectors = embedder.encode([document_text(row) for row in rows], show_progress_bar=True)
+        for old in folder.glob("index-*.npy"):
+            old.unlink()
+        with atomic(cache, "wb") as file:
+            np.save(file, vectors)
+    return rows, np.load(cache, mmap_mode="r")
 
 
-def search(embedder, rows, vectors, query, k=10, prompt=PROMPTS["retrieval"]):
-    """Return the k best [(score, row)] for a query, best first."""
+def search(embedder, rows, vectors, query, k=10, prompt=None):
+    """Return the k best [(score, row)] for a query, best first.
+
+    prompt: the query's instruction; None takes the one that retrieval was trained with.
+    """
+    prompt = embedder.prompts.get("retrieval") if prompt is None else prompt
     scores = vectors @ embedder.encode(query, prompt=prompt)                # (N,)
     return [(float(scores[i]), rows[i]) for i in np.argsort(-scores, kind="stable")[:k]]
 
@@ -256,6 +249,25 @@ def show(results):
     for place, (score, row) in enumerate(results, 1):
         lines = [line.strip() for line in row["text"].splitlines() if line.strip()]
         print(f"{place:>3}  {score:.3f}  {row['id']}\n            {' '.join(lines[:2])[:88]}")
+
+
+def run(args):
+    """Embed a file of texts, or search; `args` as `main` parses them."""
+    if args.texts and not args.out:
+        raise ValueError("--texts needs --out=FILE.npy")
+    embedder = Embedder(args.checkpoint, args.device, args.dtype)
+    if args.texts:
+        vectors = embedder.encode(read_texts(args.texts), prompt=args.prompt,
+                                  truncate_dim=args.truncate_dim, show_progress_bar=True)
+        with atomic(args.out, "wb") as file:
+            np.save(file, vectors)
+        print(f"wrote {args.out}: {vectors.shape[0]:,} x {vectors.shape[1]} float32")
+        return
+    rows, vectors = load_index(embedder, args.corpus)
+    while query := args.query or input("query (empty to stop): ").strip():
+        show(search(embedder, rows, vectors, query, args.k, args.prompt))
+        if args.query:
+            return
 
 
 def main():
@@ -268,38 +280,17 @@ def main():
     parser.add_argument("--k", type=int, default=10, help="results to show")
     parser.add_argument("--texts", help="embed this file instead: one text a line, or JSONL {text}")
     parser.add_argument("--out", help="with --texts: write the (N, D) float32 vectors here (.npy)")
-    parser.add_argument("--prompt", help="with --texts: the instruction in front of each text")
-    parser.add_argument("--truncate_dim", type=int, help="keep the first dims only (MRL)")
+    parser.add_argument("--prompt", help="the instruction, empty for none; default: of a query the "
+                                         "trained one, of --texts none")
+    parser.add_argument("--truncate_dim", type=int, help="with --texts: keep the first dims (MRL)")
     parser.add_argument("--device", help="cpu, cuda or npu; default: the best one here")
-    args = parser.parse_args()
+    parser.add_argument("--dtype", help="float32 or bfloat16; default: float32 on a CPU")
     try:
-        embedder = Embedder(args.checkpoint, args.device)
-        if args.texts:
-            if not args.out:
-                raise ValueError("--texts needs --out=FILE.npy")
-            vectors = embedder.encode(read_texts(args.texts), prompt=args.prompt,
-                                      truncate_dim=args.truncate_dim, show_progress_bar=True)
-            np.save(args.out, vectors)
-            print(f"wrote {args.out}: {vectors.shape[0]:,} x {vectors.shape[1]} float32")
-            return
-        rows, vectors = load_index(embedder, args.corpus)
-        if args.query:
-            show(search(embedder, rows, vectors, args.query, args.k))
-            return
-        while query := input("query (empty to stop): ").strip():
-            show(search(embedder, rows, vectors, query, args.k))
-    except (ValueError, OSError, TypeError) as error:
+        run(parser.parse_args())
+    except (ValueError, OSError, TypeError, ImportError) as error:
         sys.exit(f"embed.py: error: {error}")
     except (EOFError, KeyboardInterrupt):
         print()
-
-
-def read_texts(path):
-    """Return the texts of a file: {"text"} rows if it is JSONL (also .gz), else its lines."""
-    if Path(path).suffix in (".jsonl", ".gz"):
-        return [row["text"] for row in read_jsonl(path, {"text": str})]
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return [line.rstrip("\n") for line in file]
 
 
 if __name__ == "__main__":

@@ -7,22 +7,20 @@
     embed_sup   retrieval, CLR, classes,    InfoNCE + 7 negatives,  bidirectional  Sec. 3.1.2,
                 STS                         CoSENT; MRL, DHNM                      3.3, 3.4
 
-    python train.py config/embed_sup.py                         # a laptop: all four, ten minutes
+    python train.py config/embed_sup.py                         # a laptop: all four stages
     torchrun train.py config/embed_sup.py                       # the same
     torchrun --nproc_per_node=8 train.py config/full/sft.py     # 1.4B, App. A
     python train.py config/embed_sup.py --dhnm=fixed --seed=1 --out=out/fixed
 
-A stage starts from the checkpoint of the stage before it, which is trained first if it is missing
-(at full size that is an error naming the command). An interrupted stage goes on where it was.
+A stage starts from the checkpoint of the stage before it, which is trained first if it is missing.
+An interrupted stage resumes exactly where it stopped.
 """
 import contextlib
 import dataclasses
 import json
 import math
 import os
-import platform
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -32,43 +30,36 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
+import torch.nn.functional as F
 
 import data
-from tools import sets
-from align import aligned, translation_matrix
-from configurator import load_config, split_args
+from configurator import ConfigError
 from embed import Embedder
-from engine import budget, checkpoint, distributed
-from engine.progress import Log, StopSignal
-from eval import evaluate_collection
-from tasks import LexicalBaseline
-from lora import add_lora, lora_state_dict, merged_state_dict
-from losses import cached_backward, cosent_loss, info_nce, matryoshka
-from mask import MaskSpec, alpha
-from mixture import (build_tasks, ensure_files, fill_pools, load_tokenizer, parallel_sentences,
-                     uses_docs)
+from engine import budget, checkpoint, distributed, kernels, memory, report, run
+from engine.jsonl import atomic, read_jsonl
+from engine.microbatch import two_pass
+from engine.order import task_of_step
+from eval import LexicalBaseline, evaluate_collection
+from lora import add_lora, merged_state_dict
+from losses import cosent_loss, info_nce, matryoshka
+from mask import CAUSAL, FULL, MaskSpec, alpha
 from model import Conan, ConanConfig
+from sample import generate
+from tokenizer import Tokenizer
+from toy import build as toy
 
 STAGES = ("pretrain", "sft", "embed_weak", "embed_sup")
-RUN_WIDE = {"out", "docs", "root", "text", "pairs", "evaluate", "skip_bad_lines", "vocab_size",
-            "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "attention_dim", "block_size",
-            "rope_base", "norm_eps", "embed_std", "embed_rank_power", "aligned_start", "pooling",
-            "seed", "device", "dtype", "log_every", "keep_last", "checkpointing", "compile",
-            "parallel"}
-LIMITS = {                         # of settings; those not named here may be all of their type
-    **dict.fromkeys(("steps", "batch_size", "log_every", "save_every", "keep_last", "query_len",
-                     "passage_len", "n_negatives", "pool_size"), (1, 10 ** 12)),
-    **dict.fromkeys(("micro_batch_size", "remine_every", "lora_rank"), (0, 10 ** 12)),
-    **dict.fromkeys(("temperature", "sts_temperature"), (1e-4, 1e4)),
-    **dict.fromkeys(("warmup", "final_lr"), (0, 1)), "beta2": (0, 1 - 1e-9),
-    "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "grad_clip": (1e-9, 1e9),
-    "aligned_start": (0, 1e6), "negative_cap": (0, 1e3), "rope_base": (1, 1e12),
-    "norm_eps": (0, 1e6), "embed_std": (1e-6, 1e3), "embed_rank_power": (0, 100),
-    "vocab_size": (258, 2 ** 31),
-    "seed": (0, 2 ** 62),
-}
-SLOW_SAVE = 20.0                   # seconds; a save that takes longer warns
+LIMITS = {                         # of settings; the others may be anything of their type
+    **dict.fromkeys(("steps", "batch_size", "log_every", "save_every", "query_len", "passage_len",
+                     "n_negatives", "pool_size"), (1, 10 ** 14)),
+    **dict.fromkeys(("micro_batch_size", "lora_rank"), (0, 10 ** 12)),
+    "temperature": (1e-4, 1e4), "warmup": (0, 1), "final_lr": (0, 1), "beta2": (0, 1 - 1e-9),
+    "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "vocab_size": (258, 2 ** 31),
+    "seed": (0, 2 ** 62)}
+TASKS = ("retrieval", "clr", "classification", "sts")
+GRAD_CLIP = 1.0                    # UNSPECIFIED: the norm that gradients are cut to
+VALIDATION_TEXTS = 200             # held-out examples that an LM stage is measured on,
+VALIDATE_EVERY = 50                # steps
 
 
 @dataclass(frozen=True)
@@ -77,56 +68,46 @@ class TrainConfig:
     # --- the run
     stage: Literal["pretrain", "sft", "embed_weak", "embed_sup"] = "embed_sup"
     previous: str = ""             # config file of the stage before; empty: random weights
-    train_missing: bool = True     # train the stage before if it has no checkpoint
     out: str = "out"               # the stage writes to OUT/STAGE
-    resume: bool = True            # go on where an interrupted run of the stage was
+    resume: bool = True            # continue an interrupted run of the stage
     seed: int = 0                  # of weights, order and task draw
-    # --- data: files of data.py's formats; empty: the embedded documentation corpus
-    docs: str = "out/installed_docs"         # where the embedded corpus is built
-    root: str = ""                 # a folder of public sets: sets.py makes the files, in OUT/sets
+    # --- data: files of data.py's formats; if none is named, those in the folder `data`
+    data: str = "out/installed_docs"         # the embedded corpus, or what tools.sets wrote
     text: tuple[str, ...] = ()     # pretraining, and the tokenizer's training text
     pairs: tuple[str, ...] = ()    # sft and embed_weak
     retrieval: tuple[str, ...] = ()        # embed_sup, with DHNM
-    clr: tuple[str, ...] = ()              # embed_sup, with DHNM: rows made by clr.py
+    clr: tuple[str, ...] = ()              # embed_sup, with DHNM: rows made by tools.translate
     classification: tuple[str, ...] = ()   # embed_sup, with DHNM: labels are the passages
     sts: tuple[str, ...] = ()              # embed_sup, CoSENT
-    evaluate: tuple[str, ...] = ()         # collections scored at the end; empty: the test split
+    evaluate: tuple[str, ...] = ()         # collections scored at the end; empty: DATA's own
     skip_bad_lines: bool = False   # count bad lines instead of stopping at them
     query_len: int = 48            # tokens of a query at most; longer ones are cut and counted
-    passage_len: int = 96          # tokens of a passage, of an SFT example, and of `encode`
+    passage_len: int = 64          # tokens of a passage, and of an example of stages 1 and 2
     # --- model (ConanConfig)
-    vocab_size: int = 24_576       # English and 25 other languages (docs/log.md)
-    n_layer: int = 1
+    vocab_size: int = 8192
+    n_layer: int = 4
     n_head: int = 4
-    n_kv_head: int = 1
-    n_embd: int = 768
-    ffn_dim: int = 64
-    attention_dim: int = 256       # of all heads together; 0: n_embd
+    n_kv_head: int = 2
+    n_embd: int = 256
+    ffn_dim: int = 768
     block_size: int = 1024
-    rope_base: float = 10_000.0
-    norm_eps: float = 25.0         # with the next two, untrained, a bag of words weighted by IDF:
-    embed_std: float = 0.2         # Conan.rank_scale; the customary 1e-5, 0.02 and 0 need several
-    embed_rank_power: float = 4.0  # times the steps at this scale (docs/log.md)
-    aligned_start: float = 0.0     # weight of its translations in a random vector (align.py)
     pooling: Literal["mean", "last"] = "mean"
+    pool_prompt: bool = False      # whether an instruction's tokens are part of the mean
     # --- losses
-    temperature: float = 0.05      # InfoNCE; 1.0 is the printed formula
-    sts_temperature: float = 0.05  # CoSENT
+    temperature: float = 0.05      # of InfoNCE and CoSENT; 1.0 is the printed Eq. 1
     dims: tuple[int, ...] = ()     # MRL dims of embed_sup; empty: the full width only
     task_weights: dict[str, float] = dataclasses.field(default_factory=lambda: {
         "retrieval": 3.0, "clr": 3.0, "classification": 2.8, "sts": 1.8})  # Table 11, million rows
     file_weights: dict[str, float] = dataclasses.field(default_factory=dict)  # embed_weak: how
                                    # often rows of a file of pairs are drawn, {pattern: times}
     # --- soft mask (embed_weak)
-    schedule: Literal["linear", "accelerating", "decelerating", "hard"] = "linear"
+    schedule: Literal["linear", "accelerating", "decelerating", "hard", "causal"] = "linear"
     mask_axis: Literal["row", "col"] = "row"
     mask_apply: Literal["weights", "logits"] = "weights"
     # --- DHNM (embed_sup)
-    dhnm: Literal["v2", "v1", "fixed"] = "v2"  # Eq. (6), the rule of v1, or never replace
+    dhnm: Literal["v2", "fixed"] = "v2"    # Eq. (6), or never replace
     n_negatives: int = 7           # hard negatives of a query
     pool_size: int = 50            # candidates of a query
-    remine_every: int = 0          # refill the pools with the current model; 0: never
-    negative_cap: float | None = None  # drop candidates above cap * the positive's score
     # --- optimisation: AdamW
     lora_rank: int = 0             # train low-rank adapters alone (lora.py); 0: all weights
     steps: int = 100
@@ -138,7 +119,6 @@ class TrainConfig:
     final_lr: float = 0.1          # share of learning_rate that the cosine ends at; UNSPECIFIED
     weight_decay: float = 0.001
     beta2: float = 0.98
-    grad_clip: float = 1.0
     # --- machine
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
@@ -146,16 +126,13 @@ class TrainConfig:
     compile: bool = False          # torch.compile of each block: a minute at the start, then faster
     parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"  # with torchrun (engine/distributed.py)
     dry_run: bool = False          # print parameters, memory, tokens and FLOPs; train nothing
-    tensorboard: bool = False      # numbers to OUT/STAGE/tensorboard as well
-    log_every: int = 10
+    log_every: int = 10            # steps between two lines of OUT/STAGE/log.jsonl
     save_every: int = 200
-    keep_last: int = 2             # checkpoints to keep
 
     def __post_init__(self):
         for name, (low, high) in LIMITS.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} must lie in {low} .. {high}, not {value}")
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must lie in {low} .. {high}, not {getattr(self, name)}")
         if max(self.query_len, self.passage_len) > self.block_size:
             raise ValueError(f"query_len {self.query_len} and passage_len {self.passage_len} must "
                              f"not exceed block_size {self.block_size}")
@@ -164,16 +141,13 @@ class TrainConfig:
                              "bfloat16 shards would round what adapters add to a weight away")
         if any(not 1 <= d <= self.n_embd for d in self.dims):
             raise ValueError(f"dims {self.dims} must lie in 1 .. n_embd {self.n_embd}")
-        tasks = {"retrieval", "clr", "classification", "sts"}
-        for name, least in (("task_weights", 0), ("batch_sizes", 1)):
-            given = getattr(self, name)
-            if set(given) - tasks or any(not least <= v < 1e12 for v in given.values()):
-                raise ValueError(f"{name} {given}: tasks are {', '.join(sorted(tasks))}, values "
-                                 f"at least {least}, and finite")
-        if any(not 0 <= v < 1e12 for v in self.file_weights.values()):
-            raise ValueError(f"file_weights {self.file_weights}: values must be at least 0, and "
-                             "finite")
-        self.model_config()                        # raises for a shape that cannot be
+        for name, least in (("task_weights", 0), ("batch_sizes", 1), ("file_weights", 0)):
+            values = getattr(self, name)
+            if name != "file_weights" and set(values) - set(TASKS):
+                raise ValueError(f"{name} {values}: tasks are {', '.join(TASKS)}")
+            if any(not least <= v < 1e12 for v in values.values()):
+                raise ValueError(f"{name} {values}: values must be at least {least}, and finite")
+        self.model_config()                        # raises for an impossible shape
 
     def model_config(self):
         """Return the shape of the model."""
@@ -191,53 +165,57 @@ class TrainConfig:
 def stage_mask(cfg, step):
     """Return the mask of a step: causal, soft (PAPER Sec. 3.2, weak stage only), bidirectional.
 
-    The first weak step has alpha 0 and the last one exactly 1; "hard" is 1 from the first on.
+    The first weak step has alpha 0, the last one exactly 1. For comparison: "hard" is 1 from the
+    first step on, "causal" stays at 0 in stages 3 and 4.
     """
-    if cfg.stage in ("pretrain", "sft"):
-        return MaskSpec(alpha=0.0)
+    if cfg.stage in ("pretrain", "sft") or cfg.schedule == "causal":
+        return CAUSAL
     if cfg.stage == "embed_sup" or cfg.schedule == "hard":
-        return MaskSpec(alpha=1.0)
+        return FULL
     return MaskSpec(alpha(step, cfg.steps - 1, cfg.schedule), cfg.mask_axis, cfg.mask_apply)
 
 
-def stage_loss(model, batch, cfg, step, no_sync=contextlib.nullcontext):
-    """Backpropagate one step's loss; return (loss, scores of hard negatives or None, stats).
+def embedding_loss(x, batch, temperature, dims):
+    """Return (loss, cosines of hard negatives or None) of a batch's embeddings x (texts, D).
+
+    STS is PAPER Eq. 2, everything else Eq. 1; both are averaged over the MRL dims (App. A).
+    """
+    if batch.scores is not None:
+        def sts(left, right):
+            cosine = F.cosine_similarity(left, right, dim=-1)               # (B,)
+            return cosent_loss(cosine, batch.scores, temperature=temperature), None
+        return matryoshka(sts, x.chunk(2), dims)                            # Eq. 2
+    b = len(batch.query_ids)
+    query, positive, present = x.split([b, b, len(x) - 2 * b])
+    negatives = x.new_zeros(b, 0, x.shape[1])
+    if batch.negative_ids is not None:                     # empty places stay zero, and unused
+        negatives = x.new_zeros(*batch.negative_ids.shape, x.shape[1])      # (B, N, D)
+        negatives[batch.negative_ids >= 0] = present
+    nce = partial(info_nce, temperature=temperature, query_ids=batch.query_ids,
+                  positive_ids=batch.positive_ids, negative_ids=batch.negative_ids,
+                  known_ids=batch.known_ids)
+    return matryoshka(nce, (query, positive, negatives), dims)              # Eq. 1
+
+
+def step_loss(model, batch, cfg, step, no_sync=contextlib.nullcontext):
+    """Backpropagate one step's loss; return (loss, cosines of hard negatives or None).
 
     Texts go through the model in one call, or in chunks of `micro_batch_size` with the same result:
-    LM losses add up over chunks, contrastive ones are cached (losses.cached_backward).
+    LM losses add up over chunks, contrastive ones take two passes (engine/microbatch.py).
     """
-    mask = stage_mask(cfg, step)
-    chunks = list(batch.chunks(cfg.micro_batch_size))
-
-    if batch.targets is not None:                          # stages 1 and 2: next token
-        total, count = 0.0, distributed.mean_over_ranks((batch.targets != -100).sum())
-        for i, (ids, lengths, targets) in enumerate(chunks):
-            with no_sync() if i < len(chunks) - 1 else contextlib.nullcontext():
-                loss = model(ids, lengths, mask, targets)
-                loss = loss * (int((targets != -100).sum()) / max(count, 1))
-                loss.backward()
-            total += loss.detach()
-        return total, None, {}
-
-    def loss_of(x):                                        # (texts, D) embeddings
-        if batch.scores is not None:                       # PAPER Eq. 2: STS
-            cosent = partial(cosent_loss, score=batch.scores, temperature=cfg.sts_temperature)
-            return matryoshka(lambda a, b: cosent((a * b).sum(-1)), x.chunk(2), dims)
-        b = len(batch.query_ids)
-        query, positive, rest = x.split([b, b, len(x) - 2 * b])
-        negatives = None
-        if batch.negative_ids is not None:                 # absent ones (-1) stay zero, unused
-            negatives = x.new_zeros(*batch.negative_ids.shape, x.shape[1])      # (B, N, D)
-            negatives[batch.negative_ids >= 0] = rest
-        nce = partial(info_nce, temperature=cfg.temperature, query_ids=batch.query_ids,
-                      positive_ids=batch.positive_ids, negative_ids=batch.negative_ids,
-                      return_stats=True)
-        return matryoshka(nce, (query, positive, negatives), dims)              # PAPER Eq. 1
-
-    dims = cfg.dims if cfg.stage == "embed_sup" and cfg.dims else (cfg.n_embd,)
-    loss, *rest = cached_backward(lambda chunk: model(chunk[0], chunk[1], mask), chunks, loss_of,
-                                  no_sync)
-    return (loss, *rest) if rest else (loss, None, {})
+    mask, chunks = stage_mask(cfg, step), list(batch.chunks(cfg.micro_batch_size))
+    if batch.targets is None:                              # stages 3 and 4
+        dims = cfg.dims if cfg.stage == "embed_sup" and cfg.dims else (cfg.n_embd,)
+        return two_pass(lambda c: model(c[0], c[1], mask, skip=c[3]), chunks,
+                        lambda x: embedding_loss(x, batch, cfg.temperature, dims), no_sync)
+    total, count = 0.0, distributed.mean_over_ranks((batch.targets != -100).sum())
+    for i, (ids, lengths, targets, _) in enumerate(chunks):
+        with no_sync() if i < len(chunks) - 1 else contextlib.nullcontext():
+            share = int((targets != -100).sum()) / max(count, 1)
+            loss = model(ids, lengths, mask, targets) * share
+            loss.backward()
+        total += loss.detach()
+    return total, None
 
 
 def lr_at(step, cfg):
@@ -251,7 +229,7 @@ def lr_at(step, cfg):
 
 
 def build_optimizer(model, cfg):
-    """Return AdamW of what is not frozen; matrices decay, norm weights do not."""
+    """Return AdamW of what is not frozen. UNSPECIFIED: matrices decay, norm weights do not."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     return torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
@@ -259,149 +237,110 @@ def build_optimizer(model, cfg):
                              lr=cfg.learning_rate, betas=(0.9, cfg.beta2), fused=True)
 
 
-# ---------------------------------------------------------------- starting, saving, going on
+# ---------------------------------------------------------------- starting
 
-class Interrupted(Exception):
-    """A SIGTERM or SIGINT arrived; the run has been saved."""
-
-
-def initial_weights(cfg, argv, world):
-    """Return the state dict that a stage starts from, or None for random weights."""
-    if not cfg.previous:
-        return None
-    files, flags = split_args(argv)
-    handed = RUN_WIDE | {"lora_rank"} if cfg.stage == "embed_sup" else RUN_WIDE    # 3 and 4 alike
-    given = [cfg.previous, *(flag for key, flag in flags.items() if key in handed)]
-    before = load_config(TrainConfig, given)
-    where = finished(before)
-    if where is None:
-        command = f"python train.py {cfg.previous} --out={cfg.out}"
-        if not cfg.train_missing:
-            raise ValueError(f"{before.run_dir}: stage {cfg.stage} starts from stage "
-                             f"{before.stage}, which has no finished checkpoint; run: {command}")
-        train(before, given, world)
-        where = finished(before)
-    shape = json.loads(checkpoint.load(where, "config.json"))["model"]
-    if shape != dataclasses.asdict(cfg.model_config()):
-        raise ValueError(f"{where}: its model is {shape}, this stage asks for "
-                         f"{dataclasses.asdict(cfg.model_config())}")
-    return load_weights(cfg, world, where)
+def prepare(cfg):
+    """Build the embedded corpus if a run needs it; another folder of data must exist already."""
+    if data.uses_folder(cfg) and Path(cfg.data).name == "installed_docs":
+        toy.ensure(cfg.data)
+    elif data.uses_folder(cfg) and not Path(cfg.data).is_dir():
+        raise ValueError(f"data: there is no folder {cfg.data}; `python -m tools.sets` makes one")
 
 
-def aligned_weights(cfg, tokenizer):
-    """Return random weights in which tokens that translate each other start close (align.py)."""
-    weights = Conan(cfg.model_config()).init_weights().state_dict()
-    matrix = translation_matrix(parallel_sentences(cfg, tokenizer), cfg.vocab_size)
-    weights["embed_tokens.weight"] = aligned(weights["embed_tokens.weight"], matrix,
-                                             cfg.aligned_start)
-    return weights
+def finished(cfg, world):
+    """Return the checkpoint of a finished stage, else None; refuse other settings, other data."""
+    where = run.finished(cfg) if cfg.resume else None
+    if where:
+        run.check_data(world.main_first(lambda: data.hashes(cfg)), where)
+    return where
 
 
-def load_weights(cfg, world, where):
-    """Return a checkpoint's state dict; under fsdp on the main rank alone, {} on the others."""
-    return checkpoint.load(where, "model.pt") if world.is_main or cfg.parallel != "fsdp" else {}
-
-
-def build_model(cfg, world, weights, dtype):
-    """Return (the model, the model as `world` trains it); weights: a state dict, None: random ones.
+def build_model(state, weights):
+    """Set the state's model, and the model as its ranks train it; weights None: random ones.
 
     Under fsdp no device ever holds the model: it is built without memory, sharded, then filled.
     """
-    shape = cfg.model_config()
+    cfg, world = state.cfg, state.world
     sharded = cfg.parallel == "fsdp" and world.size > 1
+    generator = torch.Generator().manual_seed(cfg.seed)
     with torch.device("meta") if sharded else contextlib.nullcontext():
-        model = Conan(shape)
+        model = Conan(cfg.model_config(), ops=kernels.pick(world.device, cfg.compile))
     if not sharded:
-        model.load_state_dict(weights) if weights else model.init_weights()
+        model.load_state_dict(weights) if weights else model.init_weights(generator)
         if cfg.lora_rank:
             add_lora(model, cfg.lora_rank)
         model.to(world.device)
     model.checkpointing = cfg.checkpointing
-    wrapped = distributed.parallelize(model, world, cfg.parallel, dtype)
-    if sharded and weights is None:
-        Conan.skip_constructor(shape)              # one process has drawn these numbers
-        distributed.fill(model, world, model.fresh_weights())
-    elif sharded:
-        distributed.fill(model, world, distributed.from_main(weights, model, world))
+    state.wrapped = distributed.parallelize(model, world, cfg.parallel, state.dtype)
+    if sharded:
+        values = model.fresh_weights(generator) if weights is None else \
+            distributed.from_main(weights, model, world)
+        distributed.fill(model, world, values)
     if cfg.compile:
         distributed.compile_blocks(model)
-    return model, wrapped
+    state.model, state.merge = model, merged_state_dict if cfg.lora_rank else None
 
 
-def finished(cfg):
-    """Return the checkpoint of a stage that has run to its end, else None."""
-    where = checkpoint.latest(cfg.run_dir) if cfg.run_dir.is_dir() else None
-    if where is None:
-        return None
-    meta = json.loads(checkpoint.load(where, "config.json"))
-    check_same(cfg, meta["train"], where)
-    return where if meta["step"] >= meta["train"]["steps"] else None
+def train_tokenizer(cfg):
+    """Return a tokenizer of the pretraining text; one that was trained on it before is taken."""
+    kind = "text" if data.sources(cfg, "text") else "pairs"
+    rows = data.Rows(data.sources(cfg, kind), kind, skip_bad=cfg.skip_bad_lines)
+    made_of = " ".join([*rows.hashes().values(), str(cfg.vocab_size), Tokenizer.VERSION])
+    path = Path(cfg.out) / f"tokenizer-{data.text_id(made_of):016x}.tiktoken"
+    if not path.is_file():
+        all_rows = (rows[i] for i in range(len(rows)))
+        texts = (row if isinstance(row, str) else f"{row['query']}\n{row['pos'][0]}"
+                 for row in all_rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Tokenizer.train(texts, cfg.vocab_size).save(path)
+    return Tokenizer.load(path)
 
 
-FREE = {"out", "docs", "root", "resume", "train_missing", "log_every", "save_every", "keep_last",
-        "device", "evaluate", "micro_batch_size",          # what may differ when a run goes on
-        "checkpointing", "compile", "parallel", "dry_run", "tensorboard"}
+def start(cfg, world, where, before):
+    """Return the `State` of a stage as its checkpoint `where` left it, else at its first step.
 
-
-def check_same(cfg, saved, where):
-    """Raise ValueError if a checkpoint was made by another configuration, naming the keys."""
-    now, default = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, TrainConfig()))
-    saved = default | saved        # a setting that is younger than the checkpoint
-    other = [f"{k}={saved[k]} there, {now[k]} now" for k in now
-             if k not in FREE and saved[k] != now[k]]
-    if other:
-        raise ValueError(f"{where} was trained with {'; '.join(other)}. Choose another --out, or "
-                         "start this stage afresh with --resume=false")
-
-
-def save(cfg, world, step, model, optimizer, tasks, tokenizer_path, counters):
-    """Write a checkpoint: all that a run needs to go on, and all that `Embedder` needs.
-
-    model.pt has plain weights: with adapters in them, which the run itself keeps apart.
+    The first step starts from `before`, the checkpoint of the stage before, or from random weights.
+    Weights, tokenizer and instructions come from the checkpoint.
     """
-    began = time.perf_counter()
-    weights = distributed.model_state(model, world)            # all ranks: fsdp gathers them
-    state = distributed.optimizer_state(optimizer, world)
-    files = {}
-    if world.is_main:
-        mask = stage_mask(cfg, min(step, cfg.steps - 1))
-        files = {
-            "model.pt": weights,
-            "trainer.pt": {"step": step, "optimizer": state, "counters": counters,
-                           "rng": distributed.rng_state(world),
-                           "pools": {t.kind: t.pool.state_dict() for t, _ in tasks if t.pool}},
-            "tokenizer.tiktoken": tokenizer_path.read_bytes(),
-            "config.json": json.dumps({
-                "model": dataclasses.asdict(cfg.model_config()), "train": dataclasses.asdict(cfg),
-                "mask": dataclasses.asdict(mask), "passage_len": cfg.passage_len, "step": step,
-                "prompts": data.PROMPTS, "versions": versions()}, indent=1)}
-    if world.is_main and cfg.lora_rank:
-        files["trainer.pt"]["unmerged"] = weights
-        files |= {"model.pt": merged_state_dict(model), "lora.pt": lora_state_dict(model)}
-    path = checkpoint.save(cfg.run_dir, step, files, cfg.keep_last, is_main=world.is_main,
-                           gather=world.gather_objects)
-    seconds = time.perf_counter() - began
-    if world.is_main and seconds > SLOW_SAVE:
-        tqdm.write(f"warning: saving {path} took {seconds:.0f} s; after SIGTERM torchrun waits 30 s"
-                   " for a step and a save, then kills: what came after the last one would be lost")
-    return path
-
-
-def versions():
-    """Return the versions and the git commit that a run was made with."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                            capture_output=True).stdout.strip()
-    return {"git": commit or None, "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__}
+    source, weights, prompts = where or before, None, dict(data.PROMPTS)
+    hashes = world.main_first(lambda: data.hashes(cfg))
+    if where:
+        run.check_data(hashes, where)
+    if source:
+        meta = run.read_meta(source)
+        if meta["model"] != dataclasses.asdict(cfg.model_config()):
+            raise ValueError(f"{source}: its model is {meta['model']}, this stage asks for "
+                             f"{dataclasses.asdict(cfg.model_config())}")
+        weights, prompts = run.load_weights(cfg, world, source), meta["prompts"]
+        tokenizer = Tokenizer.load(source / "tokenizer.tiktoken")
+    else:
+        tokenizer = world.main_first(lambda: train_tokenizer(cfg))
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, more than vocab_size "
+                         f"{cfg.vocab_size}")
+    distributed.seed_everything(cfg.seed)
+    state = run.State(cfg, world, tokenizer, distributed.matmul_dtype(cfg.dtype, world.device),
+                      hashes)
+    build_model(state, weights)
+    state.tasks = data.build_tasks(cfg, tokenizer, world)
+    state.prompts = prompts | data.prompts_of(state.tasks)
+    state.embedder = Embedder.of(state.model, tokenizer, world.device, state.dtype,
+                                 stage_mask(cfg, cfg.steps - 1), cfg.passage_len, state.prompts)
+    state.optimizer = distributed.shard_optimizer(build_optimizer(state.model, cfg), world,
+                                                  cfg.parallel)
+    if where:
+        run.restore(state, checkpoint.load(where, "trainer.pt"))
+    elif cfg.stage == "embed_sup":
+        data.fill_pools([task for task, _ in state.tasks], state.embedder)
+    elif (loss := validation_loss(state)) is not None:
+        state.counters |= {"validation_before": loss, "validation": loss}
+    return state
 
 
 # ---------------------------------------------------------------- the loop
 
-def train(cfg, argv, world):
-    """Run one stage to its end (the stage before it first, if need be); return its checkpoint."""
-    done = finished(cfg) if cfg.resume else None
-    if done and (cfg.run_dir / "eval.json").is_file():     # else killed in its evaluation
-        return done
+def train(cfg, world, before=None):
+    """Train one stage to its end and score it; return its checkpoint. before: that of the last."""
     with checkpoint.only_writer(cfg.run_dir) if world.is_main else contextlib.nullcontext():
         if world.is_main:
             for name in cfg.evaluate:              # a mistake there would show at the very end
@@ -409,161 +348,142 @@ def train(cfg, argv, world):
             if not cfg.resume:
                 checkpoint.set_aside(cfg.run_dir)
                 (cfg.run_dir / "eval.json").unlink(missing_ok=True)
-        return train_stage(cfg, argv, world)
+        world.barrier()
+        where = checkpoint.latest(cfg.run_dir) if cfg.run_dir.is_dir() else None
+        state = start(cfg, world, where, before)
+        if state.step < cfg.steps:
+            run_steps(state)
+            where = run.save(state, cfg.steps)
+        score(state)
+    return where
 
 
-def train_stage(cfg, argv, world):
-    """Train one stage, from its last checkpoint on if there is one; return the finished one."""
-    world.main_first(lambda: ensure_files(cfg))
-    weights = initial_weights(cfg, argv, world)
-    dtype = cfg.dtype if cfg.dtype != "auto" else \
-        "bfloat16" if distributed.has_fast_bf16(world.device.type) else "float32"
-    distributed.seed_everything(cfg.seed)
-    tokenizer = load_tokenizer(cfg, world)
-    where = checkpoint.latest(cfg.run_dir) if cfg.resume and cfg.run_dir.is_dir() else None
-    state = None
-    if where:
-        check_same(cfg, json.loads(checkpoint.load(where, "config.json"))["train"], where)
-        weights = load_weights(cfg, world, where)
-        state = checkpoint.load(where, "trainer.pt")
-    elif weights is None and cfg.aligned_start:
-        weights = aligned_weights(cfg, tokenizer)
-    model, wrapped = build_model(cfg, world, weights, dtype)
-    tasks = build_tasks(cfg, tokenizer, world)
-    embedder = Embedder.of(model, tokenizer, world.device, dtype, MaskSpec(), cfg.passage_len)
-    optimizer = distributed.shard_optimizer(build_optimizer(model, cfg), world, cfg.parallel)
-    if state:
-        for task, _ in tasks:
-            task.load_pool(state["pools"].get(task.kind))
-    elif cfg.stage == "embed_sup":
-        fill_pools([task for task, _ in tasks], embedder)
-    step, counters = 0, {"tokens": 0, "truncated": 0, "skipped": 0, "in_a_row": 0}
-    if state:
-        distributed.load_optimizer_state(optimizer, state["optimizer"])
-        step, counters = state["step"], state["counters"]
-        if cfg.lora_rank:
-            model.load_state_dict(state["unmerged"])
-        distributed.set_rng_state(world, state["rng"])
-    keep = partial(save, cfg, world, model=model, optimizer=optimizer, tasks=tasks,
-                   tokenizer_path=Path(cfg.out) / "tokenizer.tiktoken", counters=counters)
-    run_steps(cfg, world, step, wrapped, optimizer, tasks, counters, keep, dtype, embedder)
-    done = keep(cfg.steps)
-    report_stage(cfg, world, tasks, embedder)
-    return done
-
-
-def run_steps(cfg, world, step, model, optimizer, tasks, counters, keep, dtype, embedder):
-    """Take the steps that are left, logging, saving and stopping cleanly on a signal."""
-    order = data.task_of_step(np.arange(cfg.steps), [w for _, w in tasks], cfg.seed)
-    taken = np.bincount(order[:step], minlength=len(tasks))
-    no_sync = distributed.no_sync(model)
-    stop = StopSignal()
-    log = Log(cfg, world, step)
-    log.candidates(tasks)
-    for step in range(step, cfg.steps):
-        if cfg.remine_every and step and step % cfg.remine_every == 0:
-            fill_pools([task for task, _ in tasks], embedder)
-        task = tasks[order[step]][0]
-        began = time.perf_counter()
-        batch = task.batch(int(taken[order[step]])).to(world.device)
+def run_steps(state):
+    """Take the steps that are left: log, save, and stop cleanly on a signal."""
+    cfg, world, tasks, counters = state.cfg, state.world, state.tasks, state.counters
+    order = task_of_step(np.arange(cfg.steps), [w for _, w in tasks], cfg.seed)
+    visits = np.bincount(order[:state.step], minlength=len(tasks))
+    no_sync = distributed.no_sync(state.wrapped)
+    stop, log = report.StopSignal(), report.Log(cfg, world, state.step)
+    log.tasks(tasks)
+    for step in range(state.step, cfg.steps):
+        task, began = tasks[order[step]][0], time.perf_counter()
+        batch = task.batch(int(visits[order[step]])).to(world.device)
         data_seconds = time.perf_counter() - began
-        taken[order[step]] += 1
-        for group in optimizer.param_groups:
+        visits[order[step]] += 1
+        for group in state.optimizer.param_groups:
             group["lr"] = lr_at(step, cfg)
-        with world.autocast(dtype):
-            loss, scores, stats = stage_loss(model, batch, cfg, step, no_sync)
-        norm = distributed.clip_grad_norm(model, cfg.grad_clip)
-        told = world.mean({"bad": not math.isfinite(float(loss) + float(norm)),
-                           "stop": stop.raised,        # what one rank met, all act on
-                           "tokens": len(batch.ids), "truncated": batch.truncated})
-        if told["bad"]:
-            skip_step(cfg, world, step, batch, counters, float(loss), float(norm))
+        with world.autocast(state.dtype):
+            loss, scores = step_loss(state.wrapped, batch, cfg, step, no_sync)
+        norm = distributed.clip_grad_norm(state.wrapped, GRAD_CLIP)
+        agreed = world.mean({"bad": not math.isfinite(float(loss) + float(norm)),
+                             "stop": stop.raised,      # the same flags on every rank
+                             "tokens": len(batch.ids), "truncated": batch.truncated})
+        stats = {}
+        if agreed["bad"]:
+            run.skip_step(state, step, batch, float(loss), float(norm))
         else:
-            optimizer.step()
+            state.optimizer.step()
             counters["in_a_row"] = 0
             if task.pool and scores is not None:
                 task.pool.update(world.gather(torch.from_numpy(batch.rows)),
                                  world.gather(scores.cpu()))
-                stats |= task.pool.stats()
-        optimizer.zero_grad(set_to_none=True)
+                stats = task.pool.stats()
+        state.optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % VALIDATE_EVERY == 0 and "validation" in counters:
+            counters["validation"] = validation_loss(state)
         for name in ("tokens", "truncated"):
-            counters[name] += round(told[name] * world.size)
+            counters[name] += round(agreed[name] * world.size)
         log.step(step, batch, {"loss": float(loss), **stats}, data_seconds,
                  {"alpha": stage_mask(cfg, step).alpha, "lr": lr_at(step, cfg),
                   "grad_norm": float(norm), **counters})
         if world.device.type == "cpu":
-            distributed.release_memory()
-        if told["stop"]:
-            keep(step + 1)
-            raise Interrupted(stop.number or signal.SIGTERM)
+            memory.release_memory()
+        if agreed["stop"]:
+            run.save(state, step + 1)
+            raise run.Interrupted(stop.number or signal.SIGTERM)
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            keep(step + 1)
+            run.save(state, step + 1)
     log.close()
     stop.restore()
 
 
-def skip_step(cfg, world, step, batch, counters, loss, norm, most=10):
-    """Leave a step with a non-finite loss or gradient out, on all ranks alike; stop after `most`.
-
-    The batch is written to the run's folder, so that the step can be looked at again.
-    """
-    counters["skipped"] += 1
-    counters["in_a_row"] += 1
-    path = cfg.run_dir / f"nonfinite_step{step}_rank{world.rank}.pt"
-    torch.save(dataclasses.asdict(batch) | {"rows": batch.rows.tolist()}, path)
-    text = (f"step {step}, task {batch.task}: loss {loss}, gradient norm {norm}; skipped, the "
-            f"batch is in {path}")
-    if counters["in_a_row"] >= most:
-        raise FloatingPointError(f"{text}; {most} such steps in a row")
-    tqdm.write(text)
-
-
 # ---------------------------------------------------------------- what a stage is worth
 
-def report_stage(cfg, world, tasks, embedder):
-    """Score the stage on its collections (all ranks do), write OUT/STAGE/eval.json."""
-    embedder.mask = stage_mask(cfg, cfg.steps - 1)
-    results = {}
+def collections(cfg):
+    """Return the folders that a stage is scored on: those named, else the test splits of DATA."""
+    if cfg.evaluate or not data.uses_folder(cfg):
+        return [Path(name) for name in cfg.evaluate]
+    folders = {path.parent for name in ("corpus.jsonl", "corpus.jsonl.gz")
+               for path in Path(cfg.data).rglob(name)}
+    return sorted(folder for folder in folders if folder.name not in ("dev", "search"))
+
+
+@torch.no_grad()
+def validation_loss(state):
+    """Return the next-token loss on DATA's held-out documents or pairs; None if there is none."""
+    cfg, folder = state.cfg, Path(state.cfg.data)
+    file = {"pretrain": "text_dev.jsonl", "sft": "dev/corpus.jsonl"}.get(cfg.stage)
+    if file is None or not data.uses_folder(cfg) or not (folder / file).is_file():
+        return None
+    if cfg.stage == "pretrain":
+        texts = [row["text"] for row in read_jsonl(folder / file)]
+        rows = [(None, "", text) for text in texts[:VALIDATION_TEXTS]]
+    else:
+        dev = data.load_collection(folder / "dev")
+        body = {row["id"]: data.document_text(row) for row in dev.corpus}
+        rows = [(state.prompts["retrieval"], query["text"], body[max(dev.qrels[query["id"]])])
+                for query in dev.queries[:VALIDATION_TEXTS]]
+    total = count = 0
+    for i in range(0, len(rows), 50):
+        batch = data.sft_batch(rows[i:i + 50], range(i, i + 50), state.tokenizer, cfg.passage_len)
+        batch, n = batch.to(state.world.device), int((batch.targets != -100).sum())
+        with state.world.autocast(state.dtype):
+            total += float(state.wrapped(batch.ids, batch.lengths, CAUSAL, batch.targets)) * n
+        count += n
+    return total / count
+
+
+def score(state):
+    """Score a stage on its collections and by its own measure; write OUT/STAGE/eval.json."""
+    cfg, results = state.cfg, {}
+    if "validation" in state.counters:
+        name = f"lm/{Path(cfg.data).name}/dev/loss"
+        results = {f"{name}_before": state.counters["validation_before"],
+                   name: validation_loss(state)}
+    if cfg.stage in ("pretrain", "sft"):
+        if state.world.is_main and cfg.parallel != "fsdp":
+            prompt = "Return the" if cfg.stage == "pretrain" else \
+                data.format_sft(state.prompts["retrieval"], "Return the sum of two numbers.")
+            text = generate(state.model, state.tokenizer, prompt)
+            print(f"\n{cfg.stage} writes: {prompt!r} -> {text!r}\n")
     for name in collections(cfg):
         dims = cfg.dims if cfg.stage == "embed_sup" else ()
-        results |= evaluate_collection(embedder, name, dims)
-    for task, _ in tasks:
+        results |= evaluate_collection(state.embedder, name, dims)
+    for task, _ in state.tasks:
         if task.pool:
             results |= {f"dhnm/{task.kind}/queries_changed_{changes}_times": queries
                         for changes, queries in task.pool.histogram().items()}
-    if world.is_main:
-        (cfg.run_dir / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
+    if state.world.is_main:
+        with atomic(cfg.run_dir / "eval.json") as file:
+            file.write(json.dumps(results, indent=1) + "\n")
+    state.world.barrier()
 
 
-def collections(cfg):
-    """Return the folders that a stage is scored on."""
-    if cfg.evaluate or not uses_docs(cfg):
-        return [Path(name) for name in cfg.evaluate or sets.held_out_collections(cfg.root)]
-    return [Path(cfg.docs) / "test", Path(cfg.docs) / "clr_test"]
-
-
-def summary(cfg, minutes):
+def summarise(cfg, minutes):
     """Print all stages beside BM25, and write the same numbers to OUT/summary.json."""
-    found = {}
-    if uses_docs(cfg):
-        found["BM25"] = evaluate_collection(LexicalBaseline(), Path(cfg.docs) / "test") \
-            | evaluate_collection(LexicalBaseline(), Path(cfg.docs) / "clr_test")
+    scores = {}
+    if data.uses_folder(cfg):
+        scores["BM25"] = {key: value for folder in collections(cfg)
+                          for key, value in evaluate_collection(LexicalBaseline(), folder).items()}
     for stage in STAGES:
         path = Path(cfg.out) / stage / "eval.json"
         if path.is_file():
-            found[stage] = json.loads(path.read_text())
-    keys = sorted({key for results in found.values() for key in results if "/ndcg@10" in key})
-    whole = {key.rsplit("/", 1)[0] for key in keys if "-" not in key.split("/")[2]}
-    for name in sorted(name for name in whole if not name.split("/")[2].startswith("mean_")):
-        print_table(name, found, cfg.dims)
-    print_languages(found)
-    for key, value in found.get(cfg.stage, {}).items():
-        if key.startswith("dhnm/"):
-            print(f"{key:<50}{value:>8}")
-    (Path(cfg.out) / "summary.json").write_text(json.dumps(
-        {"minutes": minutes, "versions": versions(), "cores": os.cpu_count(), "steps": {
-            s: json.loads(p.read_text())["train"]["steps"] for s in STAGES for p in
-            sorted((Path(cfg.out) / s).glob("step_*/config.json"))}, **found}, indent=1) + "\n")
+            scores[stage] = json.loads(path.read_text())
+    report.print_summary(scores, cfg.dims)
+    with atomic(Path(cfg.out) / "summary.json") as file:
+        file.write(json.dumps({"minutes": minutes, "versions": run.versions(),
+                               "cores": os.cpu_count(), **scores}, indent=1) + "\n")
     print(f"\ncheckpoint: {checkpoint.latest(cfg.run_dir)}   ({minutes:.1f} minutes)")
     if cfg.stage.startswith("embed"):
         where = "" if cfg.run_dir == Path("out/embed_sup") else f" --checkpoint={cfg.run_dir}"
@@ -571,51 +491,36 @@ def summary(cfg, minutes):
               "matrix\"")
 
 
-def print_table(name, found, dims, metrics=("ndcg@10", "recall@1", "recall@10")):
-    """Print a collection's scores, a row for each stage and for each MRL dim of the last."""
-    print(f"\n{name:<40}" + "".join(f"{m:>11}" for m in metrics))
-    for label, results in found.items():
-        for dim in ["", *(f":{d}" for d in dims if label == "embed_sup")]:
-            values = [results.get(f"{name}/{m}{dim}") for m in metrics]
-            if None not in values:
-                shown = f"{label}, first {dim[1:]} dims" if dim else label
-                print(f"{shown:<40}" + "".join(f"{v:>11.3f}" for v in values))
-
-
-def print_languages(found):
-    """Print nDCG@10 for each query language of collections in several (keys "zh-en")."""
-    pairs = sorted({key.split("/")[2] for results in found.values() for key in results
-                    if key.endswith("/ndcg@10") and "-" in key.split("/")[2]})
-    for label, results in found.items() if pairs else ():
-        cells = {p: v for p in pairs for k, v in results.items() if k.endswith(f"/{p}/ndcg@10")}
-        if cells:
-            print(f"\n{label}, nDCG@10 by query language - passage language, mean "
-                  f"{sum(cells.values()) / len(cells):.3f}")
-            print("  ".join(f"{p} {v:.2f}" for p, v in cells.items()))
-
-
 def main(argv=None):
-    """Train the stage that the command line asks for, and print what came out."""
-    given = sys.argv[1:] if argv is None else argv
-    cfg = load_config(TrainConfig, argv)
+    """Train the stage that the command line asks for, and before it the stages that are missing."""
+    try:
+        configs = run.chain(TrainConfig, sys.argv[1:] if argv is None else list(argv))
+    except ConfigError as error:
+        if argv is not None:
+            raise
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    cfg = configs[-1]
     if cfg.dry_run:
         with torch.device("meta"):                 # shapes without memory
             model = Conan(cfg.model_config())
         return print(budget.report(cfg, add_lora(model, cfg.lora_rank) if cfg.lora_rank else model))
-    world, began = distributed.start(cfg.device), time.perf_counter()
+    world, began, code = distributed.start(cfg.device), time.perf_counter(), 0
     try:
-        train(cfg, given, world)
+        world.main_first(lambda: prepare(cfg))
+        done = None
+        for stage in configs:
+            done = finished(stage, world) or train(stage, world, before=done)
         if world.is_main:
-            summary(cfg, (time.perf_counter() - began) / 60)
-        code = 0
-    except Interrupted as stopped:
+            summarise(cfg, (time.perf_counter() - began) / 60)
+    except run.Interrupted as stopped:
         if world.is_main:
-            print(f"stopped by a signal and saved in {cfg.out}; the same command goes on")
+            print(f"stopped by a signal and saved in {cfg.out}; the same command resumes")
         code = 128 + int(str(stopped))
     except (ValueError, OSError, FloatingPointError) as error:
         code = f"train.py: error: {error}"
     finally:
-        distributed.stop()             # here the error, and the model in its frames, are gone
+        distributed.stop()             # the traceback no longer holds the model
     if code:
         sys.exit(code)
 

@@ -1,9 +1,12 @@
 """Stage 1 on a laptop: next-token prediction over whole docstrings (PAPER Sec. 3.1.1).
 
-    python train.py config/pretrain.py        # a minute on two cores
+    python train.py config/pretrain.py
 """
 stage = "pretrain"
-steps = 20
-batch_size = 64                    # windows of 64 tokens
-passage_len = 64
-learning_rate = 1e-4
+steps = 350
+batch_size = 32                    # windows of 256 tokens
+passage_len = 256
+learning_rate = 2e-3
+warmup = 0.2
+final_lr = 1.0                     # constant after the warm-up: the paper names no decay
+beta2 = 0.95

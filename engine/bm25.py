@@ -5,39 +5,32 @@
 
 This is the variant of today's Lucene: the idf is never negative, and the classic constant factor
 (k1 + 1), which changes no ranking, is left out. k1 = 1.2 and b = 0.75 are its defaults too.
-A word is a run of letters, marks and digits, lower-cased (so `np.linalg_norm` is three words);
-scripts written without spaces, and Hangul, become overlapping pairs of characters instead.
-The paper does not use BM25; its sec. 3.2 mines candidates with an embedder.
+A word is a run of letters, marks and digits, in NFC and lower case: `np.linalg_norm` has three.
+Scripts written without spaces, and Hangul, become overlapping pairs of characters instead.
+The paper does not use BM25; its Sec. 3.4 mines candidates with an embedder.
 
     from engine.bm25 import BM25
     indices, scores = BM25(["a cat", "a dog"]).top_k(["dogs and a dog"], k=1)    # [[1]]
 """
 
-import functools
-import re
 import unicodedata
 from array import array
 from collections import Counter
 
 import numpy as np
+import regex
 
 # Thai, Lao, Tibetan, Burmese, Khmer; Hangul (words carry endings: pairs find the stem); kana, Han.
 NO_SPACES = (
     "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u1100-\u11ff\uac00-\ud7af"
     "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
-    "\U00020000-\U0003ffff"
-)
-
-
-@functools.cache
-def _word_pattern():
-    # `re` has no class for combining marks, and \w leaves them out: Hindi would fall to pieces.
-    marks = "".join(chr(c) for c in range(0x10000) if unicodedata.category(chr(c))[0] == "M")
-    return re.compile(f"(?P<run>[{NO_SPACES}]+)|(?:(?![{NO_SPACES}])[^\\W_][{marks}]*)+")
+    "\U00020000-\U0003ffff")
+# Marks (\p{M}) are vowel signs and accents: without them Hindi words fall to pieces.
+WORD = regex.compile(rf"(?P<run>[{NO_SPACES}]+)|(?:(?![{NO_SPACES}])[\p{{L}}\p{{N}}]\p{{M}}*)+")
 
 
 def split_words(text):
-    """Split a text of any script into the words that BM25 counts.
+    """Split a text of any script into the words that BM25 counts, composed or not (NFC).
 
     >>> split_words("torch.nn.Conv2d pads_with zéros")
     ['torch', 'nn', 'conv2d', 'pads', 'with', 'zéros']
@@ -45,10 +38,10 @@ def split_words(text):
     ['東京', '京都', '都の', 'cat']
     """
     words = []
-    for match in _word_pattern().finditer(text.lower()):
+    for match in WORD.finditer(unicodedata.normalize("NFC", text).lower()):
         word = match.group()
         if match.lastgroup == "run" and len(word) > 1:
-            words.extend(word[i : i + 2] for i in range(len(word) - 1))
+            words.extend(word[i:i + 2] for i in range(len(word) - 1))
         else:
             words.append(word)
     return words
@@ -75,9 +68,9 @@ class BM25:
         self.n_documents, n_words = len(lengths), len(self.vocabulary)
 
         lengths = np.asarray(lengths, dtype=np.int64)
-        owner = np.repeat(np.arange(self.n_documents), lengths)  # the document of each token
+        owner = np.repeat(np.arange(self.n_documents), lengths)         # the document of each token
         keys = np.asarray(tokens, dtype=np.int64) * self.n_documents + owner
-        keys, frequency = np.unique(keys, return_counts=True)  # by word, then by document
+        keys, frequency = np.unique(keys, return_counts=True)           # by word, then by document
         word, document = np.divmod(keys, max(self.n_documents, 1))
         df = np.bincount(word, minlength=n_words)
         idf = np.log1p((self.n_documents - df + 0.5) / (df + 0.5))
@@ -130,5 +123,5 @@ def top_k_of(scores, k):
     threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
     above = np.flatnonzero(scores > threshold)
     level = np.flatnonzero(scores == threshold)[: k - len(above)]
-    chosen = np.concatenate([above, level])  # ties at the edge: lowest index first
+    chosen = np.concatenate([above, level])            # ties at the edge: lowest index first
     return chosen[np.lexsort((chosen, -scores[chosen]))]

@@ -11,7 +11,7 @@ tensor, and texts as long as the configuration allows: an upper bound, as real t
 B texts, T tokens of a text, S = B * T, D width, E head dim, K key/value heads, H heads, F ffn dim,
 V vocabulary, N parameters, W ranks.
 """
-from losses import logits_chunk
+from engine.kernels import logits_chunk
 
 WORLDS = (1, 8, 16, 64)
 MODES = ("ddp", "zero1", "fsdp")

@@ -5,7 +5,6 @@ and a backend follows from it (nccl, hccl, gloo); there is no fork of the code a
 comes with torch_npu, which registers `torch.npu` when it is imported.
 """
 import contextlib
-import ctypes
 import gc
 import os
 import random
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+from engine import memory
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "910B": 376e12}   # dense bfloat16
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
@@ -62,6 +63,13 @@ def has_fast_bf16(kind):
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))
 
 
+def matmul_dtype(name, device):
+    """Return "float32" or "bfloat16" for a setting that may be "auto"."""
+    if name != "auto":
+        return name
+    return "bfloat16" if has_fast_bf16(device.type) else "float32"
+
+
 @dataclass
 class World:
     """This process among the others, and the device that it computes on."""
@@ -106,10 +114,6 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def any(self, flag):
-        """Tell whether `flag` holds on any rank; all ranks get the same answer."""
-        return self.mean({"flag": bool(flag)})["flag"] > 0
-
     def barrier(self):
         """Wait for every rank."""
         if self.size > 1:
@@ -134,7 +138,7 @@ def start(device="auto"):
     if module:
         module.set_device(local)
     else:
-        keep_freed_memory()
+        memory.keep_freed_memory()
     if not module and ("OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
         # torchrun sets one thread for each process; on a CPU that would leave cores idle
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") \
@@ -158,47 +162,6 @@ def _fresh_store(rank, size):
     store, rank, size = next(dist.rendezvous("env://", rank, size))
     return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank,
             "world_size": size}
-
-
-def keep_freed_memory():
-    """Tell glibc to keep freed blocks instead of handing them back to the kernel.
-
-    A CPU step frees and asks for the same hundreds of MB each time; paging them in anew costs a
-    quarter of a small model's step and more than half of a wide one's (docs/log.md). -1 and 0 are
-    glibc's ways to say never; a number of bytes would have to fit an int, and a step frees more.
-    Does nothing where there is no glibc.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")     # torch asks for pages of 2 MB, not 4 kB
-    for parameter, value in ((-4, 0), (-1, -1), (-2, 2 ** 26)):
-        if _glibc():                       # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            _glibc().mallopt(parameter, value)
-
-
-def release_memory(share=0.5):
-    """Hand the pages of freed blocks back to the kernel, once this machine's ranks hold `share`.
-
-    Blocks that change their size with every batch leave holes: kept for ever they grow to ten times
-    what is in use, and the kernel kills the run (docs/log.md). But a wide model's step frees gigabytes
-    that the next one needs: handed back at every step, paging them in takes longer than the step.
-    """
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if _glibc() and ranks * _resident_pages() > share * os.sysconf("SC_PHYS_PAGES"):
-        _glibc().malloc_trim(0)
-
-
-def _resident_pages():
-    """Return how many pages of memory this process holds."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1])
-
-
-def _glibc():
-    """Return the C library, or None where it is not glibc."""
-    try:
-        library = ctypes.CDLL("libc.so.6")
-        return library if hasattr(library, "malloc_trim") else None
-    except OSError:
-        return None
 
 
 def stop():
@@ -299,13 +262,11 @@ def from_main(weights, model, world):
 
 
 def compile_blocks(model, backend="inductor"):
-    """Compile the blocks of a model in place: all but attention itself, whose shapes always change.
+    """Compile the blocks of a model in place, for any number of tokens; weights keep their names.
 
-    All blocks share one piece of machine code, for any number of tokens. Weights keep their names.
+    All blocks share one piece of machine code. The kernels keep attention out of it, since its
+    shapes change with every batch.
     """
-    for attention in {type(block.self_attn) for block in model.layers}:
-        if not hasattr(attention.mix, "_torchdynamo_disable"):
-            attention.mix = torch.compiler.disable(attention.mix)
     for block in model.layers:
         block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
 

@@ -1,18 +1,18 @@
-"""Attention over packed texts on a GPU, with no (T, T) tensor at any alpha (PAPER Sec. 3.2).
+"""Attention of packed texts on CUDA, with no (T, T) tensor at any alpha (PAPER Sec. 3.2).
 
-All tokens of a batch lie in one list, q (S, H, E) and k, v (S, K, E), and the kernels are told
-where each text starts: nothing is padded. By Eq. (4) the weight of a future pair (i, j), j > i,
-depends on one of the two tokens alone, w_i ("row") or w_j ("col"). So two calls of flash attention
-make the soft mask, exactly, for the FLOPs of one bidirectional call:
+All tokens of a batch lie in one list, q (S, H, E) and k, v (S, K, E). The kernels know where each
+text starts, so nothing is padded. By Eq. (4) the weight of a future pair (i, j), j > i, depends on
+one of the two tokens alone: w_i for axis "row", w_j for "col". So two calls of flash attention make
+the soft mask, exactly, for the FLOPs of one bidirectional call:
 
     the past     keys j <= i: a causal call
     the future   keys j > i: queries without a text's last token, keys without its first
     row          w_i scales the sum over the future: log w_i is added to its log-sum-exp
     col          log w_j rides in two more dims of the key, where the query holds ones
 
-merged by log-sum-exp. Backward calls flash attention's own backward twice: that asks only for the
-output and the log-sum-exp of the *whole* row, whichever keys it is shown (as ring attention knows).
-`flex` is the other way to the same, and the only one for softmax(logits * M).
+The two are merged by log-sum-exp. Backward calls flash attention's own backward twice. It asks only
+for the output and log-sum-exp of the *whole* row, whichever keys it sees, as in ring attention.
+`flex` is another way to the same result, and the only one for softmax(logits * M).
 
 S tokens of all texts, B texts, H heads, K key/value heads, E head dim, U tokens with a future.
 """
@@ -21,35 +21,42 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from mask import future_weight
+
 BLOCK = 128                            # tokens: FlexAttention skips whole blocks of this size
 
 
 class Texts:
-    """Where the texts of a packed list lie; `weight` and `axis` tell how open their future is."""
+    """Where the texts of a packed list lie, and how open each token's future is.
 
-    def __init__(self, lengths, device):
-        self.lengths, self.device = torch.as_tensor(lengths), device    # (B,) int64, on the CPU
+    lengths: B token counts. mask: a `MaskSpec`. `weight`: (S,) float32 in (0, 1], of Eq. (4), for a
+    mask that is neither causal nor full; else None. early, late: the tokens that have a future,
+    and those that are one.
+    """
+
+    def __init__(self, lengths, mask, device):
+        self.lengths, self.mask, self.device = torch.tensor(lengths), mask, device
         self.longest = int(self.lengths.max())
         self.starts = self._cumulative(self.lengths)                            # (B + 1,) int32
-        self.weight = self.axis = None
+        self.weight = None
+        if not (mask.is_causal or mask.is_full):
+            self._weigh()
 
     def _cumulative(self, lengths):
         return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(self.device)
 
-    def weigh(self, weight, axis):
-        """Let the future of token i (axis "row"), or as a key ("col"), count weight[i] > 0 times.
-
-        weight: (S,) float32 in (0, 1]. Also finds the tokens of the call for the future.
-        """
-        self.weight, self.axis = weight, axis
+    def _weigh(self):
+        """Set the weights, and the tokens of the call for the future."""
+        position = torch.cat([torch.arange(n) for n in self.lengths.tolist()])  # (S,)
+        own = torch.repeat_interleave(self.lengths, self.lengths).float()       # l of each token
+        self.weight = future_weight(position, own, self.mask.alpha).to(self.device)
         self.shorter = self._cumulative(self.lengths - 1)                       # (B + 1,) int32
-        ends = self.lengths.cumsum(0)
-        if len(ends) == 1:                 # views of the list, where many texts cost a copy
+        if len(self.lengths) == 1:         # views of the list, where many texts cost a copy
             self.early, self.late = slice(0, self.longest - 1), slice(1, self.longest)
             return
-        first, last = torch.ones(2, int(ends[-1]), dtype=torch.bool)
-        first[ends - self.lengths], last[ends - 1] = False, False
-        self.early, self.late = (x.nonzero()[:, 0].to(self.device) for x in (last, first))  # (U,)
+        has_future, is_future = position < own - 1, position > 0
+        self.early, self.late = (x.nonzero()[:, 0].to(self.device)              # (U,)
+                                 for x in (has_future, is_future))
 
     @functools.cached_property
     def blocks(self):
@@ -61,12 +68,26 @@ class Texts:
         last = (first + BLOCK - 1).clamp(max=total - 1)
         low = (ends - self.lengths)[text[first]] // BLOCK
         count = (ends[text[last]] - 1) // BLOCK - low + 1
-        at = (low[:, None] + torch.arange(len(first))).clamp(max=len(first) - 1)
+        indices = (low[:, None] + torch.arange(len(first))).clamp(max=len(first) - 1)
         text = text.to(self.device)
         return BlockMask.from_kv_blocks(
-            count[None, None].int().to(self.device), at[None, None].int().to(self.device),
+            count[None, None].int().to(self.device), indices[None, None].int().to(self.device),
             BLOCK_SIZE=BLOCK, seq_lengths=(total, total),
             mask_mod=lambda b, h, i, j: text[i] == text[j])
+
+
+def attention(q, k, v, texts):
+    """Choose the kernel of packed texts; q (S, H, E), k, v (S, K, E) -> like q.
+
+    Causal and bidirectional: flash attention. Soft: two calls of it. Multiplied logits:
+    FlexAttention.
+    """
+    mask, t = texts.mask, texts.longest
+    if texts.weight is not None:
+        return flex(q, k, v, texts) if mask.apply == "logits" else packed(q, k, v, texts, "soft")
+    if t % 128 == 0 and t * len(texts.lengths) == len(q):                   # windows of text
+        return equal_lengths(q, k, v, len(texts.lengths), mask.is_causal)
+    return packed(q, k, v, texts, "past" if mask.is_causal else "all")
 
 
 # ---------------------------------------------------------------- the kernel
@@ -89,7 +110,7 @@ def flash(q, k, v, starts, longest, see, scale):
 
 
 def flash_backward(grad, q, k, v, out, lse, starts, longest, see, scale):
-    """Return the gradients of q, k, v; out and lse may be those of more keys than it is shown."""
+    """Return the gradients of q, k, v; out and lse may be those of more keys than it sees."""
     random = torch.zeros(2, dtype=torch.uint64, device=q.device)                # of a dropout of 0
     return torch.ops.aten._flash_attention_backward(
         grad, q, k, v, out, lse, starts, starts, longest, longest, 0.0, see == "past", random,
@@ -101,7 +122,7 @@ def flash_backward(grad, q, k, v, out, lse, starts, longest, see, scale):
 def _future(q, k, v, texts, scale):
     """Return the (U, .., E) tensors of the call for the future, wider by the weight for "col"."""
     q, k, v, e = q[texts.early], k[texts.late], v[texts.late], q.shape[-1]
-    if texts.axis == "row":
+    if texts.mask.axis == "row":
         return q, k, v
     extra = texts.weight[texts.late].log().to(torch.promote_types(q.dtype, torch.float32)) / scale
     high = extra.to(q.dtype)                       # what bfloat16 rounds off goes to a second dim
@@ -142,7 +163,7 @@ class _Packed(torch.autograd.Function):
         out, lse = flash(q, k, v, texts.starts, texts.longest, "past", scale)
         later, later_lse = flash(*_future(q, k, v, texts, scale), texts.shorter,
                                  texts.longest - 1, "future", scale)
-        if texts.axis == "row":
+        if texts.mask.axis == "row":
             later_lse = later_lse + texts.weight[texts.early].log()             # (H, U)
         both = torch.logaddexp(lse[:, texts.early], later_lse)
         share = (later_lse - both).exp().T[..., None]                           # (U, H, 1)
@@ -173,11 +194,11 @@ class _Packed(torch.autograd.Function):
                                "past", scale)
         wide = _future(q, k, v, texts, scale)
         more = wide[0].shape[-1] - e                       # these dims of the output are zero
-        lse = lse[:, early] - (texts.weight[early].log() if texts.axis == "row" else 0)
+        lse = lse[:, early] - (texts.weight[early].log() if texts.mask.axis == "row" else 0)
         later = flash_backward(F.pad(grad[early], (0, more)), *wide, F.pad(out[early], (0, more)),
                                lse.contiguous(), texts.shorter, texts.longest - 1, "future", scale)
-        for x, part, at in zip(grads, later, (early, late, late)):
-            x[at] += part[..., :e]
+        for x, part, tokens in zip(grads, later, (early, late, late)):
+            x[tokens] += part[..., :e]
         return grads
 
 
@@ -211,13 +232,13 @@ def _flex():
     return torch.compile(flex_attention)
 
 
-def flex(q, k, v, texts, apply="weights"):
-    """Return (S, H, E) of a soft mask by FlexAttention: logits + log w, or logits * w ("logits").
+def flex(q, k, v, texts):
+    """Return (S, H, E) of a soft mask by FlexAttention: logits + log w, or logits * w.
 
     The weights of the tokens are a tensor that the kernel reads, so a moving alpha and other
     lengths compile nothing anew.
     """
-    by_row, multiply = texts.axis == "row", apply == "logits"
+    by_row, multiply = texts.mask.axis == "row", texts.mask.apply == "logits"
     weight = texts.weight if multiply else texts.weight.log()                   # (S,)
 
     def score(logit, b, h, i, j):

@@ -1,9 +1,10 @@
 """What every test gets: one thread and a fixed seed, so that no test depends on another's order.
 
-`--record=FILE` adds what the tests have measured (fixture `record`) to a JSON file.
+Shared here: a tokenizer, made-up rows in a folder of their own, and `record`: `--record=FILE` adds
+what the tests have measured to a JSON file.
 """
-
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,32 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def record(request):
     """A dict for measured numbers; what is in it at the end goes to the file of `--record`."""
-    found = {}
-    yield found
+    numbers = {}
+    yield numbers
     path = request.config.getoption("--record")
-    if path and found:
+    if path and numbers:
         before = json.loads(Path(path).read_text()) if Path(path).is_file() else {}
-        Path(path).write_text(json.dumps(before | found, indent=1) + "\n")
+        Path(path).write_text(json.dumps(before | numbers, indent=1) + "\n")
 
 
 @pytest.fixture(autouse=True)
 def one_thread_and_a_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A tokenizer of 285 entries that knows one sentence about a fox."""
+    from tokenizer import Tokenizer
+    return Tokenizer.train(["the quick brown fox jumps over the lazy dog"] * 3, 285)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The rows of ranks.write_rows, in a folder that is the current one; caches go to out/cache."""
+    from ranks import write_rows
+    before, folder = os.getcwd(), write_rows(tmp_path_factory.mktemp("rows"))
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)

@@ -1,4 +1,4 @@
-"""data.py: every format is read or refused by file and line; the order is a function."""
+"""data.py: formats, batches of each stage, the mixture of a stage, mined hard negatives."""
 import gzip
 import json
 
@@ -7,187 +7,363 @@ import pytest
 import torch
 
 import data
-from tokenizer import Tokenizer
+import train
+from embed import Embedder
+from engine.distributed import World
+from mask import FULL
+from model import Conan
+from ranks import tiny_config, write_collection, write_lines
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(["the quick brown fox jumps over the lazy dog"] * 3, 285)
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)        # the caches go to out/cache
 
 
-def write(path, *lines):
-    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode()
-                                for line in lines) + b"\n")
-    return path
+@pytest.fixture
+def embedder(tokenizer):
+    model = Conan(tiny_config().model_config()).init_weights(torch.Generator().manual_seed(0))
+    return Embedder.of(model, tokenizer, "cpu", "float32", FULL, 16)
 
 
-GOOD = '{"query": "q", "pos": ["p"]}'
-BAD_LINES = {
-    b'{"query": "q", "pos": [': "not JSON",
-    b"": "blank line",
-    b"[1, 2]": "a JSON object is needed, not list",
-    b'{"query": "q"}': "key 'pos' must be a list",
-    b'{"query": 3, "pos": ["p"]}': "key 'query' must be a string, not int",
-    b'{"query": "  ", "pos": ["p"]}': "key 'query' is empty",
-    b'{"query": "q", "pos": []}': "key 'pos' is an empty list",
-    b'{"query": "q", "pos": [""]}': "key 'pos' is empty",
-    b'{"query": "q", "pos": ["p"], "neg": [1]}': "key 'neg' must be a string",
-    b'{"query": "q", "pos": ["p"], "prompt": 1}': "the prompt must be a string",
-    b'{"query": "\xff", "pos": ["p"]}': "not UTF-8",
-    b'{"query": NaN, "pos": ["p"]}': "NaN is not a JSON number",
-    b'[' * 100_000: "nested too deeply",
-}
+def task(tokenizer, rows, kind="retrieval", stage="embed_sup", world=ALONE, **changed):
+    """Return a `Task` on rows that are written to a file."""
+    cfg = tiny_config(stage, **changed)
+    return data.Task(kind, cfg, tokenizer, world, [write_lines(data.Path(f"{kind}.jsonl"), rows)])
 
 
-@pytest.mark.parametrize("line, reason", BAD_LINES.items(), ids=range(len(BAD_LINES)))
-def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, reason):
-    path = write(tmp_path / "rows.jsonl", GOOD, line, GOOD)
-    with pytest.raises(ValueError, match=f"rows.jsonl:2: .*{reason}".replace("[", r"\[")):
-        data.JsonlFile(path, "retrieval", tmp_path)
+def texts_of(batch, tokenizer):
+    """Return the texts of a batch, decoded."""
+    return [tokenizer.decode(ids.tolist()) for ids in batch.ids.split(batch.lengths)]
 
 
-def test_bad_lines_are_skipped_and_counted_on_request(tmp_path):
-    path = write(tmp_path / "rows.jsonl", GOOD, *BAD_LINES, GOOD.replace("q\"", "last\""))
-    rows = data.JsonlFile(path, "retrieval", tmp_path, skip_bad=True)
-    assert (len(rows), rows.bad) == (2, len(BAD_LINES))
-    assert rows[1]["pos"] == ["p"]
+# ---------------------------------------------------------------- rows
+
+@pytest.mark.parametrize("row", [
+    {"instruction": "do", "input": "x", "output": "y"},
+    {"prompt": "do", "query": "x", "pos": "y"},            # a string is one positive, not letters
+    {"prompt": "do", "query": "x", "pos": ["y"], "neg": []},
+    {"prompt": "do", "query": "x", "pos": ["y"], "neg": None, "more": {"ignored": 1}},
+])
+def test_pairs_come_in_several_spellings(row):
+    assert data.parse_pair(row) == {"query": "x", "pos": ["y"], "neg": [], "prompt": "do"}
 
 
-def test_sts_scores_must_be_finite(tmp_path):
-    for score in ("NaN", "Infinity", '"4"', "null", "true"):
-        path = write(tmp_path / f"{score.strip(chr(34))}.jsonl",
-                     f'{{"sentence1": "a", "sentence2": "b", "score": {score}}}')
-        with pytest.raises(ValueError, match=".jsonl:1: "):
-            data.JsonlFile(path, "sts", tmp_path)
+@pytest.mark.parametrize("nothing", [{"input": ""}, {"input": None}, {}])
+def test_where_alpacas_input_is_empty_the_instruction_is_the_query(nothing):
+    row = {"instruction": "Name a primary colour.", "output": "Red.", **nothing}
+    assert data.parse_pair(row) == {"query": "Name a primary colour.", "pos": ["Red."], "neg": [],
+                                    "prompt": ""}
 
 
-def test_pairs_come_in_both_spellings():
-    a = data.parse_pair({"instruction": "do", "input": "x", "output": "y"})
-    b = data.parse_pair({"prompt": "do", "query": "x", "pos": "y"})
-    assert a == b == {"query": "x", "pos": ["y"], "neg": [], "prompt": "do"}
+@pytest.mark.parametrize("kind, row, reason", [
+    ("text", {"txt": "a", "id": 1}, "key 'text' is missing; the keys are ['id', 'txt']"),
+    ("text", {"text": 3}, "key 'text' must be a string, not int"),
+    ("text", {"text": "\u2003\n"}, "key 'text' is empty"),
+    ("pairs", {"query": "q", "answer": "p"}, "'pos' is missing; the keys are ['answer', 'query']"),
+    ("pairs", {"query": "q", "pos": {"en": "p"}}, "'pos' must be a list of strings, not dict"),
+    ("pairs", {"query": "q", "pos": []}, "key 'pos' is an empty list"),
+    ("pairs", {"query": "q", "pos": ["p", " "]}, "key 'pos' is empty"),
+    ("pairs", {"query": "q", "pos": ["p"], "neg": [1]}, "key 'neg' must be a string, not int"),
+    ("pairs", {"query": "q", "pos": ["p"], "prompt": 1}, "the prompt must be a string, not int"),
+    ("pairs", {"instruction": ["do"], "input": "q", "output": "p"}, "the prompt must be a string"),
+    ("pairs", {"instruction": "", "input": "", "output": "p"}, "key 'input' is empty"),
+    ("sts", {"sentence1": "a", "sentence2": "b"}, "key 'score' must be a finite number"),
+    ("sts", {"sentence1": "a", "sentence2": "b", "score": "4"}, "must be a finite number"),
+    ("sts", {"sentence1": "a", "sentence2": "b", "score": True}, "must be a finite number"),
+    ("sts", {"sentence1": "a", "sentence2": "b", "score": 1e39}, "a finite number (float32)"),
+    ("sts", {"sentence1": "a", "score": 1}, "key 'sentence2' is missing"),
+])
+def test_what_a_row_lacks_is_said(kind, row, reason):
+    with pytest.raises(ValueError) as caught:
+        data.PARSERS[kind](row)
+    assert reason in str(caught.value)
 
 
-def test_missing_empty_and_cut_files_are_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
-        data.JsonlFile(tmp_path / "nothing.jsonl", "text", tmp_path)
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match="empty.jsonl: no usable line"):
-        data.JsonlFile(tmp_path / "empty.jsonl", "text", tmp_path)
-    whole = gzip.compress(b'{"text": "abc"}\n' * 5000)
-    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(ValueError, match="cut.jsonl.gz"):
-        data.JsonlFile(tmp_path / "cut.jsonl.gz", "text", tmp_path)
-    with pytest.raises(ValueError, match="cut.jsonl.gz"):
-        list(data.read_jsonl(tmp_path / "cut.jsonl.gz"))
+def test_rows_are_asked_for_by_their_kind():
+    with pytest.raises(ValueError, match="kind 'tables' is unknown; choose one of text, pairs"):
+        data.Rows(["a.jsonl"], "tables")
+    with pytest.raises(ValueError, match=r"no file of kind 'sts' is given \(--sts=FILE\)"):
+        data.Rows([], "sts")
 
 
-def test_random_access_equals_reading_in_order_plain_and_gz(tmp_path):
-    lines = [json.dumps({"text": f"text {i} " + "é" * (i % 7)}) for i in range(300)]
-    path = write(tmp_path / "a.jsonl", *lines)
-    packed = tmp_path / "b.jsonl.gz"
-    packed.write_bytes(gzip.compress(path.read_bytes()))
-    rows = data.Rows([path, packed], "text", tmp_path / "cache")
-    in_order = [row["text"] for row in data.read_jsonl(path)] * 2
-    assert [rows[i] for i in range(len(rows))] == in_order
-    assert data.Rows([path, packed], "text", tmp_path / "cache")[599] == in_order[599]
-    write(path, *lines[:10])                       # a changed file gets a new index
-    assert len(data.Rows([path], "text", tmp_path / "cache")) == 10
+def test_equal_ids_are_equal_texts_composed_or_not():
+    assert data.text_id("caf\u00e9") == data.text_id("cafe\u0301") != data.text_id("cafe")
+    assert 0 <= data.text_id("\ud800") < 2 ** 63           # a lone surrogate, too
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 8, 97, 1000])
-def test_each_epoch_is_a_permutation_and_epochs_differ(n):
-    epochs = data.shuffled(np.arange(3 * n), n, seed=5).reshape(3, n)
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    if n > 8:
-        assert (epochs[0] != epochs[1]).any() and (epochs[0] != np.arange(n)).any()
+# ---------------------------------------------------------------- language model batches
 
-
-def test_order_is_a_pure_function_of_position():
-    """The bug of resumed runs that replay their data: a suffix must not depend on the prefix."""
-    whole = data.shuffled(np.arange(500), 120, seed=3)
-    assert (data.shuffled(np.arange(311, 500), 120, seed=3) == whole[311:]).all()
-    assert (data.shuffled(np.arange(500), 120, seed=4) != whole).any()
-
-
-def test_tasks_follow_their_weights_and_do_not_depend_on_the_start():
-    draw = data.task_of_step(np.arange(20_000), [3.0, 1.0, 0.0, 2.0], seed=1)
-    share = np.bincount(draw, minlength=4) / len(draw)
-    assert np.allclose(share, [0.5, 1 / 6, 0, 1 / 3], atol=0.015)
-    later = data.task_of_step(np.arange(900, 1000), [3.0, 1.0, 0.0, 2.0], 1)
-    assert (later == draw[900:1000]).all()
-
-
-def test_token_windows_predict_the_next_token(tmp_path, tokenizer):
-    rows = [f"the fox {i}" for i in range(200)]
-    stream = data.TokenStream(rows, tokenizer, tmp_path / "t.bin", seed=0)
-    flat = [i for row in rows for i in tokenizer.encode(row) + [tokenizer.eos_id]]
+def test_token_windows_predict_the_next_token(tokenizer, tmp_path):
+    texts = [f"the fox {i}" for i in range(200)]
+    stream = data.TokenStream(texts, tokenizer, tmp_path / "t.bin", seed=0)
+    flat = [i for text in texts for i in tokenizer.encode(text) + [tokenizer.eos_id]]
     assert stream.ids.dtype == np.uint32 and stream.ids.tolist() == flat
     batch = data.lm_batch(stream, np.arange(4), 16)
     assert batch.lengths == [16] * 4 and len(batch.ids) == 64
     ids, targets = batch.ids.view(4, 16), batch.targets.view(4, 16)
     assert torch.equal(ids[:, 1:], targets[:, :-1])
-    with pytest.raises(ValueError, match="too few"):
+    n = (len(flat) - 1) // 16 - 1                          # windows of an epoch
+    first, second = (stream.windows(np.arange(e * n, (e + 1) * n), 16) for e in (0, 1))
+    assert not {tuple(w) for w in first.tolist()} & {tuple(w) for w in second.tolist()}
+    with pytest.raises(ValueError, match=f"{len(flat)} tokens of text are too few for blocks"):
         stream.windows(np.arange(1), 100_000)
 
 
 def test_sft_predicts_the_output_and_nothing_of_the_prompt(tokenizer):
-    rows = [{"query": "the quick", "pos": ["brown fox"], "neg": [], "prompt": "jumps"}]
-    batch = data.sft_batch(rows, [0], tokenizer, 64, None)
+    example = ("jumps", "the quick", "brown fox")
+    batch = data.sft_batch([example], [0], tokenizer, 64)
     learnt = batch.targets[batch.targets != -100].tolist()
     assert learnt == tokenizer.encode("brown fox") + [tokenizer.eos_id]
-    assert tokenizer.decode(batch.ids.tolist()) == "jumps: the quick\n\nbrown fox"
-    cut = data.sft_batch(rows, [0], tokenizer, 8, None)
+    assert tokenizer.decode(batch.ids.tolist()) == "jumps\nthe quick\n\nbrown fox"
+    cut = data.sft_batch([example], [0], tokenizer, 8)
     assert cut.lengths == [8] and cut.truncated == 1 and (cut.targets != -100).any()
 
 
-def test_contrastive_batches_hold_queries_positives_and_present_negatives(tokenizer):
-    rows = [{"query": "the", "pos": ["fox"], "neg": ["dog"], "prompt": None},
-            {"query": "lazy", "pos": ["dog", "fox"], "neg": [], "prompt": "over"}]
-    passages = data.Passages(rows)
-    assert [passages.text(i) for i in range(len(passages))] == ["fox", "dog"]
-    assert passages.positives == [[0], [1, 0]] and passages.given == [[1], []]
-    batch = data.contrastive_batch("retrieval", rows, [0, 1], tokenizer, 8, 8, "find",
-                                   np.array([[1, -1], [-1, -1]]), passages)
-    texts, at = [], 0
-    for length in batch.lengths:
-        texts.append(tokenizer.decode(batch.ids[at:at + length].tolist()))
-        at += length
-    assert texts == ["find: the", "over: lazy", "fox", "fox", "dog"]
-    assert batch.positive_ids[0] == batch.positive_ids[1] == data.text_id("fox")
-    assert batch.negative_ids.tolist() == [[data.text_id("dog"), -1], [-1, -1]]
+# ---------------------------------------------------------------- contrastive batches
+
+def test_a_contrastive_batch_holds_queries_positives_and_present_negatives(tokenizer):
+    rows = [{"query": "the", "pos": ["fox"], "neg": ["dog"]},
+            {"query": "lazy", "pos": ["dog"], "neg": [], "prompt": "over"}]
+    t = task(tokenizer, rows, n_negatives=2)
+    t.pool = data.HardNegativePool([[1], []], 2)
+    order = data.shuffled(np.arange(2), 2, 0).tolist()
+    batch = t.batch(0)
+    texts = ["over\nthe", "over\nlazy"] if order == [0, 1] else ["over\nlazy", "over\nthe"]
+    positives = ["fox", "dog"] if order == [0, 1] else ["dog", "fox"]
+    assert texts_of(batch, tokenizer) == texts + positives + ["dog"]
+    assert batch.positive_ids.tolist() == [data.text_id(text) for text in positives]
+    assert batch.negative_ids[order.index(0)].tolist() == [data.text_id("dog"), -1]
+    assert batch.negative_ids[order.index(1)].tolist() == [-1, -1]
+    assert batch.skip == [len(tokenizer.encode("over\n"))] * 2 + [0] * 3
+    assert batch.rows.tolist() == order
+
+
+def test_an_instruction_takes_the_tokens_that_are_skipped(tokenizer):
+    """Its line end keeps the tokens before it apart from those of the text."""
+    for prompt in ("Find", "the quick brown fox", "jumps over:"):
+        n = data.prompt_length(tokenizer, prompt)
+        ids = tokenizer.encode(data.format_query("lazy dog", prompt))
+        assert tokenizer.decode(ids[n:]) == "lazy dog"
+    assert data.prompt_length(tokenizer, "") == data.prompt_length(tokenizer, None) == 0
+
+
+def test_all_positives_of_a_row_are_known_in_every_batch(tokenizer):
+    """Of the same query in other rows as well, once passages are numbered (stage 4)."""
+    rows = [{"query": "the", "pos": ["fox", "dog"]}, {"query": "lazy", "pos": ["dog"]},
+            {"query": "the", "pos": ["quick"]}]
+    fox, dog, quick = map(data.text_id, ("fox", "dog", "quick"))
+    known = {"embed_sup": [[fox, dog, quick], [dog], [fox, dog, quick]],
+             "embed_weak": [[fox, dog], [dog], [quick]]}
+    for stage, kind in (("embed_sup", "retrieval"), ("embed_weak", "pairs")):
+        batch = task(tokenizer, rows, kind, stage, batch_size=3).batch(0)
+        for row, ids in zip(batch.rows, batch.known_ids.tolist()):
+            assert {i for i in ids if i >= 0} == set(known[stage][row]), stage
+            assert len(ids) == max(len(known[stage][r]) for r in batch.rows)
+
+
+def test_every_positive_is_drawn_in_some_epoch(tokenizer):
+    rows = [{"query": f"the {i}", "pos": [f"fox {i} {j}" for j in range(5)]} for i in range(8)]
+    t = task(tokenizer, rows, "pairs", "embed_weak", batch_size=8)
+    drawn = [set(t.batch(epoch).positive_ids.tolist()) for epoch in range(50)]
+    assert set().union(*drawn) == {data.text_id(text) for row in rows for text in row["pos"]}
+    assert drawn[7] == set(t.batch(7).positive_ids.tolist())           # a function of (seed, epoch)
+
+
+def test_batches_never_hold_a_query_twice_and_all_ranks_share_them(tokenizer, monkeypatch):
+    rows = [{"query": f"the {i}", "pos": [f"fox {i}"]} for i in range(11)]
+    alone = task(tokenizer, rows, "pairs", "embed_weak", batch_size=4)
+    ranks = [task(tokenizer, rows, "pairs", "embed_weak", batch_size=4) for _ in range(2)]
+    for rank, t in enumerate(ranks):
+        t.world = World(rank, 2, torch.device("cpu"))
+    for k in range(9):                             # an epoch is two batches; three rows wait
+        indices = alone.batch(k).rows.tolist()
+        assert len(set(indices)) == 4
+        assert indices == [i for t in ranks for i in t.batch(k).rows.tolist()]
+    monkeypatch.setattr(World, "barrier", lambda world: None)
+    with pytest.raises(ValueError, match="a batch of 4 cannot be split over 3 ranks"):
+        task(tokenizer, rows, "pairs", "embed_weak", World(0, 3, torch.device("cpu")), batch_size=4)
+
+
+def test_sts_batches_pair_the_first_half_with_the_second(tokenizer):
+    rows = [{"sentence1": f"the {i}", "sentence2": f"fox {i}", "score": i / 2} for i in range(3)]
+    batch = task(tokenizer, rows, "sts", batch_size=3).batch(0)
+    order = batch.rows.tolist()
+    assert texts_of(batch, tokenizer) == [f"the {i}" for i in order] + [f"fox {i}" for i in order]
+    assert batch.scores.tolist() == [i / 2 for i in order] and batch.skip == [0] * 6
 
 
 def test_long_texts_are_cut_and_counted_and_chunks_cover_the_batch(tokenizer):
-    batch = data.Batch.of("sts", ["fox " * 50, "dog", "the"], [4, 4, 4], tokenizer, np.arange(3))
+    batch = data.Batch.of("sts", ["fox " * 50, "dog", "the"], [4, 4, 4], tokenizer, np.arange(3),
+                          skip=[1, 0, 2])
     assert batch.lengths[0] == 4 and batch.truncated == 1
     parts = list(batch.chunks(2))
-    assert [lengths for _, lengths, _ in parts] == [batch.lengths[:2], batch.lengths[2:]]
-    assert torch.equal(torch.cat([ids for ids, _, _ in parts]), batch.ids)
+    assert [part[1] for part in parts] == [batch.lengths[:2], batch.lengths[2:]]
+    assert [part[3] for part in parts] == [[1, 0], [2]]
+    assert torch.equal(torch.cat([part[0] for part in parts]), batch.ids)
 
 
-def test_mining_leaves_out_positives_and_equal_texts_and_orders_by_score():
+# ---------------------------------------------------------------- hard negatives
+
+def test_mining_orders_by_score_and_leaves_out_positives():
     passages = np.eye(4, dtype=np.float32)
     queries = np.array([[0.9, 0.8, 0.7, 0.1]], dtype=np.float32)
-    ids = [10, 11, 12, 13]
-    assert data.mine(queries, passages, [[0]], ids, depth=3).tolist() == [[1, 2, 3]]
-    assert data.mine(queries, passages, [[0]], [10, 10, 12, 13], depth=3).tolist() == [[2, 3, -1]]
-    assert data.mine(queries, passages, [[0]], ids, 3, cap=0.8).tolist() == [[2, 3, -1]]
-    assert data.mine(queries, passages, [[1]], ids, 1, extra=np.array([[3]])).tolist() == [[0]]
+
+    def mine(*args, **more):
+        pool, scores = data.mine(queries, passages, *args, **more)
+        assert scores[0, :len(pool[0])][pool[0] >= 0].tolist() == \
+            queries[0, pool[0][pool[0] >= 0]].tolist()
+        return pool[0].tolist()
+    assert mine([[0]], 3) == [1, 2, 3]
+    assert mine([[0, 1]], 3) == [2, 3, -1]
+    assert mine([[1]], 1, extra=np.array([[3, -1]])) == [0]    # BM25's, ranked by the same cosine
+    assert mine([[0]], 2, extra=np.array([[3]])) == [1, 2]
 
 
-def test_collections_are_checked(tmp_path):
-    write(tmp_path / "corpus.jsonl", '{"id": "d", "text": "a"}', '{"_id": "e", "text": "b"}')
-    write(tmp_path / "queries.jsonl", '{"id": "q", "text": "a", "split": "dev"}')
-    write(tmp_path / "qrels.tsv", "query-id\tcorpus-id\tscore", "q\td\t1", "q\te\t0.5")
-    found = data.load_collection(tmp_path, "dev")
-    assert found.qrels == {"q": {"d": 1.0, "e": 0.5}} and len(found.corpus) == 2
-    with pytest.raises(ValueError, match="no query of split 'test'"):
-        data.load_collection(tmp_path, "test")
-    for line, reason in (("q\tnobody\t1", "unknown document 'nobody'"), ("q\td", "needed"),
-                         ("q\td\tnan", "not finite")):
-        write(tmp_path / "qrels.tsv", line)
-        with pytest.raises(ValueError, match=f"qrels.tsv:1: .*{reason}"):
-            data.load_collection(tmp_path)
-    write(tmp_path / "corpus.jsonl", '{"id": "d", "text": "a"}', '{"id": "d", "text": "b"}')
-    with pytest.raises(ValueError, match="corpus.jsonl:2: id 'd'"):
-        data.load_collection(tmp_path)
+def test_given_negatives_come_first_ranked_by_the_model():
+    passages, queries = np.eye(4, dtype=np.float32), np.array([[0.9, 0.8, 0.7, 0.1]], np.float32)
+
+    def mine(given, n_given, depth=3):
+        return data.mine(queries, passages, [[0]], depth, given=given, n_given=n_given)[0].tolist()
+    assert mine([[3, 2]], 2) == [[2, 3, -1]]       # enough of them: nothing is mined
+    assert mine([[3, 2]], 3) == [[2, 3, 1]]        # one is missing
+    assert mine([[]], 2) == [[1, 2, 3]]
+
+
+def test_mining_where_every_passage_is_a_positive():
+    one = np.ones((1, 1), dtype=np.float32)
+    assert data.mine(one, one, [[0]], 3)[0].tolist() == [[-1, -1, -1]]
+    assert data.mine(np.ones((0, 1), np.float32), one, [], 3)[0].shape == (0, 3)
+
+
+def test_own_negatives_are_in_use_though_one_row_has_none(tokenizer, embedder):
+    rows = [{"query": f"the {i}", "pos": [f"fox {i}"], "neg": [f"own {i} a", f"own {i} b"]}
+            for i in range(64)]
+    rows[5]["neg"] = []
+    t = task(tokenizer, rows, batch_size=16)
+    data.fill_pools([t], embedder)
+    in_use = [{t.passages.text(p) for p in row.tolist()} for row in t.pool.negatives(range(64))]
+    assert all(texts == set(row["neg"]) for texts, row in zip(in_use, rows) if row["neg"])
+    assert len(in_use[5]) == 2 and "fox 5" not in in_use[5]
+
+
+def test_candidates_below_the_floor_are_left_out_but_for_the_hardest(tokenizer, embedder,
+                                                                     monkeypatch):
+    """PAPER Sec. 3.4: Eq. 6 would discard them at their first step; the same model scored them."""
+    rows = [{"query": f"the {i}", "pos": [f"fox {i}"]} for i in range(10)]
+    t = task(tokenizer, rows, pool_size=8)
+
+    def mine(queries, passages, *args, **more):
+        scores = np.array([[0.9, 0.3, 0.2, 0.5, 0.39, -0.5, -0.1, 0.1]] * 10, dtype=np.float32)
+        return np.tile(np.arange(8), (10, 1)), scores
+    monkeypatch.setattr(data, "mine", mine)
+    data.fill_pools([t], embedder)
+    assert t.pool.candidates.tolist() == [[0, 1, 3]] * 10      # 0.3 stays: every query has two
+
+
+def test_translated_queries_are_mined_around_their_positive(tokenizer, embedder, monkeypatch):
+    rows = [{"query": f"le {i}", "pos": [f"fox {i}"]} for i in range(6)]
+    calls = {}
+
+    def mine(queries, passages, *args, **more):
+        calls[len(calls)] = (queries, passages)
+        return np.full((len(queries), 2), -1), np.zeros((len(queries), 2), np.float32)
+    monkeypatch.setattr(data, "mine", mine)
+    data.fill_pools([task(tokenizer, rows, "clr"), task(tokenizer, rows, "retrieval")], embedder)
+    assert np.array_equal(calls[0][0], embedder.encode([row["pos"][0] for row in rows]))
+    assert np.allclose(calls[1][0], embedder.encode([row["query"] for row in rows], prompt="Find"),
+                       atol=1e-6)
+
+
+def test_queries_are_embedded_under_their_own_instruction(embedder):
+    rows = [{"query": "the fox", "prompt": prompt} for prompt in (None, "over", "", None)]
+    vectors = data.encode_queries(embedder, rows, "jumps")
+    right = [embedder.encode("the fox", prompt=prompt) for prompt in ("jumps", "over", "", "jumps")]
+    assert np.allclose(vectors, right, atol=1e-6)
+
+
+def test_passages_of_rows_that_repeat_each_other():
+    rows = [{"query": "q", "pos": ["a", "a"], "neg": ["a", "b", "b"]},
+            {"query": "q", "pos": ["b"], "neg": ["c"]}]
+    passages = data.Passages(rows)
+    assert [passages.text(i) for i in range(len(passages))] == ["a", "b", "c"]
+    assert [set(p) for p in passages.positives] == [{0, 1}, {0, 1}]
+    assert passages.given == [[], [2]]             # the other row's positive is no negative
+
+
+# ---------------------------------------------------------------- the mixture of a stage
+
+def test_a_stage_takes_the_files_that_are_named_or_those_of_its_folder(tmp_path):
+    for name in ("text.jsonl", "text-zh.jsonl", "text_dev.jsonl", "pairs/a.jsonl", "pairs/b.NDJSON",
+                 "pairs/c.jsonl.gz", "pairs/d.en-de.jsonl", "pairs/d.en-fr.jsonl", "sts.json",
+                 "pairs/a.jsonl.bak", "pairs/notes.txt", "clr.jsonl.bak", "clr_old.jsonl"):
+        write_lines(tmp_path / "set" / name, [{"text": name}])
+    cfg = tiny_config(data=str(tmp_path / "set"))
+
+    def files(kind):
+        return [str(data.Path(f).relative_to(tmp_path / "set")) for f in data.sources(cfg, kind)]
+    assert files("text") == ["text-zh.jsonl", "text.jsonl"]
+    assert files("pairs") == [f"pairs/{name}" for name in (
+        "a.jsonl", "b.NDJSON", "c.jsonl.gz", "d.en-de.jsonl", "d.en-fr.jsonl")]
+    assert files("sts") == ["sts.json"] and files("clr") == []
+    named = tiny_config(data=str(tmp_path / "set"), text=("x.jsonl",))
+    assert data.sources(named, "text") == ("x.jsonl",) and data.sources(named, "pairs") == ()
+    assert data.uses_folder(cfg) and not data.uses_folder(named)
+
+
+def test_the_hashes_of_a_stage_are_those_of_its_contents(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    cfg = tiny_config("pretrain", text=("a.jsonl",), pairs=("unread.jsonl",))
+    first = data.hashes(cfg)
+    assert list(first) == ["text"] and list(first["text"]) == ["a.jsonl"]
+    (tmp_path / "a.jsonl").write_text('{"text": "b"}\n')
+    assert data.hashes(cfg) != first
+
+
+def test_stage_4_takes_steps_by_rows_over_batch(tokenizer):
+    """PAPER Table 11 counts rows: a task of larger batches has fewer steps."""
+    for kind in ("retrieval", "sts"):
+        write_lines(data.Path(f"{kind}.jsonl"), [
+            {"query": f"the {i}", "pos": "fox", "sentence1": "a", "sentence2": "b", "score": i}
+            for i in range(20)])
+    cfg = tiny_config(retrieval=("retrieval.jsonl",), sts=("sts.jsonl",), batch_size=2,
+                      batch_sizes={"sts": 16}, task_weights={"retrieval": 3.0, "sts": 1.8})
+    assert [(task.kind, task.size, weight) for task, weight in data.build_tasks(
+        cfg, tokenizer, ALONE)] == [("retrieval", 2, 1.5), ("sts", 16, 1.8 / 16)]
+
+
+def test_the_weak_stage_takes_one_file_a_step_by_rows_and_weight(tokenizer):
+    for name, n in (("web-a", 4), ("web-b", 6), ("news", 8)):
+        write_lines(data.Path(f"{name}.jsonl"), [{"query": f"the {i}", "pos": "fox"}
+                                                 for i in range(n)])
+    cfg = tiny_config("embed_weak", pairs=("web-a.jsonl", "web-b.jsonl", "news.jsonl"),
+                      file_weights={"web-*": 0.5, "news": 0.0, "web-b": 3.0})
+    tasks = data.build_tasks(cfg, tokenizer, ALONE)
+    assert [(len(task.rows), weight) for task, weight in tasks] == [(4, 2.0), (6, 18.0)]
+    with pytest.raises(ValueError, match="leave no file of pairs"):
+        data.build_tasks(train.dataclasses.replace(cfg, file_weights={"*": 0.0}), tokenizer, ALONE)
+    with pytest.raises(ValueError, match="embed_weak needs data: --pairs=FILE"):
+        data.build_tasks(tiny_config("embed_weak", text=("t.jsonl",)), tokenizer, ALONE)
+
+
+# ---------------------------------------------------------------- collections
+
+def test_a_collection_is_read_plain_packed_and_from_windows(tmp_path):
+    folder = write_collection(tmp_path / "set", ["a", "b"], ["c", "d"])
+    right = data.load_collection(folder)
+    assert right.qrels == {"0": {"0": 1.0}, "1": {"1": 1.0}} and right.name == "set"
+    for path in list(folder.iterdir()):            # a byte order mark, and other line ends
+        raw = b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n"
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(raw))
+        path.unlink()
+    assert data.load_collection(folder) == right
+
+
+def test_ids_are_only_keys(tmp_path):
+    folder = write_collection(tmp_path / "set", ["a"], ["c"])
+    for text in ("../../x", "/etc/passwd", "a\u0000b", "x" * 10_000, "-1", " "):
+        (folder / "corpus.jsonl").write_text(json.dumps({"_id": text, "text": "a"}) + "\n")
+        (folder / "qrels.tsv").write_bytes(f"0\t{text}\t1\n".encode())
+        assert data.load_collection(folder).qrels == {"0": {text: 1.0}}

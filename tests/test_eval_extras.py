@@ -3,12 +3,14 @@
     pip install scipy scikit-learn mteb && pytest -m extras tests/test_eval_extras.py
 """
 
+import json
+
 import numpy as np
 import pytest
 
-import metrics
-import tasks
-from data import PROMPTS, Collection
+import eval as evaluation
+from data import Collection
+from engine import metrics
 from eval import MTEBModel
 
 pytestmark = pytest.mark.extras
@@ -70,37 +72,6 @@ def test_label_metrics_are_scikit_learns(n_labels, n_clusters):
         assert metrics.f1(labels, clusters, average) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("n_labels", [2, 3, 20])
-@pytest.mark.parametrize("c", [0.1, 1.0, 10.0])
-def test_logistic_regression_is_scikit_learns(n_labels, c):
-    linear = pytest.importorskip("sklearn.linear_model")
-    encoder, labels = Drawn(noise=2.0), np.arange(n_labels * 8) % n_labels
-    train = encoder.encode([f"t{label}:{i}" for i, label in enumerate(labels)])
-    test = encoder.encode([f"t{i % n_labels}:test{i}" for i in range(1000)])
-    reference = linear.LogisticRegression(C=c, max_iter=1000, tol=1e-8).fit(train, labels)
-    scores, predicted = reference.decision_function(test), reference.predict(test)
-    gap = np.abs(scores) if n_labels == 2 else -np.diff(np.sort(scores)[:, ::-1])[:, 0]
-    clear = gap > 1e-4  # where scikit-learn itself is not undecided
-    assert clear.mean() > 0.99
-    ours = tasks.logistic_regression(train, labels, c)(test)
-    assert (ours == predicted)[clear].all()
-
-
-@pytest.mark.parametrize("n_labels, noise", [(5, 1.0), (30, 1.0), (30, 2.0)])
-def test_k_means_is_as_good_as_scikit_learns(n_labels, noise):
-    cluster = pytest.importorskip("sklearn.cluster")
-    draw = np.random.default_rng(0)
-    labels = (n_labels * draw.random(1500) ** 2).astype(int)  # uneven groups
-    vectors = Drawn(noise).encode([f"t{label}:{i}" for i, label in enumerate(labels)])
-    ours, theirs = [], []
-    for seed in range(10):
-        found = tasks.mini_batch_k_means(vectors, n_labels, np.random.default_rng(seed))
-        ours.append(metrics.v_measure(labels, found))
-        reference = cluster.MiniBatchKMeans(n_labels, batch_size=512, n_init=1, random_state=seed)
-        theirs.append(metrics.v_measure(labels, reference.fit_predict(vectors)))
-    assert np.mean(ours) == pytest.approx(np.mean(theirs), abs=0.03)
-
-
 # ---------------------------------------------------------------- mteb
 
 
@@ -150,19 +121,103 @@ def test_retrieval_is_mtebs(mocks):
         "queries": table(collection.queries),
         "relevant_docs": {
             query: {doc: int(gain) for doc, gain in gains.items()}
-            for query, gains in collection.qrels.items() if any(gains.values())
+            for query, gains in collection.qrels.items()
         },
         "top_ranked": None,
-    }  # fmt: skip
+    }
     data["queries"] = data["queries"].filter(lambda row: row["id"] in data["relevant_docs"])
     expected = mteb_scores(mocks.MockRetrievalTask, encoder, {"default": {"test": data}})
-    ours = tasks.retrieval(encoder, collection)
+    ours = evaluation.retrieval(encoder, collection)
     names = {f"recall@{k}": f"recall_at_{k}" for k in (1, 10, 20, 100)}
     names |= {"ndcg@10": "ndcg_at_10", "map": "map_at_1000", "mrr@10": "mrr_at_10"}
     names |= {"hit@1": "hit_rate_at_1"}
     assert ours.keys() == names.keys() and 0.05 < ours["ndcg@10"] < 0.95
     for name, theirs in names.items():
         assert ours[name] == pytest.approx(expected[theirs], abs=1e-5)  # mteb rounds to 5 digits
+
+
+def beir_folder(folder, collection):
+    """Write a collection as BEIR publishes it: `_id`, qrels/test.tsv."""
+    (folder / "qrels").mkdir(parents=True)
+    for name, rows in (("corpus", collection.corpus), ("queries", collection.queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(
+            {"_id" if key == "id" else key: value for key, value in row.items()}) + "\n"
+            for row in rows))
+    lines = [f"{q}\t{d}\t{int(gain)}\n" for q, gains in collection.qrels.items()
+             for d, gain in gains.items()]
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    return folder
+
+
+def mteb_retrieval(mock, encoder, collection):
+    """Return mteb's own scores of a collection."""
+    return mteb_scores(mock, encoder, {"default": {"test": {
+        "corpus": table(collection.corpus), "queries": table(collection.queries),
+        "relevant_docs": {query: {doc: int(gain) for doc, gain in gains.items()}
+                          for query, gains in collection.qrels.items()}, "top_ranked": None}}})
+
+
+def test_identical_ids_are_ignored_as_in_mteb(mocks, tmp_path):
+    """ArguAna's form: every query is a document too."""
+    plain, encoder = drawn_collection(), Drawn(noise=1.5)
+    queries = [row for row in plain.queries if row["id"] in plain.qrels]
+    own = [{"title": "", **row} for row in queries]
+    collection = Collection("arguana", plain.corpus + own, queries, plain.qrels)
+
+    class Ignoring(mocks.MockRetrievalTask):
+        ignore_identical_ids = True
+
+    folder = beir_folder(tmp_path / "arguana", collection)
+    with pytest.warns(UserWarning, match="38 queries are documents too, 'q0' first"):
+        ours = evaluation.evaluate(encoder, "retrieval", folder)
+    expected = mteb_retrieval(Ignoring, encoder, collection)["ndcg_at_10"]
+    assert ours["retrieval/arguana/test/ndcg@10"] == pytest.approx(expected, abs=1e-5)
+    ours = evaluation.evaluate(encoder, "retrieval", folder, ignore_identical_ids=False)
+    lower = mteb_retrieval(mocks.MockRetrievalTask, encoder, collection)["ndcg_at_10"]
+    assert ours["retrieval/arguana/test/ndcg@10"] == pytest.approx(lower, abs=1e-5)
+    assert lower < expected - 0.02
+
+
+def test_dangling_documents_count_as_in_mteb(mocks, tmp_path):
+    plain, encoder = drawn_collection(), Drawn(noise=1.5)
+    plain.queries = [row for row in plain.queries if row["id"] in plain.qrels]
+    plain.qrels["q1"]["gone"] = 3
+    folder = beir_folder(tmp_path / "nfcorpus", plain)
+    with pytest.raises(ValueError, match="test.tsv:[0-9]+: unknown document 'gone'"):
+        evaluation.evaluate(encoder, "retrieval", folder)
+    with pytest.warns(UserWarning, match="1 lines counted as never found; line .*'gone'"):
+        ours = evaluation.evaluate(encoder, "retrieval", folder, dangling="count")
+    expected = mteb_retrieval(mocks.MockRetrievalTask, encoder, plain)["ndcg_at_10"]
+    assert ours["retrieval/nfcorpus/test/ndcg@10"] == pytest.approx(expected, abs=1e-5)
+    with pytest.warns(UserWarning, match="1 lines left out"):
+        ours = evaluation.evaluate(encoder, "retrieval", folder, dangling="skip")
+    del plain.qrels["q1"]["gone"]
+    expected = mteb_retrieval(mocks.MockRetrievalTask, encoder, plain)["ndcg_at_10"]
+    assert ours["retrieval/nfcorpus/test/ndcg@10"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_retrieval_is_trec_evals_with_ties_and_zeros():
+    trec = pytest.importorskip("pytrec_eval")
+    draw = np.random.default_rng(5)
+    names = [f"d{i}" for i in draw.permutation(60)]
+    known = {name: draw.choice([-0.5, 0.5], 4) for name in names}     # 16 points: exact ties
+
+    class Few(Drawn):
+        def _one(self, text):
+            return known[text]
+
+    queries = [{"id": f"q{i}", "text": f"d{i}"} for i in range(20)]
+    qrels = {f"q{i}": {f"d{j}": int(draw.integers(0, 3)) for j in draw.choice(60, 5, replace=False)}
+             if i else {"d1": 0} for i in range(20)}
+    corpus = [{"id": name, "text": name} for name in names]
+    ours = evaluation.retrieval(Few(), Collection("x", corpus, queries, qrels))
+    runs = {f"q{i}": {name: float(known[f"d{i}"] @ known[name]) for name in names}
+            for i in range(20)}
+    wanted = {"ndcg_cut_10": "ndcg@10", "recall_10": "recall@10", "map": "map"}
+    theirs = trec.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.10", "map"}).evaluate(runs)
+    for name, key in wanted.items():
+        expected = np.mean([scores[name] for scores in theirs.values()])
+        assert ours[key] == pytest.approx(expected, abs=1e-9) and len(theirs) == 20
 
 
 def test_reranking_is_mtebs(mocks):
@@ -179,9 +234,9 @@ def test_reranking_is_mtebs(mocks):
     data = {
         "corpus": table(corpus), "relevant_docs": relevant, "top_ranked": ranked,
         "queries": table([{"id": f"q{i}", "text": row["query"]} for i, row in enumerate(rows)]),
-    }  # fmt: skip
+    }
     expected = mteb_scores(mocks.MockRerankingTask, encoder, {"default": {"test": data}})
-    ours = tasks.reranking(encoder, rows)
+    ours = evaluation.reranking(encoder, rows)
     names = {"map": "map_at_1000", "mrr@10": "mrr_at_10", "ndcg@10": "ndcg_at_10"}
     for name, theirs in names.items():
         assert ours[name] == pytest.approx(expected[theirs], abs=1e-5)
@@ -190,7 +245,7 @@ def test_reranking_is_mtebs(mocks):
 def test_bitext_mining_is_mtebs(mocks):
     encoder = Drawn(noise=1.5)
     rows = [{"query": f"t{i}:a", "pos": f"t{i}:b"} for i in range(150)]
-    ours = tasks.bitext_mining(encoder, rows)
+    ours = evaluation.bitext_mining(encoder, rows)
     assert 0.1 < ours["accuracy"] < 0.9
     for left, right, suffix in (("query", "pos", ""), ("pos", "query", "_reverse")):
         data = table([{"sentence1": row[left], "sentence2": row[right]} for row in rows])
@@ -206,14 +261,14 @@ def drawn_pairs(n=200):
         {"sentence1": f"t{i}:a", "sentence2": f"t{i if same[i] else -i}:b", "label": int(same[i]),
          "score": float(np.round(same[i] * 3 + draw.random() * 2, 1))}
         for i in range(n)
-    ]  # fmt: skip
+    ]
 
 
 def test_sts_is_mtebs(mocks):
     encoder, rows = Drawn(noise=2.0), drawn_pairs()
     data = {"test": table(rows).select_columns(["sentence1", "sentence2", "score"])}
     expected = mteb_scores(mocks.MockSTSTask, encoder, data)
-    ours = tasks.sts(encoder, rows)["spearman"]
+    ours = evaluation.sts(encoder, rows)["spearman"]
     assert ours == pytest.approx(expected["cosine_spearman"], abs=1e-4)
 
 
@@ -221,22 +276,9 @@ def test_pair_classification_is_mtebs(mocks):
     encoder, rows = Drawn(noise=2.0), drawn_pairs()
     data = table(rows).rename_column("label", "labels").remove_columns("score")
     expected = mteb_scores(mocks.MockPairClassificationTask, encoder, {"test": data})
-    ours = tasks.pair_classification(encoder, rows)
+    ours = evaluation.pair_classification(encoder, rows)
     assert ours["ap"] == pytest.approx(expected["cosine_ap"], abs=1e-6)
     assert ours["max_ap"] == pytest.approx(expected["max_ap"], abs=1e-6)
-
-
-def test_summarization_is_mtebs(mocks):
-    draw, encoder, rows = np.random.default_rng(2), Drawn(noise=2.0), []
-    for i in range(20):
-        machine = [f"t{i if j % 2 else -i}:machine{j}" for j in range(6)]
-        human = [f"t{i}:human{j}" for j in range(3)]
-        grades = draw.integers(0, 4, 6).tolist() if i else [2] * 6  # mteb leaves the first out
-        rows.append({"machine_summaries": machine, "human_summaries": human, "relevance": grades})
-    data = table([row | {"text": f"t{i}"} for i, row in enumerate(rows)])
-    expected = mteb_scores(mocks.MockSummarizationTask, encoder, {"test": data})
-    ours = tasks.summarization(encoder, rows)["spearman"]
-    assert ours == pytest.approx(expected["cosine_spearman"], abs=1e-6)
 
 
 @pytest.mark.parametrize("n_labels", [2, 6])
@@ -245,7 +287,7 @@ def test_classification_is_mtebs(mocks, n_labels):
     rows = [
         {"text": f"t{i % n_labels}:{split}{i}", "label": i % n_labels, "split": split}
         for split, n in (("train", 130), ("test", 300)) for i in range(n)
-    ]  # fmt: skip
+    ]
     data = {
         split: table([row for row in rows if row["split"] == split]).remove_columns("split")
         for split in ("train", "test")
@@ -253,51 +295,95 @@ def test_classification_is_mtebs(mocks, n_labels):
     import datasets
 
     expected = mteb_scores(mocks.MockClassificationTask, encoder, datasets.DatasetDict(data))
-    ours = tasks.classification(encoder, rows)
+    ours = evaluation.classification(encoder, rows)
     assert 0.2 < ours["accuracy"] < 0.98
-    assert ours["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-3)
-    assert ours["f1"] == pytest.approx(expected["f1"], abs=1e-3)
+    assert ours["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-6)
+    assert ours["f1"] == pytest.approx(expected["f1"], abs=1e-6)
 
 
-def test_clustering_is_close_to_mtebs(mocks):
+def test_clustering_is_mtebs(mocks):
     encoder = Drawn(noise=1.5)
     rows = [{"text": f"t{i % 12}:{i}", "label": f"l{i % 12}"} for i in range(900)]
     data = table([{"sentences": row["text"], "labels": row["label"]} for row in rows])
 
     class Whole(mocks.clustering.LegacyMockClusteringFastTask):
         max_fraction_of_documents_to_embed = max_document_to_embed = None
-        max_documents_per_cluster, n_clusters = len(rows), 10
+        max_documents_per_cluster, n_clusters = 16_384, 10
 
     expected = mteb_scores(Whole, encoder, {"test": data})
-    ours = tasks.clustering(encoder, rows)["v_measure"]
-    assert 0.2 < ours < 0.98
-    assert ours == pytest.approx(expected["v_measure"], abs=0.03)
+    ours = evaluation.clustering(encoder, rows)["v_measure"]
+    assert 0.2 < ours < 0.98 and ours == pytest.approx(expected["v_measure"], abs=1e-6)
 
 
-def test_a_sentence_transformers_baseline_applies_its_own_prompts(tmp_path):
+WORDS = ["[UNK]", "cat", "dog", "find", "near", "the", "passage", "alike",
+         *(f"w{i}" for i in range(90))]
+
+
+def stock_model(folder, prompts):
+    """Save and load a sentence-transformers model of a few words, with prompts."""
     library = pytest.importorskip("sentence_transformers", minversion="6")
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {word: i for i, word in enumerate(["[UNK]", "cat", "dog", "find"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    weights = np.eye(4, dtype=np.float32) + 0.01
+    weights = np.random.default_rng(3).normal(size=(len(WORDS), 12)).astype(np.float32)
     module = StaticEmbedding(tokenizer, embedding_weights=weights)
-    model = library.SentenceTransformer(modules=[module], prompts={"query": "find "}, device="cpu")
-    model.save(str(tmp_path / "static"))
-
-    encoder = tasks.SentenceTransformerBaseline(str(tmp_path / "static"))
-    passage = encoder.encode(["cat"])
-    query = encoder.encode(["cat"], prompt=PROMPTS["retrieval"])
-    assert passage.argmax() == 1 and passage[0, 3] < 0.02 < 0.5 < query[0, 3]
-    assert np.linalg.norm(query) == pytest.approx(1)
-    short = tasks.CachedEncoder(encoder).encode(["cat", "dog"], truncate_dim=2)
-    assert short.shape == (2, 2) and short[0, 1] > 0.9
+    library.SentenceTransformer(modules=[module], prompts=prompts, device="cpu").save(str(folder))
+    return evaluation.SentenceTransformerBaseline(str(folder))
 
 
-def test_figure3_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    rows = [{"text": f"t{i}:{lang}", "lang": lang} for lang in ("de", "en") for i in range(5)]
-    tasks.draw_languages(Drawn(), rows, tmp_path / "figure3.png")
-    assert (tmp_path / "figure3.png").read_bytes()[1:4] == b"PNG"
+def drawn_words(n, seed=0):
+    draw = np.random.default_rng(seed)
+    return [" ".join(draw.choice(WORDS[8:], size=5)) for _ in range(n)]
+
+
+PROMPTED = [{"query": "find ", "document": "passage "}, {"query": "find ", "passage": "passage "},
+            {"query": "find ", "STS": "alike ", "Retrieval-query": "near the "}, {}]
+
+
+@pytest.mark.parametrize("prompts", PROMPTED)
+def test_a_stock_model_gets_mtebs_prompts_for_each_type_of_task(mocks, tmp_path, prompts):
+    import mteb
+
+    encoder = stock_model(tmp_path / "stock", prompts)
+
+    def theirs(mock, data):
+        task = mock()
+        task.load_data = lambda *args, **kwargs: None
+        task.dataset, task.data_loaded = data, True
+        model = mteb.SentenceTransformerEncoderWrapper(encoder.model)
+        return task.evaluate(model, split="test", encode_kwargs={"batch_size": 32})["default"]
+
+    left, right = drawn_words(40), drawn_words(40, seed=1)
+    rows = [{"sentence1": a, "sentence2": b, "score": float(i % 7), "label": i % 2}
+            for i, (a, b) in enumerate(zip(left, right))]
+    expected = theirs(mocks.MockSTSTask, {"test": table(rows).select_columns(
+        ["sentence1", "sentence2", "score"])})["cosine_spearman"]
+    assert evaluation.sts(encoder, rows)["spearman"] == pytest.approx(expected, abs=1e-5)
+    expected = theirs(mocks.MockPairClassificationTask, {"test": table(rows).rename_column(
+        "label", "labels").remove_columns("score")})["cosine_ap"]
+    assert evaluation.pair_classification(encoder, rows)["ap"] == pytest.approx(expected, abs=1e-5)
+    expected = theirs(mocks.MockBitextMiningTask, {"test": table(rows).select_columns(
+        ["sentence1", "sentence2"])})
+    pairs = [{"query": a, "pos": b} for a, b in zip(left, right)]
+    assert evaluation.bitext_mining(encoder, pairs)["accuracy"] == expected["accuracy"]
+
+    corpus = [{"id": f"d{i:02}", "title": "", "text": text} for i, text in enumerate(right)]
+    queries = [{"id": f"q{i}", "text": text} for i, text in enumerate(left)]
+    qrels = {f"q{i}": {f"d{i:02}": 1} for i in range(40)}
+    expected = theirs(mocks.MockRetrievalTask, {"default": {"test": {
+        "corpus": table(corpus), "queries": table(queries), "relevant_docs": qrels,
+        "top_ranked": None}}})
+    ours = evaluation.retrieval(encoder, Collection("x", corpus, queries, qrels))
+    assert ours["ndcg@10"] == pytest.approx(expected["ndcg_at_10"], abs=2e-5)
+
+
+def test_a_stock_model_serves_prefixes_and_mteb(mocks, tmp_path):
+    encoder = stock_model(tmp_path / "stock", {"query": "find "})
+    assert np.linalg.norm(encoder.encode(["cat"])) == pytest.approx(1)
+    short = evaluation.CachedEncoder(encoder).encode(["cat", "dog"], truncate_dim=2)
+    assert short.shape == (2, 2) and np.linalg.norm(short[1]) == pytest.approx(1)
+    asked = encoder.prompt_of("retrieval", "query"), encoder.prompt_of("sts")
+    assert asked == (("query", "find "), (None, None))
+    assert MTEBModel(encoder).mteb_model_meta.name == "nanoconan/local"

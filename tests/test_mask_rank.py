@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import mask
-from mask import (CAUSAL, FULL, KINDS, MaskSpec, alpha, attention_bias, effective_rank, mask_rank,
-                  mask_weights, rank_law, rank_table, soft_mask)
+from mask import (CAUSAL, FULL, KINDS, MaskSpec, alpha, effective_rank, mask_rank, mask_weights,
+                  rank_law, rank_table, soft_mask)
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,53 +87,20 @@ def test_opening_only_ever_opens(axis):
 
 def test_every_text_of_a_block_has_its_own_length():
     lengths = torch.tensor([3, 6, 5])
-    at = torch.arange(6)
+    i = torch.arange(6)
     for axis in ("row", "col"):
-        block = mask_weights(at[:, None], at[None], lengths[:, None, None].double(), 0.4, axis)
+        block = mask_weights(i[:, None], i, lengths[:, None, None].double(), 0.4, axis)
         for m, n in zip(block, lengths.tolist()):
             assert torch.equal(m[:n, :n], soft_mask(n, 0.4, axis))
         assert not torch.equal(block[0, :3, :3], block[1, :3, :3])
 
 
-# ---------------------------------------------------------------- the bias
-
-def pads(*rows):
-    return torch.tensor([[c == "t" for c in row] for row in rows])
-
-
-def test_bias_is_the_logarithm_and_has_the_promised_shapes():
-    m = soft_mask(4, 0.25)
-    assert torch.equal(attention_bias(m), m.log())
-    assert attention_bias(torch.stack([m, m])).shape == (2, 1, 4, 4)
-    assert attention_bias(m, pads("tttt", "ttt.", "..tt")).shape == (3, 1, 4, 4)
-    assert torch.equal(attention_bias(m, pads("tttt"))[0, 0], m.log())
-    assert torch.equal(attention_bias(soft_mask(4, 1.0)), torch.zeros(4, 4).double())
-
-
-@pytest.mark.parametrize("a", [0.0, 0.3, 1.0])
-def test_pads_on_either_side_get_nothing_and_nothing_is_nan(a):
-    pad = pads("ttttt", "ttt..", "...tt", "t....", "....t")
-    probs = torch.softmax(torch.randn(5, 1, 5, 5) + attention_bias(soft_mask(5, a), pad), dim=-1)
-    assert torch.isfinite(probs).all()
-    for b in range(5):
-        real = probs[b, 0][pad[b]]                                          # rows of tokens
-        assert (real[:, ~pad[b]] == 0).all()
-        assert torch.allclose(real.sum(1), torch.ones(len(real)).double())
-
-
-def test_masks_of_unlike_texts_take_pads_too():
-    each = torch.ones(2, 4, 4, dtype=torch.float64)
-    each[0, :2, :2], each[1] = soft_mask(2, 0.5), soft_mask(4, 0.5)
-    bias = attention_bias(each, pads("tt..", "tttt"))
-    assert torch.equal(bias[0, 0, :2, :2], soft_mask(2, 0.5).log())
-    assert (bias[0, 0, :2, 2:] == -math.inf).all() and (bias[0, 0, 2:] == 0).all()
-    assert torch.equal(bias[1, 0], soft_mask(4, 0.5).log())
-
+# ---------------------------------------------------------------- M in the softmax
 
 def test_weights_scale_the_exponentials():
     # softmax(x + log M) = M e^x / sum M e^x: with equal logits, the normalised row of M
     m = soft_mask(4, 0.25)
-    assert torch.allclose(torch.softmax(attention_bias(m), dim=-1), m / m.sum(1, keepdim=True))
+    assert torch.allclose(torch.softmax(m.log(), dim=-1), m / m.sum(1, keepdim=True))
 
 
 def test_multiplied_logits_are_not_causal_at_alpha_0():
@@ -145,7 +112,7 @@ def test_multiplied_logits_are_not_causal_at_alpha_0():
     # a closed logit is 0 and e^0 = 1, while an open one is worth E[e^x] = e^(1/2) on average:
     # integral of (1 - x) / (1 - x + x e^(1/2)) over x in (0, 1) = 0.417
     assert leaked == pytest.approx(0.417, abs=0.02)
-    assert (torch.softmax(x + attention_bias(m), -1) * future).sum() == 0
+    assert (torch.softmax(x + m.log(), -1) * future).sum() == 0
 
 
 # ---------------------------------------------------------------- rank
@@ -210,7 +177,7 @@ def test_table_holds_the_law_on_every_line():
         assert a == alpha(step, 6, kind) and rank == law and 1 <= effective <= rank + 1e-9
 
 
-# ---------------------------------------------------------------- what a model is told
+# ---------------------------------------------------------------- the mask of a forward pass
 
 def test_spec_knows_when_no_tensor_is_needed():
     assert CAUSAL.is_causal and not CAUSAL.is_full
@@ -256,11 +223,3 @@ def test_the_command_prints_the_table():
     assert ["linear", "row", "4", "0.5000", "32", "32"] in [line[:6] for line in lines]
     assert ["linear", "col", "4", "0.5000", "33", "33"] in [line[:6] for line in lines]
     assert "not the law" not in ran.stdout
-
-
-@pytest.mark.extras
-def test_the_figure_is_drawn_into_a_folder_that_does_not_exist_yet(tmp_path):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "figures" / "soft_mask.png"
-    mask.draw(path, seq_len=8)
-    assert path.read_bytes().startswith(b"\x89PNG")

@@ -1,122 +1,60 @@
-"""train.py by its command line: four stages, exact resume, clear errors; made-up rows."""
+"""train.py by its command line: four stages, exact resume, the loss of a step, clear errors."""
 import json
-import os
-import random
+import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import data
 import train
-from engine import checkpoint
 from embed import Embedder
-
-ROOT = Path(train.__file__).parent
-SMALL = ["--n_embd=32", "--n_head=4", "--n_kv_head=2", "--n_layer=1", "--ffn_dim=48",
-         "--vocab_size=400", "--block_size=64", "--log_every=1", "--device=cpu",
-         "--dtype=float32"]
-STAGE = """steps = 6
-passage_len = 32
-query_len = 16
-batch_size = 8
-n_negatives = 3
-pool_size = 6
-"""
-WORDS = "sort list tree graph node edge file open read write matrix vector random time".split()
+from engine import checkpoint
+from engine import run as runs
+from losses import cosent_loss
+from ranks import (ROOT, STEPS, arguments, assert_equal, assert_same_run, chain_arguments, config,
+                   die_at, log, meta_of, stages_before, state_of, step_loss_replaced, tiny_config,
+                   tiny_model, write_lines)
+from tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Rows about pairs of words: what is asked for is what is described."""
-    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
-    rows = []
-    for i in range(64):
-        a, b = rng.sample(WORDS, 2)
-        rows.append((f"{a} a {b}", f"This function {a}s the {b}, number {i}, and returns it."))
-    made = {
-        "text": [{"text": f"{q}. {p}"} for q, p in rows],
-        "pairs": [{"instruction": "Find", "input": q, "output": p} for q, p in rows],
-        "retrieval": [{"query": q, "pos": [p]} for q, p in rows],
-        "classification": [{"query": p, "pos": [q.split()[0]],
-                            "neg": [w for w in WORDS if w != q.split()[0]][:5]} for q, p in rows],
-        "sts": [{"sentence1": q, "sentence2": rows[i // 2][0], "score": i % 5}
-                for i, (q, _) in enumerate(rows)],
-    }
-    for kind, part in made.items():
-        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    test = folder / "little" / "test"
-    test.mkdir(parents=True)
-    (test / "corpus.jsonl").write_text("".join(
-        json.dumps({"id": str(i), "text": p}) + "\n" for i, (_, p) in enumerate(rows[:20])))
-    (test / "queries.jsonl").write_text("".join(
-        json.dumps({"id": str(i), "text": q}) + "\n" for i, (q, _) in enumerate(rows[:20])))
-    (test / "qrels.tsv").write_text("".join(f"{i}\t{i}\t1\n" for i in range(20)))
-    for stage, before in zip(train.STAGES, (None, *train.STAGES)):
-        text = f'stage = "{stage}"\n{STAGE}'
-        text += f'previous = {str(folder / f"{before}.py")!r}\n' if before else ""
-        (folder / f"{stage}.py").write_text(text)
-    return folder
-
-
-def arguments(files, stage, out, *more):
-    kinds = ("text", "pairs", "retrieval", "classification", "sts")
-    return [str(files / f"{stage}.py"), f"--out={out}", *SMALL,
-            *(f"--{kind}={files / kind}.jsonl" for kind in kinds),
-            f"--evaluate={files / 'little' / 'test'}", *more]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_a_folder_of_its_own(tmp_path_factory):
-    before = os.getcwd()
-    os.chdir(tmp_path_factory.mktemp("cwd"))       # the caches go to out/cache
-    yield
-    os.chdir(before)
-
-
-def config(files, stage, out, *more):
-    return train.load_config(train.TrainConfig, arguments(files, stage, out, *more))
-
-
-def run(files, stage, out, *more):
-    train.main(arguments(files, stage, out, *more))
-    return log(out, stage)
-
-
-def log(out, stage):
-    lines = [json.loads(line) for line in open(Path(out) / stage / "log.jsonl")]
-    drop = {"tokens_per_second", "data_share"}
-    return {line["step"]: {k: v for k, v in line.items() if k not in drop} for line in lines}
-
-
-def weights(out, stage):
-    return checkpoint.load(checkpoint.latest(Path(out) / stage), "model.pt")
-
-
-@pytest.fixture(scope="module")
-def whole(files, tmp_path_factory):
+def whole(rows, tmp_path_factory):
     """One undisturbed run of all four stages, started by asking for the last one."""
     out = tmp_path_factory.mktemp("whole")
-    run(files, "embed_sup", out)
+    train.main(chain_arguments(rows, "embed_sup", out))
     return out
 
 
-def test_asking_for_the_last_stage_trains_all_four(whole, capsys, files):
+# ---------------------------------------------------------------- the chain of stages
+
+def test_asking_for_the_last_stage_trains_all_four(rows, whole, capsys):
     for stage in train.STAGES:
-        assert sorted(log(whole, stage)) == [1, 2, 3, 4, 5, 6]
+        assert sorted(log(whole, stage)) == list(range(1, STEPS + 1))
         scores = json.loads((whole / stage / "eval.json").read_text())
         assert 0 <= scores["retrieval/little/test/ndcg@10"] <= 1
-    tasks = {line["task"] for line in log(whole, "embed_sup").values()}
-    assert len(tasks) > 1
-    stamp = {s: (whole / s / "log.jsonl").stat().st_mtime_ns for s in train.STAGES}
-    run(files, "embed_sup", whole)                 # a finished stage is not repeated
-    assert stamp == {s: (whole / s / "log.jsonl").stat().st_mtime_ns for s in train.STAGES}
+    assert len({line["task"] for line in log(whole, "embed_sup").values()}) > 1
+    stamps = [(whole / s / "log.jsonl").stat().st_mtime_ns for s in train.STAGES]
+    train.main(chain_arguments(rows, "embed_sup", whole))      # a finished stage is not repeated
+    assert stamps == [(whole / s / "log.jsonl").stat().st_mtime_ns for s in train.STAGES]
     shown = capsys.readouterr().out
     assert "embed_weak" in shown and "python embed.py --checkpoint" in shown
+    summary = json.loads((whole / "summary.json").read_text())
+    assert set(train.STAGES) < set(summary) and summary["versions"]["torch"] == torch.__version__
+
+
+def test_a_stage_starts_from_the_weights_and_the_tokenizer_before_it(rows, whole, tmp_path):
+    out = stages_before("sft", whole, tmp_path)
+    train.main(chain_arguments(rows, "sft", out, "--learning_rate=0"))
+    assert_equal(state_of(out, "sft"), state_of(whole, "pretrain"))
+    assert state_of(out, "sft", "tokenizer.tiktoken") == \
+        state_of(whole, "pretrain", "tokenizer.tiktoken")
 
 
 def test_the_mask_opens_in_the_weak_stage_only(whole):
@@ -124,159 +62,337 @@ def test_the_mask_opens_in_the_weak_stage_only(whole):
     assert set(alphas["pretrain"]) == set(alphas["sft"]) == {0.0}
     assert alphas["embed_weak"] == [i / 5 for i in range(6)]        # 0 at first, 1 exactly at last
     assert set(alphas["embed_sup"]) == {1.0}
-    meta = json.loads(checkpoint.load(checkpoint.latest(whole / "sft"), "config.json"))
-    assert meta["mask"]["alpha"] == 0.0
+    assert meta_of(whole, "sft")["mask"]["alpha"] == 0.0
+    assert meta_of(whole, "embed_weak")["mask"]["alpha"] == 1.0
 
 
 @pytest.mark.parametrize("stage", train.STAGES)
-def test_a_run_killed_and_resumed_equals_the_undisturbed_one(files, whole, tmp_path, stage):
+def test_a_run_killed_and_resumed_equals_the_undisturbed_one(rows, whole, tmp_path, stage):
     """The field's bugs: replayed data, fresh optimizer state, a forgotten pool."""
-    for before in train.STAGES[:train.STAGES.index(stage)]:
-        (tmp_path / before).symlink_to(whole / before)
-    (tmp_path / "tokenizer.tiktoken").write_bytes((whole / "tokenizer.tiktoken").read_bytes())
-    cfg = config(files, stage, tmp_path, "--save_every=2")
-    args = arguments(files, stage, tmp_path, "--save_every=2")
-    real, count = train.stage_loss, [0]
-
-    def dies(*given, **more):
-        count[0] += 1
-        if count[0] == 4:                          # after the checkpoint of step 2
-            raise KeyboardInterrupt
-        return real(*given, **more)
-
-    train.stage_loss = dies
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train.train(cfg, args, train.distributed.start("cpu"))
-    finally:
-        train.stage_loss = real
+    out = stages_before(stage, whole, tmp_path)
+    argv = chain_arguments(rows, stage, out, "--save_every=2")
+    die_at(3, lambda: train.main(argv))            # after the checkpoint of step 2
+    assert max(log(out, stage)) == 3 and not (out / stage / "eval.json").exists()
     torch.manual_seed(12345)                       # whatever happens in between must not matter
-    resumed = run(files, stage, tmp_path, "--save_every=2")
-    assert resumed == log(whole, stage)
-    expected = weights(whole, stage)
-    for name, value in weights(tmp_path, stage).items():
-        assert torch.equal(value, expected[name]), name
+    train.main(argv)
+    assert_same_run(out, whole, stage)
 
 
-def test_micro_batches_change_nothing_but_the_memory(files, whole, tmp_path):
-    (tmp_path / "tokenizer.tiktoken").write_bytes((whole / "tokenizer.tiktoken").read_bytes())
-    for before in train.STAGES[:3]:
-        (tmp_path / before).symlink_to(whole / before)
-    parts = run(files, "embed_sup", tmp_path, "--micro_batch_size=5")
-    for step, line in log(whole, "embed_sup").items():
-        assert parts[step]["loss"] == pytest.approx(line["loss"], rel=2e-4)
-
-
-def test_the_loss_falls(files, tmp_path):
-    lines = run(files, "embed_weak", tmp_path, "--previous=", "--steps=40", "--learning_rate=0.01")
-    assert lines[40]["loss"] < 0.6 * lines[1]["loss"]
-
-
-def test_sigterm_saves_and_says_so(files, tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"),
-               *arguments(files, "pretrain", tmp_path, "--steps=100000", "--save_every=100000")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
-    path = tmp_path / "pretrain" / "log.jsonl"
-    while time.time() < deadline and not (path.is_file() and path.read_text().count("\n") > 3):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in out
-    step = int(checkpoint.latest(tmp_path / "pretrain").name.split("_")[1])
-    assert step == max(log(tmp_path, "pretrain"))
-
-
-def test_non_finite_losses_are_skipped_and_then_stop_the_run(files, tmp_path, monkeypatch):
-    real, batches = train.stage_loss, {}
-    bad = {2, 3}
-
-    def poisoned(model, batch, cfg, step, no_sync):
-        batches[step] = batch
-        loss, *rest = real(model, batch, cfg, step, no_sync)
-        return (loss * float("nan") if step in bad else loss, *rest)
-
-    monkeypatch.setattr(train, "stage_loss", poisoned)
-    lines = run(files, "pretrain", tmp_path / "a")
-    assert lines[6]["skipped"] == 2
-    saved = torch.load(tmp_path / "a/pretrain/nonfinite_step2_rank0.pt", weights_only=True)
-    assert saved["task"] == "text" and len(saved["ids"]) == sum(saved["lengths"])
-    again = train.data.Batch(**saved)              # the step can be taken once more
-    cfg = config(files, "pretrain", tmp_path)
-    model = train.Conan(cfg.model_config()).init_weights()
-    loss, *_ = real(model, again, cfg, 2)
-    first, *_ = real(model, batches[2], cfg, 2)
-    assert float(loss) == float(first) > 0
-    bad |= set(range(100))
-    with pytest.raises(SystemExit, match="step 9, task text: loss nan.*10 such steps in a row"):
-        run(files, "pretrain", tmp_path / "b", "--steps=30")
-
-
-def test_a_save_that_takes_long_warns(files, tmp_path, capsys, monkeypatch):
-    run(files, "pretrain", tmp_path / "quick")
-    assert "warning: saving" not in "".join(capsys.readouterr())
-    monkeypatch.setattr(train, "SLOW_SAVE", 0.0)
-    run(files, "pretrain", tmp_path / "slow")
-    assert re.search(r"warning: saving .*step_000006 took \d+ s; .* torchrun waits 30 s",
-                     "".join(capsys.readouterr()))
-
-
-def test_a_run_killed_in_its_evaluation_is_evaluated_when_it_goes_on(files, tmp_path, monkeypatch):
-    real = train.evaluate_collection
+def test_a_run_killed_in_its_evaluation_is_scored_when_it_resumes(rows, tmp_path, monkeypatch):
+    argv, real = chain_arguments(rows, "pretrain", tmp_path), train.evaluate_collection
 
     def dies(*args):
         raise KeyboardInterrupt
     monkeypatch.setattr(train, "evaluate_collection", dies)
     with pytest.raises(KeyboardInterrupt):
-        run(files, "pretrain", tmp_path)
-    assert checkpoint.latest(tmp_path / "pretrain").name == "step_000006"
+        train.main(argv)
     monkeypatch.setattr(train, "evaluate_collection", real)
-    lines, trained = log(tmp_path, "pretrain"), weights(tmp_path, "pretrain")
-    assert run(files, "pretrain", tmp_path) == lines           # no step is taken again
+    lines, trained = log(tmp_path, "pretrain"), state_of(tmp_path, "pretrain")
+    train.main(argv)
+    assert log(tmp_path, "pretrain") == lines      # no step is taken again
+    assert_equal(state_of(tmp_path, "pretrain"), trained)
     assert "retrieval/little/test/ndcg@10" in (tmp_path / "pretrain/eval.json").read_text()
-    assert all(torch.equal(w, trained[k]) for k, w in weights(tmp_path, "pretrain").items())
 
+
+def test_sigterm_saves_and_says_so(rows, tmp_path):
+    argv = arguments(rows, "pretrain", tmp_path, "--steps=100000", "--save_every=100000")
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv], cwd=rows, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    path, deadline = tmp_path / "pretrain" / "log.jsonl", time.time() + 60
+    while time.time() < deadline and not (path.is_file() and path.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM and "the same command resumes" in out
+    step = int(checkpoint.latest(tmp_path / "pretrain").name.split("_")[1])
+    assert step == max(log(tmp_path, "pretrain"))
+
+
+# ---------------------------------------------------------------- the loss of a step
+
+def unit(*degrees):
+    return torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
+
+
+def test_the_contrastive_loss_by_hand():
+    """Two queries, their positives and one hard negative; the other query has none."""
+    x = unit(0, 90, 30, 60, 45)                    # q0, q1, p0, p1, n0
+    batch = data.Batch("retrieval", torch.zeros(5), [1] * 5, None, query_ids=torch.tensor([1, 2]),
+                       positive_ids=torch.tensor([3, 4]), negative_ids=torch.tensor([[5], [-1]]),
+                       known_ids=torch.tensor([[3], [4]]))
+    loss, cosines = train.embedding_loss(x, batch, 1.0, (2,))
+    c30, c60, c45 = (math.cos(math.radians(d)) for d in (30, 60, 45))
+    each = math.log(1 + math.exp(c60 - c30) + math.exp(c45 - c30))          # n0 counts for both
+    assert loss.item() == pytest.approx(each, abs=1e-6)
+    assert cosines.tolist() == [[pytest.approx(c45)], [0]]
+
+
+@pytest.mark.parametrize("place", ["in batch", "hard negative"])
+def test_all_positives_of_a_row_leave_its_denominator(place):
+    """Row 0 has the positives 3 and 4, of which 3 was drawn; row 1 has 4 alone."""
+    negatives = {"in batch": [[-1], [-1]], "hard negative": [[4], [-1]]}[place]
+    batch = data.Batch("retrieval", torch.zeros(5), [1] * 5, None, query_ids=torch.tensor([1, 2]),
+                       positive_ids=torch.tensor([3, 4]), negative_ids=torch.tensor(negatives),
+                       known_ids=torch.tensor([[3, 4], [4, -1]]))
+    x = unit(0, 90, 30, 60, 60)[:5 if place == "hard negative" else 4]
+    loss, _ = train.embedding_loss(x, batch, 1.0, (2,))
+    c30, c60 = (math.cos(math.radians(d)) for d in (30, 60))
+    row_1 = math.log(1 + math.exp(c60 - c30))      # against row 0's positive; its own is 4
+    assert loss.item() == pytest.approx((0 + row_1) / 2, abs=1e-6)
+
+
+def test_the_sts_loss_is_cosent_of_the_pairs_averaged_over_dims():
+    x, scores = torch.randn(6, 4), torch.tensor([3.0, 1.0, 2.0])
+    batch = data.Batch("sts", torch.zeros(6), [1] * 6, None, scores=scores)
+    loss, rest = train.embedding_loss(x, batch, 0.5, (2, 4))
+    by_hand = [cosent_loss(F.cosine_similarity(x[:3, :d], x[3:, :d]), scores, temperature=0.5)
+               for d in (2, 4)]
+    assert rest is None and loss.item() == pytest.approx(sum(map(float, by_hand)) / 2, abs=1e-6)
+
+
+def test_micro_batches_change_nothing_but_the_memory(rows, whole, tmp_path):
+    for stage in ("sft", "embed_sup"):
+        out = stages_before(stage, whole, tmp_path / stage)
+        train.main(chain_arguments(rows, stage, out, "--micro_batch_size=5"))
+        for step, line in log(whole, stage).items():
+            assert log(out, stage)[step]["loss"] == pytest.approx(line["loss"], rel=2e-4)
+
+
+def test_the_loss_falls(rows, tmp_path):
+    train.main(arguments(rows, "embed_weak", tmp_path, "--steps=40", "--learning_rate=0.01"))
+    lines = log(tmp_path, "embed_weak")
+    assert lines[40]["loss"] < 0.6 * lines[1]["loss"]
+
+
+def test_the_learning_rate_warms_up_and_ends_where_it_is_told():
+    cfg = tiny_config(steps=100, warmup=0.1, final_lr=0.25, learning_rate=2.0)
+    rates = [train.lr_at(step, cfg) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0
+    assert rates[55] == pytest.approx(2.0 * (0.25 + 0.75 / 2))             # half of the cosine
+    assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[99] > 0.5
+    assert train.lr_at(100, cfg) == pytest.approx(0.5)
+
+
+def test_matrices_decay_and_norms_do_not():
+    cfg = tiny_config(weight_decay=0.3, beta2=0.9, learning_rate=0.25)
+    model = tiny_model()
+    groups = train.build_optimizer(model, cfg).param_groups
+    decayed = {id(p) for p in groups[0]["params"]}
+    assert (groups[0]["weight_decay"], groups[1]["weight_decay"]) == (0.3, 0.0)
+    for name, p in model.named_parameters():
+        assert (id(p) in decayed) == (not name.endswith("norm.weight")), name
+    assert groups[0]["lr"] == 0.25 and groups[0]["betas"] == (0.9, 0.9)
+
+
+def test_non_finite_losses_are_skipped_and_then_stop_the_run(rows, tmp_path):
+    batches, bad = {}, {2, 3}
+
+    def poisoned(real, model, batch, cfg, step, *no_sync):
+        batches[step] = batch
+        loss, scores = real(model, batch, cfg, step, *no_sync)
+        return (loss * float("nan") if step in bad else loss), scores
+    with step_loss_replaced(poisoned):
+        train.main(arguments(rows, "pretrain", tmp_path / "a"))
+        assert log(tmp_path / "a", "pretrain")[6]["skipped"] == 2
+        bad |= set(range(100))
+        with pytest.raises(SystemExit, match="step 9, task text: loss nan.*10 such steps in a row"):
+            train.main(arguments(rows, "pretrain", tmp_path / "b", "--steps=30"))
+    saved = torch.load(tmp_path / "a/pretrain/nonfinite_step2_rank0.pt", weights_only=True)
+    assert saved["task"] == "text" and len(saved["ids"]) == sum(saved["lengths"])
+    cfg = config(arguments(rows, "pretrain", tmp_path))
+    model = train.Conan(cfg.model_config()).init_weights()
+    loss, _ = train.step_loss(model, data.Batch(**saved), cfg, 2)          # can be taken once more
+    first, _ = train.step_loss(model, batches[2], cfg, 2)
+    assert float(loss) == float(first) > 0
+
+
+def test_a_save_that_takes_long_warns(rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "SLOW_SAVE", 0.0)
+    train.main(arguments(rows, "pretrain", tmp_path, "--steps=1"))
+    assert re.search(r"warning: saving .*step_000001 took \d+ s; .* torchrun waits 30 s",
+                     "".join(capsys.readouterr()))
+
+
+# ---------------------------------------------------------------- what is refused, and how
 
 @pytest.mark.parametrize("more, message", [
     (["--lerning_rate=1"], "nearest is 'learning_rate'"),
-    (["--steps=two"], "steps takes int"),
     (["--passage_len=65"], "must not exceed block_size 64"),
     (["--dims=16,64"], r"dims \(16, 64\) must lie in 1 .. n_embd 32"),
     (["--n_kv_head=3"], "n_head 4 must be a multiple of n_kv_head 3"),
-    (["--task_weights=retrieval:1,cls:2"], "tasks are classification"),
-    (["--text=nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    (["--train_missing=false"], "run: python train.py .*embed_weak.py"),
-    (["--batch_size=65", "--previous="], "64 rows are too few for a batch of 65"),
+    (["--task_weights=retrieval:1,cls:2"], "tasks are retrieval, clr, classification, sts"),
+    (["--task_weights=clr:1"], "embed_sup needs data: --retrieval="),
+    (["--retrieval=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["--batch_size=97"], "96 rows are too few for a batch of 97"),
+    (["--parallel=fsdp", "--lora_rank=4"], "needs parallel ddp or zero1"),
+    (["--evaluate=nowhere"], "nowhere/corpus.jsonl: no such file"),
+    (["--vocab_size=260", "--text=words.jsonl"], "too few for blocks of 32"),
 ])
-def test_mistakes_are_one_clear_line(files, tmp_path, more, message):
-    with pytest.raises((SystemExit, ValueError), match=message):
-        train.main(arguments(files, "embed_sup", tmp_path, *more))
+def test_a_mistake_is_one_clear_line(rows, tmp_path, more, message):
+    stage = "pretrain" if "--text=words.jsonl" in more else "embed_sup"
+    write_lines(rows / "words.jsonl", [{"text": "short"}])
+    with pytest.raises((SystemExit, ValueError), match=message) as caught:
+        train.main(arguments(rows, stage, tmp_path, *more))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("*/step_*"))     # before anything was trained
 
 
-def test_a_changed_configuration_does_not_pass_for_the_old_run(files, whole):
-    with pytest.raises(SystemExit, match="learning_rate=0.001 there, 0.5 now"):
-        train.main(arguments(files, "embed_sup", whole, "--learning_rate=0.5"))
-    with pytest.raises(SystemExit, match="n_layer=1 there, 2 now"):
-        train.main(arguments(files, "embed_sup", whole, "--n_layer=2"))
+def test_a_folder_of_data_must_exist_unless_it_is_the_embedded_one(tmp_path):
+    with pytest.raises(SystemExit, match="there is no folder nowhere; `python -m tools.sets`"):
+        train.main(["--stage=pretrain", "--data=nowhere", f"--out={tmp_path}", "--device=cpu"])
+
+
+def test_another_setting_does_not_pass_for_the_old_run(rows, whole):
+    for more, message in (["--learning_rate=0.5", "learning_rate=0.001 there, 0.5 now"],
+                          ["--n_layer=3", "n_layer=2 there, 3 now"]):
+        with pytest.raises(SystemExit, match=message):
+            train.main(chain_arguments(rows, "embed_sup", whole, more))
+
+
+def test_a_model_of_another_shape_is_not_continued(rows, whole, tmp_path):
+    before = checkpoint.latest(whole / "pretrain")
+    cfg = config(arguments(rows, "sft", tmp_path, "--n_layer=3"))
+    with pytest.raises(ValueError, match=r"step_000006: its model is .*, this stage asks for"):
+        train.train(cfg, train.distributed.start("cpu"), before)
+
+
+def edited(lines):
+    return [lines[0].replace("a", "e", 1), *lines[1:]]
+
+
+def with_another_negative(lines):
+    row = json.loads(lines[0])
+    row["neg"] = [*row.get("neg", []), row["pos"][0]]
+    return [json.dumps(row) + "\n", *lines[1:]]
+
+
+CHANGES = {"edited": edited, "appended": lambda lines: lines + lines[:3],
+           "reordered": lambda lines: [lines[1], lines[0], *lines[2:]],
+           "shortened": lambda lines: lines[:-1], "one more negative": with_another_negative}
+
+
+@pytest.fixture(scope="module")
+def interrupted(rows, whole, tmp_path_factory):
+    """Runs of each stage that died after the checkpoint of step 2, on data of their own."""
+    folders = {}
+
+    def of(stage):
+        if stage not in folders:
+            folder = folders[stage] = tmp_path_factory.mktemp(f"died_{stage}")
+            for path in rows.glob("*.jsonl"):
+                shutil.copy(path, folder)
+            for path in rows.glob("*.py"):
+                shutil.copy(path, folder)
+            die_at(3, lambda: train.main(arguments(folder, stage, folder / "out",
+                                                   "--save_every=2")))
+        return folders[stage]
+    return of
+
+
+@pytest.mark.parametrize("stage, change", [
+    *((stage, change) for stage in train.STAGES for change in list(CHANGES)[:4]),
+    ("embed_sup", "one more negative")])
+def test_a_resumed_run_refuses_data_that_changed(interrupted, stage, change):
+    folder = interrupted(stage)
+    argv = arguments(folder, stage, folder / "out", "--save_every=2")
+    path = folder / {"pretrain": "text", "embed_sup": "retrieval"}.get(stage, "pairs")
+    path = path.with_suffix(".jsonl")
+    before = path.read_text()
+    path.write_text("".join(CHANGES[change](before.splitlines(keepends=True))))
+    try:
+        with pytest.raises(SystemExit, match=f"step_000002 was trained on other .* data: "
+                                             f"{re.escape(str(path))} changed"):
+            train.main(argv)
+    finally:
+        path.write_text(before)
+    assert max(log(folder / "out", stage)) == 3    # and nothing has happened
+
+
+def test_a_kind_of_data_that_is_gone_is_refused(interrupted):
+    folder = interrupted("embed_sup")
+    argv = arguments(folder, "embed_sup", folder / "out", "--save_every=2", "--sts=")
+    with pytest.raises(SystemExit, match=r"other sts data: .*sts.jsonl gone"):
+        train.main(argv)
+
+
+def test_the_same_data_elsewhere_is_the_same_data(interrupted, tmp_path):
+    folder = interrupted("embed_weak")
+    shutil.copytree(folder, tmp_path / "moved")
+    train.main(arguments(tmp_path / "moved", "embed_weak", tmp_path / "moved/out",
+                         "--save_every=2"))
+    assert sorted(log(tmp_path / "moved/out", "embed_weak")) == list(range(1, STEPS + 1))
+
+
+def test_a_finished_stage_whose_data_changed_is_not_taken_for_the_next(rows, whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    changed = write_lines(tmp_path / "text.jsonl", [{"text": f"other words {i}"}
+                                                    for i in range(96)])
+    with pytest.raises(SystemExit, match=f"pretrain/step_000006 was trained on other text data: "
+                                         f"{changed} new; .*/text.jsonl gone"):
+        train.main(chain_arguments(rows, "embed_sup", out, f"--text={changed}"))
+
+
+def test_starting_afresh_takes_the_new_vocabulary_and_the_new_text(rows, tmp_path):
+    """What is cached carries the hash of what it was made from."""
+    def tokens_of(*more):
+        train.main(arguments(rows, "pretrain", tmp_path, "--steps=1", *more))
+        path = checkpoint.latest(tmp_path / "pretrain") / "tokenizer.tiktoken"
+        stream = max(tmp_path.glob("tokens-*.bin"), key=lambda file: file.stat().st_mtime_ns)
+        tokenizer = Tokenizer.load(path)
+        return tokenizer, data.np.fromfile(stream, data.np.uint32)
+    first, stream = tokens_of("--vocab_size=300")
+    other, again = tokens_of("--vocab_size=320", "--resume=false")
+    assert (first.vocab_size, other.vocab_size) == (300, 320)
+    assert first.decode(stream[:9]) in first.decode(stream) and other.eos_id in again
+    assert other.decode(again.tolist()) == first.decode(stream.tolist())
+    path = write_lines(rows / "elsewhere.jsonl", [{"text": f"quite another text {i}"}
+                                                  for i in range(96)])
+    last, stream = tokens_of("--vocab_size=300", f"--text={path}", "--resume=false")
+    assert last.decode(stream.tolist()).startswith("quite another text 0")
+    assert len(list(tmp_path.glob("tokenizer-*"))) == len(list(tmp_path.glob("tokens-*.bin"))) == 3
+
+
+# ---------------------------------------------------------------- what a checkpoint holds
+
+def test_the_instruction_that_a_model_was_trained_with_travels(rows, tmp_path, capsys):
+    prompt = "Represent this question for a search"
+    lines = [json.loads(line) for line in open(rows / "retrieval.jsonl")]
+    path = write_lines(rows / "asked.jsonl", [{**row, "prompt": prompt} for row in lines])
+    train.main(arguments(rows, "embed_sup", tmp_path, f"--retrieval={path}", "--steps=1"))
+    assert meta_of(tmp_path, "embed_sup")["prompts"]["retrieval"] == prompt
+    embedder = Embedder(tmp_path / "embed_sup", device="cpu")
+    assert embedder.prompts == data.PROMPTS | {"retrieval": prompt}
+    assert "instructions" not in "".join(capsys.readouterr())
+
+
+def test_rows_with_several_instructions_are_said_so(rows, tmp_path, capsys):
+    lines = [json.loads(line) for line in open(rows / "pairs.jsonl")]
+    files = [write_lines(rows / f"{name}.jsonl", [{**row, "instruction": text} for row in part])
+             for name, text, part in (("a_most", "Find a text", lines[:60]),
+                                      ("b_few", "Find a title", lines[60:]))]
+    train.main(arguments(rows, "embed_weak", tmp_path, "--steps=1",
+                         f"--pairs={','.join(map(str, files))}"))
+    assert meta_of(tmp_path, "embed_weak")["prompts"]["retrieval"] == "Find a text"
+    assert "rows carry 2 instructions; search and evaluation will use the most frequent one, " \
+           "'Find a text'" in "".join(capsys.readouterr())
+
+
+def test_rows_that_say_there_is_no_instruction_train_without_one(rows, tmp_path):
+    lines = [json.loads(line) for line in open(rows / "retrieval.jsonl")]
+    path = write_lines(rows / "bare.jsonl", [{**row, "prompt": ""} for row in lines])
+    train.main(arguments(rows, "embed_sup", tmp_path, f"--retrieval={path}", "--steps=1"))
+    assert meta_of(tmp_path, "embed_sup")["prompts"]["retrieval"] == ""
 
 
 def test_the_embedder_reads_what_training_wrote(whole):
     embedder = Embedder(whole / "embed_sup", device="cpu")
     texts = ["sort a list", "", "open a file " * 40, "x"]
-    vectors = embedder.encode(texts, batch_size=2)
-    assert vectors.shape == (4, 32) and vectors.dtype.name == "float32"
-    assert torch.allclose(torch.from_numpy(vectors).norm(dim=1), torch.ones(4))
-    one = torch.from_numpy(embedder.encode(texts[0]))
-    assert torch.allclose(one, torch.from_numpy(vectors[0]), atol=1e-6)
-    short = torch.from_numpy(embedder.encode(texts, truncate_dim=8))
-    cut = torch.nn.functional.normalize(torch.from_numpy(vectors)[:, :8], dim=1)
-    assert torch.allclose(short, cut, atol=1e-6)
-    asked = embedder.encode(["sort"], prompt="Find")
-    assert torch.allclose(torch.from_numpy(asked),
-                          torch.from_numpy(embedder.encode(["Find: sort"])), atol=1e-6)
-    with pytest.raises(TypeError, match="text 1 is a int"):
-        embedder.encode(["a", 3])
-    with pytest.raises(ValueError, match="truncate_dim 33"):
-        embedder.encode(["a"], truncate_dim=33)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        Embedder(whole / "nowhere")
+    vectors = torch.from_numpy(embedder.encode(texts, batch_size=2))
+    assert vectors.shape == (4, 32) and vectors.dtype == torch.float32
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(4))
+    saved = train.Conan(train.ConanConfig(**meta_of(whole, "embed_sup")["model"]))
+    saved.load_state_dict(state_of(whole, "embed_sup"))
+    ids = torch.tensor(embedder.tokenizer.encode("sort a list"))
+    right = F.normalize(saved(ids, [len(ids)]), dim=1)[0].detach()
+    assert torch.allclose(right, vectors[0], atol=1e-6)

@@ -1,46 +1,47 @@
-"""Filters over rows: length, duplicates, script, score, overlap with evaluation texts.
+"""Filters over rows: the scorer's 0.4, exact duplicates, overlap with evaluation texts.
 
-    python -m tools.filters --input=pairs.jsonl --out=clean.jsonl --min_chars=20 --dedup=near
-    python -m tools.filters --input=pairs.jsonl --out=clean.jsonl --min_score=0.4 --scorer=out/embed_sup
-    python -m tools.filters --input=text.jsonl.gz --out=clean.jsonl --script=zh --decontaminate=eval/
-    python -m tools.filters --input=pairs.jsonl --out=clean.jsonl --decontaminate="mteb:MTEB(eng, v2)"
+    python -m tools.filters --input=pairs.jsonl --out=clean.jsonl --dedup
+    python -m tools.filters --input=pairs.jsonl --out=clean.jsonl --min_score=0.4 \\
+        --scorer=Alibaba-NLP/gte-Qwen2-7B-instruct
+    python -m tools.filters --input=pairs.jsonl --out=clean.jsonl \\
+        --decontaminate="mteb:MTEB(eng, v2)"
 
-PAPER Sec. 3.1.2: pairs that gte-Qwen2-7B scores below 0.4 are dropped; a scorer here is a folder of
-train.py, an exported directory, or any sentence-transformers model. Each filter is a generator
-(rows, drop) -> rows that calls drop(row, reason) for what it leaves out, so filters chain, and
-memory stays bounded but for the duplicates: 16 bytes a row exact, about 3 kB a row near.
-For terabytes of web text use Data-Juicer first: it writes {"text"} lines, which go on from here.
-UNSPECIFIED: everything but the 0.4; which filters ran and what they dropped is OUT.report.json.
+PAPER Sec. 3.1.2: pairs that gte-Qwen2-7B-instruct scores below 0.4 are dropped before stage 3. A
+scorer is any sentence-transformers model, a folder of train.py or an exported one, and is asked
+with its own query prompt. Each filter is a generator (rows, drop) -> rows that calls drop(row,
+reason) for what it leaves out. Memory: 16 bytes a row for duplicates. Length, script and near
+duplicates are Data-Juicer's job (docs/data.md).
+UNSPECIFIED: everything but the 0.4. OUT.report.json says what ran and what it dropped.
 """
 import hashlib
 import json
-import os
-import re
+import math
 import sys
 import unicodedata
 from collections import Counter
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
+import regex
 from tqdm import tqdm
 
-from clr import script_share, to_line
 from configurator import load_config
-from data import format_query, read_jsonl
+from engine.jsonl import atomic, read_jsonl, to_line
 
 TEXT_KEYS = ("text", "query", "input", "pos", "output", "sentence1", "sentence2")
+NOT_TEXT = {"id", "_id", "lang", "split", "label", "prompt", "instruction"}
 NGRAM = 13                         # words in a row that count as overlap with an evaluation text
-BANDS, BAND_ROWS, SHINGLE = 16, 8, 5
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0e7f\u1780-\u17ff]|\w+")
+_WORD = regex.compile(             # a character, of scripts without spaces, or a word; with marks
+    r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0e7f\u1780-\u17ff]\p{M}*"
+    r"|[\p{L}\p{M}\p{N}_]+")
 
 
 def texts_of(row):
-    """Return the texts of a row of any of data.py's formats; negatives are none of them.
+    """Return the texts of a row of any of data.py's formats, negatives excepted.
 
     >>> texts_of({"query": "q", "pos": ["a", "b"], "neg": ["c"], "id": "7"})
     ['q', 'a', 'b']
@@ -60,8 +61,8 @@ def words_of(text):
 
     Scripts without spaces give one word a character, so that 13 words mean something there too.
 
-    >>> words_of("Ｈello, World! 你好")
-    ['hello', 'world', '你', '好']
+    >>> words_of("Ｈello, World! 你好 लड़की")
+    ['hello', 'world', '你', '好', 'लड़की']
     """
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
@@ -72,27 +73,6 @@ def digest(words):
 
 
 # ---------------------------------------------------------------- filters
-
-def by_length(rows, drop, low=0, high=0):
-    """Keep the rows each of whose texts has `low` to `high` characters; high 0: no limit."""
-    for row in rows:
-        lengths = [len(text) for text in texts_of(row)]
-        if min(lengths) < low:
-            drop(row, "too short")
-        elif high and max(lengths) > high:
-            drop(row, "too long")
-        else:
-            yield row
-
-
-def by_script(rows, drop, lang, least=0.5):
-    """Keep the rows with at least this share of letters in the script of a language code."""
-    for row in rows:
-        if script_share("\n".join(texts_of(row)), lang) < least:
-            drop(row, "script")
-        else:
-            yield row
-
 
 def exact_duplicates(rows, drop):
     """Keep the first of the rows that say the same, whatever their case and punctuation."""
@@ -107,84 +87,55 @@ def exact_duplicates(rows, drop):
             yield row
 
 
-def minhash(text, seed=0):
-    """Return the (128,) uint32 MinHash signature of a text's 5-character shingles.
-
-    Two signatures agree in a place with the probability of the Jaccard overlap of the shingles.
-    """
-    letters = " ".join(words_of(text)).ljust(SHINGLE).encode("utf-32-le", "replace")
-    codes = np.frombuffer(letters, np.uint32).astype(np.uint64)                      # (C,)
-    n = len(codes) - SHINGLE + 1
-    shingles = np.zeros(n, np.uint64)
-    for i in range(SHINGLE):                                    # wraps modulo 2^64
-        shingles = shingles * np.uint64(0x9E3779B97F4A7C15) + codes[i:i + n]
-    shingles = np.unique(shingles ^ (shingles >> np.uint64(29)))                     # (S,)
-    draw = np.random.default_rng(seed).integers(0, 2 ** 64, (2, BANDS * BAND_ROWS, 1), np.uint64)
-    signature = np.full(BANDS * BAND_ROWS, 2 ** 32 - 1, np.uint32)
-    for start in range(0, len(shingles), 4096):
-        hashed = draw[0] * shingles[start:start + 4096] | np.uint64(1)               # (128, s)
-        hashed = ((hashed ^ (hashed >> np.uint64(31))) * (draw[1] | np.uint64(1))) >> np.uint64(32)
-        signature = np.minimum(signature, hashed.min(1).astype(np.uint32))
-    return signature
-
-
-def near_duplicates(rows, drop, least=0.8):
-    """Keep the first of the rows whose 5-character shingles overlap by at least `least` (Jaccard).
-
-    128 MinHashes in 16 bands of 8: rows that share a band are compared by their whole signatures,
-    so a pair with overlap s is compared with probability 1 - (1 - s^8)^16: 0.95 at s = 0.8, more
-    above. The estimate of s has a standard error of 0.035 there.
-    """
-    signatures, bands = [], {}
-    for row in rows:
-        signature = minhash("\n".join(texts_of(row)))
-        keys = [bytes([b]) + part.tobytes()
-                for b, part in enumerate(signature.reshape(BANDS, BAND_ROWS))]
-        others = {bands[key] for key in keys if key in bands}
-        if any((signatures[i] == signature).mean() >= least for i in others):
-            drop(row, "near duplicate")
-            continue
-        for key in keys:
-            bands.setdefault(key, len(signatures))
-        signatures.append(signature)
-        yield row
-
-
-def by_score(rows, drop, encoder, least=0.4, batch=256):
+def by_score(rows, drop, encode, least=0.4, batch=256):
     """Keep the pairs whose query and passage have at least this cosine (PAPER Sec. 3.1.2).
 
-    encoder: anything with `encode(list of str) -> (N, D)`; None if every row has its own "score".
-    A row with "score" is judged by that. Of several positives those above stay, and the row goes
-    when none does.
+    encode: (queries, passages) -> two arrays (N, D), of any norm; None if every row has its own
+    "score", a number, which is then its cosine. Of several positives those above stay, and their
+    "pos_scores" with them; the row goes when none does. Raises ValueError for a row without score.
     """
     rows = iter(rows)
     while chunk := list(islice(rows, batch)):
-        asked, flat = [], []
+        new = [(row, *sides_of(row, encode)) for row in chunk if "score" not in row]
+        cosines = iter(())
+        if new:
+            queries, passages = map(_unit, encode(
+                [query for _, query, _, _ in new],
+                [text for _, _, positives, _ in new for text in positives]))
+            queries = np.repeat(queries, [len(positives) for _, _, positives, _ in new], axis=0)
+            cosines = iter((queries * passages).sum(1))
+        scored = {id(row): (key, [next(cosines) for _ in positives])
+                  for row, _, positives, key in new}
         for row in chunk:
-            if "score" in row:
-                continue
-            query, key = ("input", "output") if "input" in row else ("query", "pos")
-            if encoder is None or query not in row or key not in row:
-                raise ValueError(f"a score needs {query!r} and {key!r} and a scorer, or 'score' in "
-                                 f"the row; there are {sorted(row)[:8]}")
-            positives = [row[key]] if isinstance(row[key], str) else row[key]
-            asked.append((row, key, positives))
-            flat += [format_query(row[query], row.get("prompt") or row.get("instruction"))]
-            flat += positives
-        vectors = iter(_unit(encoder.encode(flat)) if flat else ())
-        scores = {}
-        for row, key, positives in asked:
-            query = next(vectors)
-            scores[id(row)] = key, positives, [float(query @ next(vectors)) for _ in positives]
-        for row in chunk:
-            key, positives, cosines = scores.get(id(row), (None, None, [row.get("score")]))
-            kept = [i for i, cosine in enumerate(cosines) if cosine >= least]
-            if not kept:
+            key, scores = scored.get(id(row)) or (None, [own_score(row)])
+            good = [i for i, score in enumerate(scores) if score >= least]
+            if not good:
                 drop(row, "score")
-            elif len(kept) < len(cosines):
-                yield {**row, key: [positives[i] for i in kept]}
+            elif len(good) < len(scores):
+                shorter = {name: [row[name][i] for i in good] for name in (key, "pos_scores")
+                           if isinstance(row.get(name), list) and len(row[name]) == len(scores)}
+                yield {**row, **shorter}
             else:
                 yield row
+
+
+def sides_of(row, encode):
+    """Return (query, positives, the key of the positives) of a pair that `encode` has to score."""
+    query, key = ("input", "output") if "input" in row else ("query", "pos")
+    if encode is None or query not in row or key not in row:
+        raise ValueError(f"a score needs {query!r} and {key!r} and a scorer, or 'score' in the "
+                         f"row; the keys are {sorted(row)[:8]}")
+    texts_of(row)                                      # are they strings?
+    positives = [row[key]] if isinstance(row[key], str) else row[key]
+    return row[query] or row.get("instruction") or "", positives, key
+
+
+def own_score(row):
+    """Return the score that a row brings; ValueError for what is no finite number."""
+    score = row["score"]
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+        raise ValueError(f"key 'score' must be a number, not {score!r}")
+    return score
 
 
 def _unit(vectors):
@@ -192,24 +143,47 @@ def _unit(vectors):
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
+def load_scorer(path):
+    """Return (queries, passages) -> (vectors, vectors) of a model, queries under its own prompt.
+
+    Our folders are read by Embedder, everything else by sentence-transformers.
+    """
+    from embed import EXPORTED, Embedder               # nothing else here needs a model
+    if Path(path).is_dir() and ((Path(path) / EXPORTED).is_file()
+                                or not (Path(path) / "modules.json").is_file()):
+        ours = Embedder(path)
+        prompt = ours.prompts.get("retrieval")
+        return lambda queries, passages: (ours.encode(queries, prompt=prompt),
+                                          ours.encode(passages))
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise ValueError(f"{path}: no folder of train.py or tools.export; for other models `pip "
+                         "install sentence-transformers`") from None
+    model = SentenceTransformer(str(path))
+    return lambda queries, passages: (model.encode_query(queries), model.encode_document(passages))
+
+
+# ---------------------------------------------------------------- evaluation texts
+
 class Decontaminator:
     """The evaluation texts as hashes; `reason(row)` tells whether a training row overlaps them.
 
     paths: JSONL(.gz) files, or folders of them, of which corpus.jsonl is passed over: a
     collection's documents are common background (Wikipedia), its queries are not. Name the file
     to compare with it. "mteb:NAME" stands for a task or a benchmark of mteb. Any string in a row
-    counts as a text, but ids and labels do not. A text is found if it is equal, or if 13 words in
+    counts as a text, but ids and labels do not. A text overlaps if it is equal, or if 13 words in
     a row are; a text below 13 words has only the first.
     """
 
     def __init__(self, paths):
         self.whole, self.grams = set(), set()
         for path in paths:
-            named = str(path).startswith("mteb:")
-            for row in mteb_rows(path.removeprefix("mteb:")) if named else _rows([path]):
+            mteb = str(path).startswith("mteb:")
+            for row in mteb_rows(path.removeprefix("mteb:")) if mteb else _rows(path):
                 for text in _strings(row):
                     words = words_of(text)
-                    if len(words) >= 3:                  # "yes", a label: equal by chance
+                    if len(words) >= 3:                # "yes", a label: equal by chance
                         self.whole.add(digest(words))
                     self.grams.update(_grams(words))
         if not self.whole:
@@ -240,7 +214,7 @@ def mteb_rows(name):
     Of retrieval the queries only, as of a collection. Raises ValueError for an unknown name,
     ImportError without mteb.
     """
-    from eval import mteb_tasks                           # only here: the rest needs no model
+    from eval import mteb_tasks
     for task in tqdm(mteb_tasks(name)[0], desc=name, unit="task", disable=None):
         task.load_data()
         yield from _held_out(task.dataset, set(task.metadata.eval_splits))
@@ -258,38 +232,33 @@ def _held_out(data, splits):
             yield from _held_out(data[key], splits)
 
 
-def joined(names):
+def join_names(names):
     """Undo the command line's split of "mteb:MTEB(eng, v2)" at its comma."""
-    from eval import join_names                           # only here: the rest needs no model
-    return join_names(names) if any("(" in name for name in names) else list(names)
+    from eval import join_names as join
+    return join(names) if any("(" in name for name in names) else list(names)
 
 
-def _rows(paths):
-    for path in _files(paths):
-        yield from read_jsonl(path)
+def _rows(path):
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*.jsonl*") if p.name.endswith((".jsonl", ".jsonl.gz"))
+                       and not p.name.startswith("corpus."))
+        if not files:
+            raise FileNotFoundError(f"{path}: no JSONL file in there")
+    for file in files:
+        yield from read_jsonl(file)
 
 
 def _grams(words):
     return {hash(tuple(words[i:i + NGRAM])) for i in range(len(words) - NGRAM + 1)}
 
 
-def _files(paths):
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*.jsonl*") if p.suffix in (".jsonl", ".gz")
-                           and not p.name.startswith("corpus."))
-            if not found:
-                raise FileNotFoundError(f"{path}: no JSONL file in there")
-            yield from found
-        else:
-            yield path
-
-
 def _strings(row):
     for key, value in row.items():
-        if key not in ("id", "_id", "lang", "split", "label", "prompt", "instruction"):
-            yield from [value] if isinstance(value, str) else \
-                (v for v in value if isinstance(v, str)) if isinstance(value, list) else ()
+        if key not in NOT_TEXT:
+            values = value if isinstance(value, list) else [value]
+            yield from (text for text in values if isinstance(text, str))
 
 
 # ---------------------------------------------------------------- command line
@@ -300,107 +269,61 @@ class FilterConfig:
     input: tuple[str, ...]                     # JSONL(.gz) files in any of data.py's formats
     out: str                                   # JSONL file to write; beside it OUT.report.json
     dropped: str | None = None                 # JSONL file for what is left out, with "reason"
-    min_chars: int = 0                         # of every text of a row
-    max_chars: int = 0                         # of every text of a row; 0: no limit
-    script: str | None = None                  # language code whose script the letters must be in
-    min_script: float = 0.5                    # least share of such letters
-    dedup: Literal["none", "exact", "near"] = "none"
-    near: float = 0.8                          # least Jaccard overlap of a near duplicate
+    dedup: bool = False                        # drop rows that say the same as one before
     decontaminate: tuple[str, ...] = ()        # files or folders of evaluation texts, mteb:NAME
     min_score: float | None = None             # least cosine of query and passage; the paper's 0.4
     scorer: str | None = None                  # checkpoint, exported or sentence-transformers model
 
-    def __post_init__(self):
-        if self.max_chars and self.max_chars < self.min_chars or self.min_chars < 0:
-            raise ValueError(f"min_chars {self.min_chars}, max_chars {self.max_chars}")
-        if not (0 < self.near <= 1 and 0 <= self.min_script <= 1):
-            raise ValueError(f"near {self.near} and min_script {self.min_script} must be shares")
 
-
-def load_scorer(path):
-    """Return an Embedder for our folders, else the sentence-transformers model of that name."""
-    from embed import EXPORTED, Embedder                  # only here: the rest needs no model
-    if Path(path).is_dir() and ((Path(path) / EXPORTED).is_file()
-                                or not (Path(path) / "modules.json").is_file()):
-        return Embedder(path)
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise ValueError(f"{path}: no folder of train.py or export.py; for other models `pip "
-                         "install sentence-transformers`") from None
-    return SentenceTransformer(path)
-
-
-def make_filters(cfg):
-    """Return the filters that the settings ask for, the cheap ones first."""
-    filters = []
-    if cfg.min_chars or cfg.max_chars:
-        filters.append(partial(by_length, low=cfg.min_chars, high=cfg.max_chars))
-    if cfg.script:
-        filters.append(partial(by_script, lang=cfg.script, least=cfg.min_script))
-    if cfg.dedup != "none":
-        filters.append(exact_duplicates)
-    if cfg.dedup == "near":
-        filters.append(partial(near_duplicates, least=cfg.near))
-    if cfg.decontaminate:
-        filters.append(Decontaminator(joined(cfg.decontaminate)))
-    if cfg.min_score is not None:
-        scorer = load_scorer(cfg.scorer) if cfg.scorer else None
-        filters.append(partial(by_score, encoder=scorer, least=cfg.min_score))
-    return filters
-
-
-def chain(rows, filters, drop):
-    """Put one filter behind the other; drop(row, reason) hears of every row left out."""
-    for one in filters:
-        rows = one(rows, drop)
-    return rows
-
-
-def write_aside(path, write):
-    """Let `write(file)` fill a file aside, then put it in its place, whole or not at all."""
-    part = Path(f"{path}.{os.getpid()}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def read_input(paths, check, counts):
+    """Yield the rows of some files and count them; a row that `check` refuses is named by line."""
+    for path in paths:
+        rows = tqdm(read_jsonl(path), desc=Path(path).name, unit="row", disable=None)
+        for number, row in enumerate(rows, 1):
+            try:
+                check(row)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
+            counts["read"] += 1
+            yield row
 
 
 def main(argv=None):
     """Filter some files; see the module docstring."""
-    cfg, counts = load_config(FilterConfig, argv), Counter()
-    filters = make_filters(cfg)
+    cfg, counts, filters, check = load_config(FilterConfig, argv), Counter(), [], texts_of
+    if cfg.dedup:
+        filters.append(exact_duplicates)
+    if cfg.decontaminate:
+        filters.append(Decontaminator(join_names(cfg.decontaminate)))
+    if cfg.min_score is not None:                      # last: it costs most
+        encode = load_scorer(cfg.scorer) if cfg.scorer else None
+        filters.append(partial(by_score, encode=encode, least=cfg.min_score))
 
-    def read():
-        for path in cfg.input:
-            for row in tqdm(read_jsonl(path), desc=Path(path).name, unit="row", disable=None):
-                counts["read"] += 1
-                yield row
+        def check(row):
+            if "score" in row:
+                own_score(row)
+            else:
+                sides_of(row, encode)
 
-    def write(file, aside=None):
+    with ExitStack() as stack:
+        file = stack.enter_context(atomic(cfg.out, "wb"))
+        aside = stack.enter_context(atomic(cfg.dropped, "wb")) if cfg.dropped else None
+
         def drop(row, reason):
             counts[reason] += 1
             if aside:
                 aside.write(to_line({**row, "reason": reason}))
-        with closing(read()) as rows:
-            for row in chain(rows, filters, drop):
-                counts["kept"] += 1
-                file.write(to_line(row))
 
-    if cfg.dropped:
-        write_aside(cfg.dropped, lambda aside: write_aside(cfg.out, lambda f: write(f, aside)))
-    else:
-        write_aside(cfg.out, write)
+        rows = stack.enter_context(closing(read_input(cfg.input, check, counts)))
+        for one in filters:
+            rows = one(rows, drop)
+        for row in rows:
+            counts["kept"] += 1
+            file.write(to_line(row))
     reasons = {k: n for k, n in counts.most_common() if k not in ("read", "kept")}
-    report = {"read": counts["read"], "kept": counts["kept"], "dropped": reasons,
-              "config": asdict(cfg)}
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    write_aside(f"{cfg.out}.report.json", lambda file: file.write(text.encode()))
+    with atomic(f"{cfg.out}.report.json") as file:
+        json.dump({"read": counts["read"], "kept": counts["kept"], "dropped": reasons,
+                   "config": asdict(cfg)}, file, indent=1, ensure_ascii=False)
     print(f"{cfg.out}: {counts['kept']:,} of {counts['read']:,} rows")
     print("dropped: " + (", ".join(f"{k} {n:,}" for k, n in reasons.items()) or "none"))
 

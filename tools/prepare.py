@@ -2,18 +2,17 @@
 
     python -m tools.prepare --list
     python -m tools.prepare msmarco --out=data
-    python -m tools.prepare miracl --lang=fi --out=data --decontaminate="mteb:MTEB(eng, v2),data/eval"
+    python -m tools.prepare miracl --lang=fi --decontaminate="mteb:MTEB(eng, v2),data/eval"
     python -m tools.prepare wikipedia --lang=km --out=data --limit=100000
 
 Writes DIR/NAME.jsonl for train.py, DIR/NAME.json with source, licence and counts, and what
 overlapped the evaluation texts (files, folders, mteb's tasks and benchmarks) as
-DIR/NAME.removed.jsonl. Rows are streamed: nothing is kept but the output. A run that was stopped
-goes on where it was. Needs `pip install datasets`. Licences are as their publishers state them:
-read them before you train, several are for research only.
+DIR/NAME.removed.jsonl. Rows are streamed, nothing but the output is stored, and it appears whole or
+not at all. Needs `pip install datasets`. docs/data.md lists the paper's sources, those missing too.
+Licences are as their publishers state them: read them first, several are for research only.
 UNSPECIFIED: revisions, splits and prompts; the paper names the sets alone.
 """
 import json
-import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -21,12 +20,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from clr import to_line
 from configurator import load_config
-from data import PARSERS
-from tools.filters import Decontaminator, joined
+from data import PARSERS, document_text
+from engine.jsonl import atomic, to_line
+from tools.filters import Decontaminator, join_names
 
-SAVE_EVERY = 1000                  # source rows between two savings of the cursor
 LANGUAGE_NAMES = {"ar": "arabic", "bn": "bengali", "en": "english", "fi": "finnish",
                   "id": "indonesian", "ja": "japanese", "ko": "korean", "ru": "russian",
                   "sw": "swahili", "te": "telugu", "th": "thai"}          # Mr. TyDi's folders
@@ -43,6 +41,8 @@ def _columns(value):
 
 
 def _retrieval(query, pos, neg=()):
+    pos = [pos] if isinstance(pos, str) else pos or []         # one text or a list of them
+    neg = [neg] if isinstance(neg, str) else neg or []
     row = {"query": query, "pos": [p for p in pos if p and p.strip()]}
     neg = [n for n in neg if n and n.strip() and n not in pos]
     return [row | ({"neg": neg} if neg else {})] if row["pos"] and query else []
@@ -58,35 +58,36 @@ def from_msmarco(row):
 def from_hotpotqa(row):
     """Return the paragraphs with supporting facts as positives, the distractors as negatives."""
     context, facts = _columns(row["context"]), set(_columns(row["supporting_facts"])["title"])
-    named = [(title, f"{title}\n{''.join(sentences)}") for title, sentences
-             in zip(context["title"], context["sentences"])]
+    named = [(title, document_text({"title": title, "text": "".join(sentences)}))
+             for title, sentences in zip(context["title"], context["sentences"])]
     return _retrieval(row["question"], [t for title, t in named if title in facts],
                       [t for title, t in named if title not in facts])
 
 
 def from_squad(row):
     """Return the question and the paragraph it was asked about."""
-    return _retrieval(row["question"], [f"{row['title'].replace('_', ' ')}\n{row['context']}"])
+    return _retrieval(row["question"], document_text({"title": row["title"].replace("_", " "),
+                                                      "text": row["context"]}))
 
 
 def from_pair(row):
     """Return the {query, answer} of a pair set."""
-    return _retrieval(row["query"], [row["answer"]])
+    return _retrieval(row["query"], row["answer"])
 
 
 def from_triplet(row):
     """Return a row of {anchor, positive, negative} or of {.., negative_1, negative_2 ..}."""
-    return _retrieval(row["anchor"], [row["positive"]],
+    return _retrieval(row["anchor"], row["positive"],
                       [row[key] for key in row if key.startswith("negative")])
 
 
 def from_lists(row):
-    """Return a row of {query, positive: list, negative: list}."""
+    """Return a row of {query, positive, negative}, each a text or a list."""
     return _retrieval(row["query"], row["positive"], row["negative"])
 
 
 def from_flag(row):
-    """Return a row of {query, pos: list, neg: list}; its own prompt is left to our template."""
+    """Return a row of {query, pos, neg}; its own prompt is left to our template."""
     return _retrieval(row["query"], row["pos"], row["neg"])
 
 
@@ -95,8 +96,8 @@ def from_passages(row):
     def texts(key):
         shown = _columns(row[key])
         titles = shown.get("title") or [""] * len(shown.get("text", ()))
-        return [f"{title or ''}\n{text}".strip() for title, text in
-                zip(titles, shown.get("text", ()))]
+        return [document_text({"title": title, "text": text})
+                for title, text in zip(titles, shown.get("text", ()))]
     return _retrieval(row["query"], texts("positive_passages"), texts("negative_passages"))
 
 
@@ -109,7 +110,13 @@ def from_reviews(row):
     """Return a review with its stars as the label's text, the other stars as negatives."""
     stars = [f"{n} star{'s' if n > 1 else ''}" for n in range(1, 6)]
     label = stars[row["label"]]
-    return _retrieval(row["text"], [label], [s for s in stars if s != label])
+    return _retrieval(row["text"], label, [s for s in stars if s != label])
+
+
+def from_labels(row):
+    """Return {text, label} of a classification set; tools.sets draws the other labels."""
+    label = str(row["label_text"]).strip()
+    return [{"text": row["text"], "label": label}] if row["text"].strip() and label else []
 
 
 def from_mkqa(row):
@@ -122,12 +129,12 @@ def from_mkqa(row):
 
 def from_article(row):
     """Return title and text of an article as one document for pretraining."""
-    return [{"text": f"{row['title'] or ''}\n{row['text']}".strip()}] if row["text"] else []
+    return [{"text": document_text(row)}] if row["text"] else []
 
 
-def from_news_pair(row):
-    """Return a headline and its article as a pair."""
-    return _retrieval(row["title"], [row["text"]])
+def from_titled(row):
+    """Return the title of an article and its text as a pair (PAPER Table 10: title, content)."""
+    return _retrieval(row["title"], row["text"])
 
 
 def from_web(row):
@@ -209,25 +216,51 @@ SETS = {
                                 lang="en"),
     "cc_news": PublicSet("vblagoje/cc_news", "text", from_article,
                          "unknown: articles belong to their publishers", "708k rows, 1 GB"),
-    "cc_news_pairs": PublicSet("vblagoje/cc_news", "pairs", from_news_pair,
+    "cc_news_pairs": PublicSet("vblagoje/cc_news", "pairs", from_titled,
                                "unknown: articles belong to their publishers", "708k rows, 1 GB",
                                "Find the article with the headline"),
     "wikipedia": PublicSet("wikimedia/wikipedia", "text", from_article, "CC BY-SA 3.0 and GFDL",
                            "en: 6.4M rows, 11 GB", config="20231101.{lang}", lang="en"),
+    "wikipedia_pairs": PublicSet("wikimedia/wikipedia", "pairs", from_titled,
+                                 "CC BY-SA 3.0 and GFDL", "en: 6.4M rows, 11 GB",
+                                 "Find the article with the title", config="20231101.{lang}",
+                                 lang="en"),
     "mc4": PublicSet("allenai/c4", "text", from_web, "ODC-BY and Common Crawl's terms",
                      "en: 365M rows, 305 GB; 108 languages", config="{c4}", lang="en"),
 }
+# MTEB's own copies of older sets. STS12 has a train split; of the others nothing but the test split
+# exists, which MTEB evaluates on: train on those only if you do not score them.
+SETS |= {f"sts{year}": PublicSet(f"mteb/sts{year}-sts", "sts", from_sts,
+                                 "not stated; its sources differ", size, split=split)
+         for year, size, split in ((12, "2.2k rows, 0.3 MB", "train"), (13, "1.5k rows", "test"),
+                                   (14, "3.8k rows", "test"), (15, "3k rows", "test"),
+                                   (16, "1.2k rows", "test"))}
+SETS["sts22"] = PublicSet("mteb/sts22-crosslingual-sts", "sts", from_sts,
+                          "not stated: news articles", "4.6k rows, 18 language pairs",
+                          config="{lang}", lang="en")
+SETS |= {name: PublicSet(f"mteb/{hub}", "labels", from_labels, licence, size, config=config,
+                         lang=config and "en")
+         for name, hub, licence, size, config in (
+             ("banking77", "banking77", "CC BY 4.0", "10k rows, 77 intents", None),
+             ("emotion", "emotion", "not stated: research", "16k rows, 6 emotions", None),
+             ("imdb", "imdb", "not stated", "25k rows, 2 labels", None),
+             ("toxic", "toxic_conversations_50k", "CC BY 4.0", "50k rows, 2 labels", None),
+             ("tweets", "tweet_sentiment_extraction", "CC BY 4.0", "27k rows, 3 labels", None),
+             ("massive_intent", "amazon_massive_intent", "Apache 2.0",
+              "11.5k rows, 60 intents, 51 languages", "{lang}"),
+             ("massive_scenario", "amazon_massive_scenario", "Apache 2.0",
+              "11.5k rows, 18 scenarios, 51 languages", "{lang}"),
+             ("mtop_intent", "mtop_intent", "not stated", "16k rows, 113 intents", "{lang}"),
+             ("mtop_domain", "mtop_domain", "not stated", "16k rows, 11 domains", "{lang}"))}
 
 
 class Stream:
     """The rows of a set, from the hub or from copies of its files, without downloading it first.
 
-    state: what `state()` of an earlier stream returned; the rows go on from there, and files that
-    were read to their end are not opened again. Raises ValueError without `datasets`,
-    ConnectionError where the set cannot be read.
+    Raises ValueError without `datasets`, ConnectionError where the set cannot be read.
     """
 
-    def __init__(self, entry, lang, local=(), state=None):
+    def __init__(self, entry, lang, local=()):
         try:
             from datasets import load_dataset
         except ImportError:
@@ -243,8 +276,6 @@ class Stream:
                 self.rows = load_dataset(entry.hub, entry.named("config", lang),
                                          split=entry.split, revision=entry.revision,
                                          streaming=True)
-            if state:
-                self.rows.load_state_dict(state)
         except Exception as error:          # the library's own errors have no common class
             raise self._unreadable(error) from error
 
@@ -259,37 +290,33 @@ class Stream:
                 raise self._unreadable(error) from error
             yield row
 
-    def state(self):
-        """Return the place after the last row, as JSON can hold it."""
-        return self.rows.state_dict()
-
     def _unreadable(self, error):
         said = " ".join(str(error).split())[:300]                 # the hub's own have empty lines
         return ConnectionError(
             f"{self.where} cannot be read: {type(error).__name__}: {said}. Is the hub "
             "reachable (HF_ENDPOINT names a mirror, HF_TOKEN an account)? --local=FILE,... reads "
-            "copies. The same command goes on where this one stopped")
+            "copies")
 
 
 def convert(entry, row, number):
     """Return (rows of ours, how many of them are unusable); ValueError for an unknown schema."""
     try:
-        made = entry.convert(row)
+        rows = entry.convert(row)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{entry.hub}: row {number} is not as expected ({error!r}); its columns "
                          f"are {', '.join(sorted(row))}") from error
     good = []
-    for one in made:
+    for one in rows:
         try:
-            if entry.kind != "queries":
+            if entry.kind in PARSERS:
                 PARSERS[entry.kind](one)
             good.append(one | ({"prompt": entry.prompt} if entry.prompt else {}))
         except ValueError:
             pass
-    return good, len(made) - len(good) if made else 1
+    return good, len(rows) - len(good) if rows else 1
 
 
-# ---------------------------------------------------------------- a run that can be stopped
+# ---------------------------------------------------------------- a run
 
 @dataclass(frozen=True)
 class PrepareConfig:
@@ -312,121 +339,52 @@ class PrepareConfig:
             raise ValueError(f"limit {self.limit} must be at least 1")
 
 
-class Output:
-    """Two files that only grow, and a cursor that tells how far both belong together.
-
-    What was written after the last saving of the cursor, a torn line among it, is cut off when the
-    run goes on, and made again.
-    """
-
-    def __init__(self, path, identity):
-        self.path, self.identity = path, identity
-        self.cursor = path.with_suffix(".cursor.json")
-        self.parts = [Path(f"{path}.part"), Path(f"{path.with_suffix('')}.removed.jsonl")]
-        self.read, self.counts, self.state, sizes = 0, Counter(), None, [0, 0]
-        if self.cursor.is_file():
-            state = json.loads(self.cursor.read_text(encoding="utf-8"))
-            if state["identity"] != identity:
-                raise ValueError(f"{self.cursor}: belongs to a run with {state['identity']}, not "
-                                 f"{identity}; delete it to start anew")
-            self.read, self.counts, sizes = state["read"], Counter(state["counts"]), state["sizes"]
-            self.state = state["state"]
-        self.files = []
-        for part, size in zip(self.parts, sizes):
-            if size > (part.stat().st_size if part.is_file() else 0):
-                raise ValueError(f"{part}: shorter than {self.cursor.name} says; delete both")
-            self.files.append(open(part, "ab"))
-            self.files[-1].truncate(size)
-
-    def save(self, stream_state=None):
-        """Write the cursor, after what it vouches for is on disk."""
-        for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
-        _write_json(self.cursor, {"identity": self.identity, "read": self.read,
-                                  "counts": self.counts, "state": stream_state,
-                                  "sizes": [file.tell() for file in self.files]})
-
-    def close(self):
-        """Leave the parts as they are, for the next run."""
-        for file in self.files:
-            file.close()
-
-    def finish(self, report):
-        """Write the report and give the data its name, last of all."""
-        for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
-        self.close()
-        _write_json(self.path.with_suffix(".json"), report)
-        if not self.parts[1].stat().st_size:
-            self.parts[1].unlink()
-        os.replace(self.parts[0], self.path)
-        self.cursor.unlink(missing_ok=True)
-
-
-def _write_json(path, value):
-    part = Path(f"{path}.{os.getpid()}")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(part, path)
+def converted(cfg, entry, lang, counts):
+    """Yield (row of ours, reason to set it aside or None), until the set or the limit ends."""
+    clean = Decontaminator(join_names(cfg.decontaminate)) if cfg.decontaminate else None
+    with tqdm(Stream(entry, lang, cfg.local), desc=cfg.name, unit="row", disable=None) as bar:
+        for row in bar:
+            rows, unusable = convert(entry, row, counts["read"])
+            counts.update({"read": 1, "unusable": unusable})
+            for one in rows:
+                reason = clean.reason(one) if clean else None
+                counts[reason or "written"] += 1
+                yield one, reason
+                if counts["written"] == cfg.limit:
+                    return
 
 
 def prepare(cfg):
     """Write one set; return the path of its JSONL file."""
     entry = SETS[cfg.name]
-    lang = cfg.lang or entry.lang
+    lang, counts = cfg.lang or entry.lang, Counter()
     path = Path(cfg.out) / f"{cfg.name}{f'-{lang}' if lang else ''}.jsonl"
     if path.is_file():
-        print(f"{path} is there already; delete it to fetch it again")
+        print(f"{path} exists already; delete it to fetch it again")
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    clean = Decontaminator(joined(cfg.decontaminate)) if cfg.decontaminate else None
-    output = Output(path, {"name": cfg.name, "lang": lang, "local": list(cfg.local),
-                           "decontaminate": list(cfg.decontaminate)})
-    try:
-        fill(output, entry, lang, clean, cfg)
-        counts = dict(output.counts)
-        output.finish({"set": cfg.name, "hub": entry.hub, "kind": entry.kind, "lang": lang,
-                       "config": entry.named("config", lang),
-                       "split": entry.split, "licence": entry.licence, "limit": cfg.limit,
-                       "local": list(cfg.local), "decontaminate": list(cfg.decontaminate),
-                       "read": output.read, "counts": counts})
-    finally:
-        output.close()
-    print(f"{path}: {counts.get('written', 0):,} rows ({entry.kind}) of {output.read:,} read; "
-          f"licence: {entry.licence}")
-    print("removed: " + (", ".join(f"{k} {n:,}" for k, n in counts.items() if k != "written")
-                         or "none"))
+    removed = path.with_suffix(".removed.jsonl")
+    with atomic(path, "wb") as good, atomic(removed, "wb") as aside:
+        for row, reason in converted(cfg, entry, lang, counts):
+            (aside if reason else good).write(to_line(row | {"reason": reason} if reason else row))
+        counts = {key: n for key, n in counts.items() if n}
+        with atomic(path.with_suffix(".json")) as file:
+            json.dump({"set": cfg.name, "hub": entry.hub, "kind": entry.kind, "lang": lang,
+                       "config": entry.named("config", lang), "split": entry.split,
+                       "licence": entry.licence, "limit": cfg.limit, "local": list(cfg.local),
+                       "decontaminate": list(cfg.decontaminate), "read": counts.pop("read", 0),
+                       "counts": counts}, file, indent=1, ensure_ascii=False)
+    if not removed.stat().st_size:
+        removed.unlink()
+    print(f"{path}: {counts.pop('written', 0):,} rows ({entry.kind}); licence: {entry.licence}")
+    print("removed: " + (", ".join(f"{k} {n:,}" for k, n in counts.items()) or "none"))
     return path
-
-
-def fill(output, entry, lang, clean, cfg):
-    """Convert, compare with the evaluation texts and append, until the set or the limit ends."""
-    good, removed = output.files
-    stream = Stream(entry, lang, cfg.local, output.state)
-    left = (cfg.limit or sys.maxsize) - output.counts["written"]
-    with tqdm(stream, initial=output.read, desc=cfg.name, unit="row", disable=None) as bar:
-        for row in bar:
-            made, unusable = convert(entry, row, output.read)
-            output.counts += Counter(unusable=unusable)
-            for one in made:
-                reason = clean.reason(one) if clean else None
-                if left <= 0:
-                    return
-                output.counts[reason or "written"] += 1
-                left -= not reason
-                (removed if reason else good).write(
-                    to_line({**one, "reason": reason} if reason else one))
-            output.read += 1
-            if output.read % SAVE_EVERY == 0:
-                output.save(stream.state())
 
 
 def show_sets():
     """Print the table of sets."""
     for name, entry in SETS.items():
         lang = f" (--lang={entry.lang})" if entry.lang else ""
-        print(f"{name:<15} {entry.kind:<15} {entry.hub}{lang}\n{'':<15} {entry.size}; "
+        print(f"{name:<16} {entry.kind:<15} {entry.hub}{lang}\n{'':<16} {entry.size}; "
               f"licence: {entry.licence}")
 
 
@@ -448,5 +406,5 @@ if __name__ == "__main__":
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"prepare: error: {error}")
     except KeyboardInterrupt:
-        print("prepare: stopped; the same command goes on", file=sys.stderr)
+        print("prepare: stopped; nothing was written", file=sys.stderr)
         sys.exit(130)

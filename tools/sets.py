@@ -1,12 +1,13 @@
-"""A folder of public sets, made into the files of the four stages (PAPER Sec. 3.1, Table 10, 11).
+"""Turn a folder of public sets into the data folder of a run (PAPER Sec. 3.1, Table 10, 11).
 
-    python train.py config/real/embed_sup.py --root=FOLDER      # all four stages on such a folder
-    python -m tools.sets --root=FOLDER --out=out/real/sets            # the files alone
+    python -m tools.sets --root=FOLDER --out=out/real/sets
+    python train.py config/real/embed_sup.py                    # reads out/real/sets
 
-Every folder below FOLDER is a set. What it is, its files tell (JSONL or JSONL.gz):
+Every folder below FOLDER is a set. Its files (.jsonl, .ndjson, also .gz) tell what it is:
 
     corpus, queries, qrels                  a collection: question -> passage
     rows with query, pos, lang_q, lang_p    bitext
+    rows with query, pos, neg?, prompt?     question -> passage, as tools.prepare writes them
     rows with id, lang, text                parallel sentences: equal ids are translations
     docs (id, doc) beside those             sentences of a document in order: sentence -> paragraph
     rows with sentence1, sentence2, score   STS; with label 0 / 1: paraphrases
@@ -14,12 +15,14 @@ Every folder below FOLDER is a set. What it is, its files tell (JSONL or JSONL.g
     rows with id?, title, text, keywords?   documents: title -> text; equal ids are translations
     rows with text                          running text
 
-Only rows of split "train", or of none, are trained on; a folder named *_dev or *_test is never. Of
-sets without a split a share is held out and written to OUT/held_out in the same format: bitext by
-the English sentence, documents whole, paraphrases by id. Professional translations stand in for
-machine ones in CLR: the query's language differs from the passage's.
+Only rows of split "train", or of none, are trained on. A folder named *_dev or *_test never is: its
+collection is copied to OUT, where the evaluation looks. Of sets without a split a share is held out
+and written to OUT/held_out in the same format: bitext by the English sentence, documents whole,
+paraphrases by id. Professional translations stand in for machine ones in CLR: the query's language
+differs from the passage's.
 """
 import argparse
+import hashlib
 import random
 import re
 import shutil
@@ -28,8 +31,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from toy.corpus import write_jsonl
-from data import load_collection, read_jsonl, text_id
+from data import PARSERS, document_text, load_collection, parse_pair, text_id
+from engine.jsonl import atomic, read_jsonl, write_jsonl
 
 HELD_OUT_SHARE = 5                 # one in five of what carries no split is held out
 WINDOW = 4                         # sentences of a paragraph that is cut from a document
@@ -37,11 +40,12 @@ MAX_CHARS = 1200                   # of a passage: more than any passage_len her
 SUPERVISED = 3000                  # rows of a set in stage 4: few enough to come back under DHNM
 SMALLEST = 512                     # pairs of a file; smaller ones share one
 LABELS_AS_NEGATIVES = 15           # other labels of a classification row
-VERSION = 5                        # raise it when the files change: old ones are rebuilt
+SUFFIX = re.compile(r"\.(jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
+VERSION = 6                        # raise it when the files change: old ones are rebuilt
 
 
 def is_held_out(key):
-    """Tell whether what carries no split is held out: one in `HELD_OUT_SHARE`, by hash of key."""
+    """Tell whether a row without a split is held out: one in `HELD_OUT_SHARE`, by hash of key."""
     return text_id(str(key)) % HELD_OUT_SHARE == 0
 
 
@@ -84,9 +88,7 @@ class Builder:
 
     def hold_out(self, name, file, rows):
         """Write the held-out rows of a set, for the evaluation."""
-        folder = self.out / "held_out" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        write_jsonl(folder / f"{file}.jsonl", rows)
+        write_jsonl(self.out / "held_out" / name / f"{file}.jsonl", rows)
 
     def join_small(self):
         """Put files of too few pairs together: bitext into English by set, then all the rest."""
@@ -101,39 +103,50 @@ class Builder:
 
     def collection(self, name, folder):
         """Take question -> passage: in one language to retrieval, across languages to CLR."""
-        found = load_collection(folder)
-        documents = {row["id"]: row for row in found.corpus}
-        asked = [row for row in found.queries if row.get("split", "train") == "train"]
-        for row in found.corpus + asked:
+        collection = load_collection(folder)
+        documents = {row["id"]: row for row in collection.corpus}
+        queries = [row for row in collection.queries if row.get("split", "train") == "train"]
+        for row in collection.corpus + queries:
             if "lang" not in row:
-                raise ValueError(f"{folder}: {row['id']}: key 'lang' is missing")
+                raise ValueError(f"{folder}: {row['id']}: key 'lang' is missing; the keys are "
+                                 f"{sorted(row)[:8]}")
         same, crossing = defaultdict(list), False
-        for row in asked:
+        for row in queries:
             same[row["id"].split("/")[-1]].append(row)
-            for key in found.qrels[row["id"]]:
+            for key in (key for key, score in collection.qrels[row["id"]].items() if score > 0):
                 passage = documents[key]
                 crossing |= passage["lang"] != row["lang"]
                 kind = "retrieval" if passage["lang"] == row["lang"] else "clr"
-                text = joined(passage)
                 for to in ("pairs", kind):
-                    self.add(to, row["text"], text, lang_q=row["lang"], lang_p=passage["lang"])
+                    self.add(to, row["text"], document_text(passage), lang_q=row["lang"],
+                             lang_p=passage["lang"])
         for rows in same.values() if crossing else ():     # a question in several languages
             for i, row in enumerate(rows):
                 for other in rows[:i]:
                     self.bitext(row["text"], other["text"], row["lang"], other["lang"])
-        for row in found.corpus:
+        for row in collection.corpus:
             if row.get("split", "train") == "train":
-                self.files["text"].append({"text": joined(row)})
+                self.files["text"].append({"text": document_text(row)})
                 self.crop(row["text"], row["lang"])
-        self.files["text"] += [{"text": row["text"]} for row in asked]
+        self.files["text"] += [{"text": row["text"]} for row in queries]
 
     def bitext_rows(self, name, file, rows):
         """Take {query, pos, lang_q, lang_p}; held out by the passage side."""
-        kept = [row for row in rows if not is_held_out(row["pos"])]
+        rows = [row | {"pos": parse_pair(row)["pos"][0]} for row in rows]
         self.hold_out(name, file, [row for row in rows if is_held_out(row["pos"])])
-        for row in kept:
-            self.bitext(row["query"], row["pos"], row["lang_q"], row["lang_p"])
-            self.files["text"].append({"text": row["query"]})
+        for row in rows:
+            if not is_held_out(row["pos"]):
+                self.bitext(row["query"], row["pos"], row["lang_q"], row["lang_p"])
+                self.files["text"].append({"text": row["query"]})
+
+    def questions(self, name, file, rows):
+        """Take {query, pos, neg?, prompt?}, in one language or in `lang_q` and `lang_p`."""
+        for row in (row for row in rows if row.get("split", "train") == "train"):
+            pair = parse_pair(row)
+            pair = {key: value for key, value in pair.items() if value}
+            self.files[f"pairs/{name}"].append(pair)
+            self.files["retrieval"].append(pair)
+            self.files["text"] += [{"text": text} for text in pair["pos"]]
 
     def parallel(self, name, file, rows, documents):
         """Take {id, lang, text}: each sentence with English and with one other language.
@@ -217,7 +230,7 @@ class Builder:
                 continue
             head = ". ".join(filter(None, (row.get("title"), row.get("summary")))) \
                 or " ".join(row.get("keywords") or ())
-            self.files["text"].append({"text": f"{head}\n{row['text']}".strip()})
+            self.files["text"].append({"text": document_text({"title": head, "text": row["text"]})})
             self.crop(row["text"], row["lang"])
             if head:
                 by_language[row.get("id", row["text"])][row["lang"]] = (head, row["text"])
@@ -250,7 +263,7 @@ class Builder:
 
     def read_files(self, folder):
         """Take the files of a set, each by its form."""
-        files = {p.name.split(".")[0]: p for p in sorted(folder.glob("*.jsonl*"))}
+        files = {stem_of(path): path for path in files_of(folder)}
         if {"corpus", "queries"} <= files.keys():
             return self.collection(folder.name, folder)
         documents = {row["id"]: row["doc"] for row in read_jsonl(files.pop("docs"))} \
@@ -260,7 +273,8 @@ class Builder:
             if not rows:
                 raise ValueError(f"{path}: no rows")
             for form, needed, rest in (
-                    (self.bitext_rows, {"query", "pos", "lang_q"}, ()),
+                    (self.bitext_rows, {"query", "pos", "lang_q", "lang_p"}, ()),
+                    (self.questions, {"query", "pos"}, ()),
                     (self.sts, {"sentence1", "sentence2", "score"}, ()),
                     (self.paraphrases, {"sentence1", "sentence2", "label"}, ()),
                     (self.documents, {"text", "title", "id"}, ()),
@@ -274,8 +288,28 @@ class Builder:
                         self.labels(folder.name, file, rows)
                     break
             else:
-                raise ValueError(f"{path}: rows with {sorted(rows[0])} are none of the forms that "
-                                 "sets.py knows")
+                raise ValueError(f"{path}: rows with {sorted(rows[0])} have none of the known "
+                                 "forms, see `python -m tools.sets --help`")
+
+
+def files_of(folder):
+    """Return the JSONL files of a set; what tools.prepare took out (*.removed.jsonl) is none."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and SUFFIX.search(path.name)
+                   and not stem_of(path).endswith(".removed"))
+    stems = [stem_of(path) for path in files]
+    for path, stem in zip(files, stems):
+        if stems.count(stem) > 1:
+            raise ValueError(f"{path}: there is another file {stem} with another suffix")
+    return files
+
+
+def stem_of(path):
+    """Return a file's name without the suffixes that it is known by.
+
+    >>> stem_of(Path("train.en-de.jsonl.gz"))
+    'train.en-de'
+    """
+    return SUFFIX.sub("", path.name)
 
 
 def held_out_collections(root):
@@ -294,41 +328,51 @@ def columns_of(path):
     return next(iter(read_jsonl(path)), {}).keys()
 
 
-def joined(row):
-    """Return a passage as evaluation embeds it: its title and its text."""
-    return f"{row.get('title') or ''} {row['text']}".strip()
-
-
 def readable(label):
     """Write a label as words: science/technology and credit_score have none between them."""
     return re.sub(r"[_/]", " ", str(label))
 
 
+def fingerprint(folders):
+    """Return the SHA-256 of all that is built from: the names and contents of the sets' files."""
+    total = hashlib.sha256(str(VERSION).encode())
+    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        total.update(f"{path.parent.name}/{path.name} {content}\n".encode())
+    return total.hexdigest()
+
+
 def ensure(root, out):
-    """Build the files of `root`'s sets in `out` unless they are there; return {kind: rows}."""
-    done = Path(out) / f"built_{VERSION}.txt"
-    if done.is_file() and done.read_text() == str(Path(root).resolve()):
+    """Build the files of `root`'s sets in `out` unless they are there, built from the same."""
+    root, out = Path(root), Path(out)
+    folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    if not any(files_of(folder) for folder in folders):
+        raise ValueError(f"{root}: no folder with sets in it (.jsonl or .jsonl.gz files)")
+    stamp, made_of = out / "built.txt", fingerprint(folders)
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == made_of:
         return
-    folders = sorted(p for p in Path(root).iterdir() if p.is_dir()) if Path(root).is_dir() else []
-    if not any(list(folder.glob("*.jsonl*")) for folder in folders):
-        raise ValueError(f"{root}: no folder with sets in it (JSONL or JSONL.gz files)")
-    builder = Builder(out)
+    for old in (*(out / f"{kind}.jsonl" for kind in PARSERS), stamp):
+        old.unlink(missing_ok=True)
     for old in ("held_out", "pairs"):
-        shutil.rmtree(Path(out) / old, ignore_errors=True)
+        shutil.rmtree(out / old, ignore_errors=True)
+    builder = Builder(out)
     for folder in tqdm(folders, desc="sets", unit="set"):
         if not is_for_evaluation(folder):
             builder.read(folder)
     builder.join_small()
-    (Path(out) / "pairs").mkdir(parents=True, exist_ok=True)
     for kind, rows in builder.files.items():
         builder.rng.shuffle(rows)
-        write_jsonl(Path(out) / f"{kind}.jsonl", rows)
-    done.write_text(str(Path(root).resolve()))
+        write_jsonl(out / f"{kind}.jsonl", rows)
+    for folder in held_out_collections(root):
+        shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
+    with atomic(stamp) as file:
+        file.write(made_of)
 
 
 def main():
     """Build the files and print how many rows each has."""
-    parser = argparse.ArgumentParser(description="turn a folder of public sets into stage files")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="folder with one folder for each set")
     parser.add_argument("--out", default="out/real/sets")
     args = parser.parse_args()

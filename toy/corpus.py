@@ -5,12 +5,13 @@ download: the docstrings of the standard library, torch, numpy, sympy, networkx,
 language reference that pydoc carries. It stands in for the paper's data at laptop scale
 (PAPER Sec. 3.1.1, 3.1.2, Table 10, Table 11); every file is in a format that a user's own data has.
 
-    python -m toy.corpus --out=out/installed_docs       # what train.py does by itself on the first run
+    python -m toy.corpus --out=out/installed_docs     # train.py does it on the first run
 
 Nothing is imported to be read: Python sources are parsed with `ast`, and only the C modules of the
 standard library, which have no source, are asked for their docstrings. Whole docstrings are the
-pretraining text; (summary line -> body) are the pairs of SFT and the weak stage, and the dev and
-test collections; package labels and distances between qualified names give the other two tasks.
+pretraining text. (summary line -> body) and the pairs of pairs.py serve SFT and the weak stage, the
+former are the dev and test collections too. Package labels and distances between qualified names
+give the other two tasks.
 """
 import ast
 import hashlib
@@ -28,6 +29,9 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from engine.jsonl import atomic, write_jsonl
+from toy.pairs import key_of, name_rows, parameter_rows, sentence_rows, sentences_of
+
 # What `pip install -r requirements.txt` brings, the standard library aside. A fixed list, so that
 # whatever else a reader has installed does not change the corpus.
 PACKAGES = ("torch", "numpy", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock",
@@ -35,7 +39,7 @@ PACKAGES = ("torch", "numpy", "sympy", "mpmath", "networkx", "jinja2", "markupsa
             "pytest", "_pytest", "pluggy", "packaging", "pygments")
 SKIP_PARTS = {"test", "tests", "testing", "_vendor", "__pycache__", "site-packages", "idlelib",
               "lib2to3", "ensurepip", "turtledemo", "benchmarks"}
-VERSION = 4                       # raise it when the files below change: old ones are rebuilt
+VERSION = 5                       # raise it when the files below change: old ones are rebuilt
 DEV_SIZE = TEST_SIZE = 1000       # documents of the dev and the test collection
 SUPERVISED_SIZE = 3000            # pairs of stage 4: few enough to come back while DHNM watches
 MAX_BODY_CHARS = 4000
@@ -102,7 +106,7 @@ def read_source(item):
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):        # templates and Python 2 files in packages
         return []
-    found = []
+    entries = []
 
     def visit(node, prefix):
         for child in ast.iter_child_nodes(node):
@@ -110,7 +114,7 @@ def read_source(item):
                 name = f"{prefix}.{child.name}"
                 text = ast.get_docstring(child)
                 if text:
-                    found.append((name, text))
+                    entries.append((name, text))
                 if isinstance(child, ast.ClassDef):
                     visit(child, name)
             elif isinstance(child, (ast.Expr, ast.Assign)) and isinstance(child.value, ast.Call):
@@ -118,15 +122,15 @@ def read_source(item):
                 if attached and isinstance(child, ast.Assign):      # det = _add_docstr(_C.det, "")
                     attached = (f"{prefix}.{ast.unparse(child.targets[0])}", attached[1])
                 if attached:
-                    found.append(attached)
+                    entries.append(attached)
             elif isinstance(child, (ast.If, ast.Try)):
                 visit(child, prefix)
 
     text = ast.get_docstring(tree)
     if text:
-        found.append((module, text))
+        entries.append((module, text))
     visit(tree, module)
-    return found
+    return entries
 
 
 def read_builtins():
@@ -134,7 +138,7 @@ def read_builtins():
     stdlib = sysconfig.get_paths()["stdlib"]
     extensions = {p.name.split(".")[0] for p in Path(stdlib, "lib-dynload").glob("*.so")}
     names = (set(sys.builtin_module_names) | extensions) & set(sys.stdlib_module_names)
-    found = []
+    entries = []
     for module in sorted(names - {"antigravity", "this"}):
         if module.startswith(("_test", "_xx", "xx", "_ctypes_test", "_tkinter")):
             continue
@@ -144,18 +148,18 @@ def read_builtins():
                 loaded = importlib.import_module(module)
         except ImportError:                           # a system library is missing here
             continue
-        shown = module.lstrip("_") if module.startswith("_") else module
+        public = module.lstrip("_") if module.startswith("_") else module
         for attribute, value in sorted(vars(loaded).items()):
             if attribute.startswith("__") or inspect.ismodule(value):
                 continue
             if not (inspect.isroutine(value) or inspect.isclass(value)):
                 continue
-            found.append((f"{shown}.{attribute}", _own_doc(value)))
+            entries.append((f"{public}.{attribute}", _own_doc(value)))
             if inspect.isclass(value):
-                found += [(f"{shown}.{attribute}.{name}", _own_doc(member))
-                          for name, member in sorted(vars(value).items())
+                entries += [(f"{public}.{attribute}.{name}", _own_doc(member))
+                            for name, member in sorted(vars(value).items())
                           if not name.startswith("__") and callable(member)]
-    return [(name, text) for name, text in found if text]
+    return [(name, text) for name, text in entries if text]
 
 
 def _own_doc(value):
@@ -214,11 +218,11 @@ def read_all(workers=None):
     """Return the whole documentation as a sorted list of (qualified name, docstring)."""
     items = list(source_files())
     with ProcessPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
-        entries = [e for found in pool.map(read_source, items, chunksize=64) for e in found]
+        entries = [e for part in pool.map(read_source, items, chunksize=64) for e in part]
     entries += read_builtins() + read_topics()
     unique, seen = {}, set()
     for name, text in sorted(set(entries), key=lambda e: (e[0].count("_"), len(e[0]), e)):
-        key = re.sub(r"\W+", "", text).lower()
+        key = key_of(text)
         if key and key not in seen and name not in unique and len(text) >= 20:
             seen.add(key)                             # of two names for a text the shortest stays
             unique[name] = text
@@ -230,10 +234,6 @@ def read_all(workers=None):
 def _share(name):
     """Hash a qualified name to [0, 1): the split of an entry does not depend on the others."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
-
-
-def _key(text):
-    return re.sub(r"\W+", " ", text).strip().lower()
 
 
 def make_splits(entries):
@@ -248,14 +248,14 @@ def make_splits(entries):
         row = {"name": name, "text": text, "summary": summary, "body": body}
         good = 15 <= len(summary) <= 300 and len(body) >= 40
         (pairs if good else rest).append(row)
-    times = Counter(_key(row["summary"]) for row in pairs)
+    times = Counter(key_of(row["summary"]) for row in pairs)
     pairs.sort(key=lambda row: _share(row["name"]))
-    single = [row for row in pairs if times[_key(row["summary"])] == 1]
+    single = [row for row in pairs if times[key_of(row["summary"])] == 1]
     dev, test = single[:DEV_SIZE], single[DEV_SIZE:DEV_SIZE + TEST_SIZE]
-    held = {row["name"] for row in dev + test}
-    seen = {_key(row[part]) for row in dev + test for part in ("summary", "body", "text")}
-    train = [row for row in pairs + rest if row["name"] not in held and
-             not {_key(row["summary"]), _key(row["body"]), _key(row["text"])} & seen]
+    held_out = {row["name"] for row in dev + test}
+    seen = {key_of(row[part]) for row in dev + test for part in ("summary", "body", "text")}
+    train = [row for row in pairs + rest if row["name"] not in held_out and
+             not {key_of(row["summary"]), key_of(row["body"]), key_of(row["text"])} & seen]
     return {"train": sorted(train, key=lambda row: row["name"]), "dev": dev, "test": test}
 
 
@@ -274,12 +274,12 @@ def label_of(name):
 def classification_rows(rows, least=25, seed=0):
     """Yield {query, pos, neg}: a text, the label that fits it, and 15 labels that do not."""
     labels = Counter(label_of(row["name"]) for row in rows)
-    kept = sorted(label for label, n in labels.items() if n >= least)
+    frequent = sorted(label for label, n in labels.items() if n >= least)
     rng = random.Random(seed)
     for row in rows:
         label = label_of(row["name"])
-        if label in kept:
-            others = rng.sample([l for l in kept if l != label], min(15, len(kept) - 1))
+        if label in frequent:
+            others = rng.sample([l for l in frequent if l != label], min(15, len(frequent) - 1))
             yield {"query": row["text"][:400], "pos": [label], "neg": others}
 
 
@@ -301,32 +301,30 @@ def sts_rows(rows, n=6000, seed=0):
     """
     rng = random.Random(seed)
     for i in range(n):
-        at = rng.randrange(len(rows))
-        near = at + rng.choice((-4, -3, -2, -1, 1, 2, 3, 4))
-        to = near % len(rows) if i % 2 else rng.randrange(len(rows))
-        if to != at:
-            a, b = rows[at], rows[to]
+        first = rng.randrange(len(rows))
+        near = first + rng.choice((-4, -3, -2, -1, 1, 2, 3, 4))
+        second = near % len(rows) if i % 2 else rng.randrange(len(rows))
+        if second != first:
+            a, b = rows[first], rows[second]
             yield {"sentence1": a["summary"], "sentence2": b["summary"],
                    "score": round(relatedness(a["name"], b["name"]), 4)}
 
 
-def write_jsonl(path, rows):
-    """Write rows as JSONL, aside first, so that a file that is there is whole."""
-    part = Path(f"{path}.{os.getpid()}")
-    with open(part, "w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(part, path)
+def held_out_keys(splits):
+    """Return the keys of all texts of dev and test, and of their sentences."""
+    rows = splits["dev"] + splits["test"]
+    texts = [row[part] for row in rows for part in ("summary", "body", "text")]
+    return {key_of(text) for text in texts} | {
+        key_of(sentence) for row in rows for sentence in sentences_of(row["text"])}
 
 
 def write_collection(directory, rows):
     """Write dev or test rows as a retrieval collection in BEIR's form: summary -> body."""
-    directory.mkdir(parents=True, exist_ok=True)
     write_jsonl(directory / "corpus.jsonl",
                 ({"id": row["name"], "title": "", "text": row["body"]} for row in rows))
     write_jsonl(directory / "queries.jsonl",
                 ({"id": row["name"], "text": row["summary"]} for row in rows))
-    with open(directory / "qrels.tsv", "w", encoding="utf-8") as file:
+    with atomic(directory / "qrels.tsv") as file:
         file.write("query-id\tcorpus-id\tscore\n")
         file.writelines(f"{row['name']}\t{row['name']}\t1\n" for row in rows)
 
@@ -346,48 +344,51 @@ def fingerprint():
 def build(out):
     """Write the embedded corpus into the folder `out` and return its manifest.
 
-    text.jsonl {text}, pairs/documentation.jsonl {input, output, name}, retrieval.jsonl {query,
-    pos}, classification.jsonl {query, pos, neg}, sts.jsonl {sentence1, sentence2, score}; dev/ and
-    test/ {corpus, queries, qrels}; search/corpus.jsonl with everything, for `embed.py --query`;
-    labelled_test.jsonl {text, label} for the evaluation. The manifest is written last.
+    text.jsonl {text}, text_dev.jsonl for the validation loss; pairs/documentation.jsonl {input,
+    output, name}, pairs/sentences.jsonl, names.jsonl, parameters.jsonl {query, pos, name};
+    retrieval.jsonl {query, pos}, classification.jsonl {query, pos, neg}, sts.jsonl {sentence1,
+    sentence2, score}; dev/ and test/ {corpus, queries, qrels}; search/corpus.jsonl with everything,
+    for `embed.py --query`; labelled_test.jsonl {text, label}. The manifest is written last.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "manifest.json").unlink(missing_ok=True)
     entries = read_all()
     splits = make_splits(entries)
-    train = splits["train"]
-    pairs = [row for row in train if is_pair(row)]
+    train, held = splits["train"], splits["test"] + splits["dev"]
+    pairs, banned = [row for row in train if is_pair(row)], held_out_keys(splits)
     write_jsonl(out / "text.jsonl", ({"text": row["text"]} for row in train))
-    (out / "pairs").mkdir(exist_ok=True)
-    write_jsonl(out / "pairs" / "documentation.jsonl", ({"input": row["summary"], "output":
-                row["body"], "name": row["name"]} for row in pairs))
+    write_jsonl(out / "text_dev.jsonl", ({"text": row["text"]} for row in splits["dev"]))
+    write_jsonl(out / "pairs" / "documentation.jsonl", (
+        {"input": row["summary"], "output": row["body"], "name": row["name"]} for row in pairs))
+    for name, make in (("sentences", sentence_rows), ("names", name_rows),
+                       ("parameters", parameter_rows)):
+        write_jsonl(out / "pairs" / f"{name}.jsonl", make(train, banned))
     supervised = sorted(pairs, key=lambda row: _share(row["name"]))[:SUPERVISED_SIZE]
     write_jsonl(out / "retrieval.jsonl", ({"query": row["summary"], "pos": [row["body"]],
                                            "id": row["name"]} for row in supervised))
     write_jsonl(out / "classification.jsonl", classification_rows(train))
     write_jsonl(out / "sts.jsonl", sts_rows(pairs))
-    held = splits["test"] + splits["dev"]
     write_jsonl(out / "labelled_test.jsonl", ({"text": row["text"][:400],
                                                "label": label_of(row["name"])} for row in held))
     for split in ("dev", "test"):
         write_collection(out / split, splits[split])
-    (out / "search").mkdir(exist_ok=True)
     write_jsonl(out / "search" / "corpus.jsonl",
                 ({"id": name, "title": name, "text": text} for name, text in entries))
     manifest = {"versions": fingerprint(), "entries": len(entries), "train": len(train),
-                "pairs": len(pairs), "dev": DEV_SIZE, "test": TEST_SIZE,
+                "pairs": len(pairs), "dev": len(splits["dev"]), "test": len(splits["test"]),
                 "characters": sum(len(text) for _, text in entries)}
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    with atomic(out / "manifest.json") as file:
+        json.dump(manifest, file, indent=1)
     return manifest
 
 
 def ensure(out):
     """Build the corpus unless `out` already holds the one of the installed versions."""
-    manifest = Path(out) / "manifest.json"
-    if manifest.is_file():
-        found = json.loads(manifest.read_text())
-        if found["versions"] == fingerprint():
-            return found
+    path = Path(out) / "manifest.json"
+    if path.is_file():
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["versions"] == fingerprint():
+            return manifest
     return build(out)
 
 

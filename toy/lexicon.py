@@ -7,8 +7,8 @@ most frequent, and of the next ones those that most packages use. This is the ol
 lingual retrieval, a dictionary and no grammar, and it is no translation: function words are
 dropped, inflections folded, words that are not in the table stay as technical terms do, one sense
 stands for all. Word order follows the language in three rules; `Phrasing` adds what people type
-around and onto the words. Offline, it lets `clr.py` and the weak stage teach a model many languages
-(PAPER Sec. 3.1.2, 3.3; DEVIATES from the paper's LLM and from its mined bitext).
+around and onto the words. Offline, it gives stage 1 text in many languages and stage 4 its CLR rows
+(PAPER Sec. 3.3; DEVIATES from the paper's LLM, which translates).
 """
 import random
 import re
@@ -158,40 +158,6 @@ class Phrasing:
             start = next((i for i, c in enumerate(text) if c.isalpha()), 0)
             text = text[:start] + text[start:start + 1].upper() + text[start + 1:]
         return text
-
-
-def bitext_rows(rows, translate, phrase, seed=0):
-    """Yield pairs for the weak stage: a summary line in some language -> its name and English text.
-
-    rows: {"input": summary, "name"}. In half of the texts the words that the dictionary does not
-    have are left out: with them there, a pair can be told without knowing the language.
-    """
-    rng, langs = random.Random(seed), list(translate.table)
-    for row in rows:
-        lang = rng.choice(langs)
-        words = translate.words(row["input"], lang)
-        known = [word for word in words if word[1]]
-        if known:
-            words = known if len(known) > 1 and rng.random() < 0.5 else words
-            yield {"input": phrase(words, lang, rng), "output": f"{row['name']}\n{row['input']}"}
-
-
-def dictionary_rows(translate, phrase, times, seed=0):
-    """Yield pairs {instruction, input, output} of one to three words of a language and of English.
-
-    Every word comes `times` times in each language, inflected at random. Short texts: a step of
-    them costs a sixth of one of documents, and the rare words are met as often as the others.
-    """
-    rng, english = random.Random(seed), list(translate.table["en"])
-    for lang in [lang for lang in translate.table if lang != "en"] * times:
-        rng.shuffle(english)
-        start = 0
-        while start < len(english):
-            part = english[start:start + rng.choice((1, 2, 3))]
-            start += len(part)
-            words = [(translate.table[lang][word], True) for word in part]
-            yield {"instruction": "", "input": phrase(words, lang, rng, framed=0.1, joined=0.2),
-                   "output": " ".join(part)}
 
 
 def join(words, lang):

@@ -1,14 +1,14 @@
-"""Stage 3 at full size: weakly supervised contrastive training under the soft mask (Sec. 3.2).
+"""Stage 3 at full size: weakly supervised contrastive training, soft mask (PAPER Sec. 3.2).
 
     torchrun --nproc_per_node=8 --nnodes=2 train.py config/full/embed_weak.py --pairs=pairs.jsonl
 
-The paper: the pairs of stage 2, those scored below 0.4 left out; 16 x Ascend 910B, 97 hours.
+The paper: the pairs of stage 2 without those scored below 0.4; 16 x Ascend 910B, 97 hours.
+Drop those first: python -m tools.filters --min_score=0.4 --scorer=MODEL (Sec. 3.1.2).
 """
 stage = "embed_weak"
 previous = "config/full/sft.py"
-out = "out/full"
 passage_len = 32_768
-query_len = 512
+query_len = 32_768
 batch_size = 64
 steps = 600_000_000 // 64
 learning_rate = 1e-4
@@ -18,17 +18,3 @@ beta2 = 0.999
 temperature = 0.05                 # UNSPECIFIED
 schedule = "linear"                # Eq. 3; App. C has two more
 save_every = 1000
-
-vocab_size = 150_000               # Sec. 3.1.1, 4.2
-n_layer = 8
-n_head = 32
-n_kv_head = 8
-n_embd = 3584
-ffn_dim = 8192
-attention_dim = 3584
-block_size = 32_768
-norm_eps = 1e-5                    # UNSPECIFIED, as are the next two: the customary start
-embed_std = 0.02
-embed_rank_power = 0.0
-train_missing = False              # at this size a missing stage is an error, not a week of work
-checkpointing = True

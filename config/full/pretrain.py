@@ -2,18 +2,19 @@
 
     torchrun --nproc_per_node=8 --nnodes=8 train.py config/full/pretrain.py --text=a.jsonl,b.jsonl
 
-The paper: ~3T tokens, 64 x Ascend 910B, 219 hours (more than those chips can do: README, limits).
+The paper: ~3T tokens, 64 x Ascend 910B, 219 hours (more than those chips can do: docs/paper.md).
+The shape of the model is written here; the later stages take it over.
 """
 stage = "pretrain"
 out = "out/full"
 passage_len = 32_768               # tokens of a window
-query_len = 512
+query_len = 32_768
 batch_size = 256
 steps = 3_000_000_000_000 // (256 * 32_768)
 learning_rate = 1e-4
 warmup = 0.05
 weight_decay = 0.001
-beta2 = 0.999                      # AdamW's own default; App. A names no other
+beta2 = 0.999                      # UNSPECIFIED: AdamW's own default
 save_every = 1000
 
 vocab_size = 150_000               # Sec. 3.1.1, 4.2
@@ -22,10 +23,6 @@ n_head = 32
 n_kv_head = 8
 n_embd = 3584
 ffn_dim = 8192
-attention_dim = 3584
 block_size = 32_768
-norm_eps = 1e-5                    # UNSPECIFIED, as are the next two: the customary start
-embed_std = 0.02
-embed_rank_power = 0.0
-train_missing = False              # at this size a missing stage is an error, not a week of work
+parallel = "zero1"                 # App. A
 checkpointing = True

@@ -1,17 +1,14 @@
-"""Stage 1 on a folder of public sets: next-token prediction over the text of all of them.
+"""Stage 1 on public sets: next-token prediction over whole docstrings (PAPER Sec. 3.1.1).
 
-    python train.py config/real/embed_sup.py --root=FOLDER      # runs this stage, too
+    python train.py config/real/pretrain.py
 """
 stage = "pretrain"
 out = "out/real"
-aligned_start = 3.0
-steps = 20
-batch_size = 32                   # windows of 64 tokens
-passage_len = 64
-learning_rate = 1e-4
-
-vocab_size = 64_000
-n_embd = 4096
-attention_dim = 128
-ffn_dim = 32
-embed_rank_power = 2.0
+data = "out/real/sets"            # python -m tools.sets --root=FOLDER --out=out/real/sets
+steps = 350
+batch_size = 32                    # windows of 256 tokens
+passage_len = 256
+learning_rate = 2e-3
+warmup = 0.2
+final_lr = 1.0                     # constant after the warm-up: the paper names no decay
+beta2 = 0.95

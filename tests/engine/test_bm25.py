@@ -3,6 +3,7 @@
 import doctest
 import math
 import random
+import unicodedata
 
 import numpy as np
 import pytest
@@ -96,17 +97,31 @@ def test_empty_query_document_and_collection():
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("Straße e\u0301te\u0301 İzmir", ["straße", "e\u0301te\u0301", "i\u0307zmir"]),
+        ("Straße e\u0301te\u0301 İzmir", ["straße", "été", "i\u0307zmir"]),
         ("हिन्दी में লেখা", ["हिन्दी", "में", "লেখা"]),  # vowel signs stay inside their word
         ("np.linalg_norm(x, 2)", ["np", "linalg", "norm", "x", "2"]),
         ("서울특별시 역", ["서울", "울특", "특별", "별시", "역"]),
         ("GPUで学習", ["gpu", "で学", "学習"]),
         ("ไทย", ["ไท", "ทย"]),
         ("__ ... \ufe0f", []),
+        ("\U00011107\U00011127\U00011103 x", ["\U00011107\U00011127\U00011103", "x"]),  # Chakma
     ],
 )
 def test_words_of_many_scripts(text, words):
     assert split_words(text) == words
+
+
+@pytest.mark.parametrize("text", ["Café", "Tiếng Việt", "한국어 문서", "İzmir", "हिन्दी"])
+def test_composed_and_decomposed_texts_are_the_same(text):
+    """macOS writes file names and texts in NFD."""
+    composed, apart = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+    assert split_words(apart) == split_words(composed) and split_words(text)
+    found, score = BM25([composed, "other words"]).top_k([apart], 1)
+    assert found.tolist() == [[0]] and score[0, 0] > 0
+
+
+def test_words_that_differ_in_a_vowel_sign_differ():
+    assert split_words("वह लड़का है") != split_words("वह लड़की है")
 
 
 def test_wrong_input_is_named():

@@ -1,9 +1,10 @@
-"""corpus.py: docstrings found without importing, split into summary and body, kept apart."""
-import json
-
+"""The embedded corpus: docstrings read without imports, split into summary and body, kept apart."""
 import pytest
 
-from toy import corpus
+from clr import LANGUAGES, script_share
+from data import PARSERS, load_collection
+from engine.jsonl import read_jsonl
+from toy import build, corpus
 
 
 @pytest.mark.parametrize("text, summary, body", [
@@ -56,8 +57,8 @@ def test_no_test_text_is_in_the_training_split(monkeypatch):
     assert [len(splits[s]) for s in ("dev", "test")] == [20, 20]
     held = {row[part] for s in ("dev", "test") for row in splits[s]
             for part in ("name", "summary", "body")}
-    kept = {row[part] for row in splits["train"] for part in ("name", "summary", "body")}
-    assert not held & kept
+    trained = {row[part] for row in splits["train"] for part in ("name", "summary", "body")}
+    assert not held & trained
     again = corpus.make_splits(entries + [("lib.new", "A new function is here.\n\n" + "x" * 50)])
     assert len({r["name"] for r in splits["test"]} & {r["name"] for r in again["test"]}) >= 18
 
@@ -70,24 +71,100 @@ def test_labels_and_relatedness():
     rows = [{"name": f"os.path.f{i}", "text": f"text {i}", "summary": f"Does {i}"}
             for i in range(40)] + [{"name": f"re.g{i}", "text": f"t {i}", "summary": f"Makes {i}"}
                                    for i in range(40)]
-    made = list(corpus.classification_rows(rows))
-    assert len(made) == 80 and all(r["pos"][0] not in r["neg"] for r in made)
+    labelled = list(corpus.classification_rows(rows))
+    assert len(labelled) == 80 and all(r["pos"][0] not in r["neg"] for r in labelled)
     pairs = list(corpus.sts_rows(rows, n=200))
     assert {0.0, 1.0} >= {min(p["score"] for p in pairs)} and max(p["score"] for p in pairs) > 0.5
 
 
-def test_the_whole_corpus_is_built_and_kept(tmp_path, monkeypatch):
-    """Real, but small: two packages instead of twenty and no standard library."""
-    items = [i for i in corpus.source_files() if i[0].startswith(("jinja2", "networkx"))]
-    monkeypatch.setattr(corpus, "source_files", lambda: iter(items))
-    monkeypatch.setattr(corpus, "DEV_SIZE", 50)
-    monkeypatch.setattr(corpus, "TEST_SIZE", 50)
-    manifest = corpus.build(tmp_path)
-    assert manifest["pairs"] > 500 and corpus.ensure(tmp_path) == manifest
-    for line in open(tmp_path / "pairs" / "documentation.jsonl", encoding="utf-8"):
-        row = json.loads(line)
-        assert row["input"] and row["output"] and row["name"]
-    names = [json.loads(line)["id"] for line in open(tmp_path / "search" / "corpus.jsonl")]
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The real thing, but small: two packages instead of twenty and no standard library."""
+    with pytest.MonkeyPatch.context() as patch:
+        items = [i for i in corpus.source_files() if i[0].startswith(("jinja2", "networkx"))]
+        patch.setattr(corpus, "source_files", lambda: iter(items))
+        patch.setattr(corpus, "DEV_SIZE", 50)
+        patch.setattr(corpus, "TEST_SIZE", 50)
+        folder = tmp_path_factory.mktemp("corpus")
+        manifest = build.ensure(folder)
+        yield folder, manifest
+
+
+def rows_of(path):
+    return list(read_jsonl(path))
+
+
+def test_the_whole_corpus_is_built_once(small):
+    folder, manifest = small
+    assert manifest["pairs"] > 500 and manifest["clr"] > 500
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.jsonl")}
+    assert build.ensure(folder) == manifest
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.jsonl")} == before
+    names = [row["id"] for row in rows_of(folder / "search" / "corpus.jsonl")]
     assert len(names) == len(set(names)) and any("shortest_path" in name for name in names)
-    (tmp_path / "manifest.json").write_text(json.dumps({"versions": {"corpus": -1}}))
-    assert corpus.ensure(tmp_path)["pairs"] == manifest["pairs"]      # other versions: built anew
+
+
+def test_every_file_is_in_a_format_of_data(small):
+    folder, _ = small
+    for path in folder.rglob("*.jsonl"):
+        kind = "pairs" if path.parent.name == "pairs" else path.stem.split("-")[0].split("_")[0]
+        if kind in PARSERS:
+            for row in rows_of(path):
+                PARSERS[kind](row)
+    assert {path.stem for path in (folder / "pairs").iterdir()} == {
+        "documentation", "sentences", "names", "parameters"}
+    for name in ("dev", "test", "clr_test"):
+        assert len(load_collection(folder / name).queries) >= 50
+
+
+def test_held_out_documents_are_in_no_training_file(small):
+    folder, _ = small
+    held = {corpus.key_of(text) for name in ("dev", "test") for text in
+            [row["text"] for row in rows_of(folder / name / "queries.jsonl")
+             + rows_of(folder / name / "corpus.jsonl")]}
+    held |= {corpus.key_of(row["text"]) for row in rows_of(folder / "text_dev.jsonl")}
+    ids = {row["id"] for name in ("dev", "test") for row in rows_of(folder / name / "queries.jsonl")}
+    files = [*(folder / "pairs").iterdir(), folder / "text.jsonl", folder / "retrieval.jsonl",
+             folder / "clr.jsonl"]
+    for path in files:
+        for row in rows_of(path):
+            texts = [row[key] for key in ("text", "query", "input", "output") if key in row]
+            assert not held & {corpus.key_of(text) for text in texts + row.get("pos", [])}, path
+            assert row.get("name") not in ids
+
+
+def test_languages_are_text_in_stage_1_and_pairs_in_stage_4_alone(small):
+    folder, manifest = small
+    documents = rows_of(folder / "text-languages.jsonl")
+    assert len({row["lang"] for row in documents}) >= 20 and "en" not in {
+        row["lang"] for row in documents}
+    size = {name: sum(len(row["text"]) for row in rows_of(folder / name))
+            for name in ("text.jsonl", "text-languages.jsonl")}
+    assert size["text-languages.jsonl"] / size["text.jsonl"] == pytest.approx(0.15, abs=0.01)
+    for row in documents[:20]:
+        assert row["text"].count("\n") == build.LINES - 1
+    for path in (folder / "pairs").iterdir():
+        for row in rows_of(path):
+            assert script_share(row.get("query") or row["input"], "en") > 0.5
+    assert "en" not in {row["lang"] for row in rows_of(folder / "clr.jsonl")}
+
+
+def test_the_same_questions_in_every_language(small):
+    queries = rows_of(small[0] / "clr_test" / "queries.jsonl")
+    by_language = {}
+    for row in queries:
+        by_language.setdefault(row["lang"], []).append(row["id"].removesuffix(f"/{row['lang']}"))
+    assert by_language.keys() == set(LANGUAGES)
+    assert all(ids == by_language["en"] for ids in by_language.values())
+
+
+def test_what_has_changed_is_built_anew(small, monkeypatch):
+    folder, manifest = small
+    monkeypatch.setattr(build, "VERSION", -1)
+    (folder / "clr.jsonl").write_text("old")
+    build.ensure(folder)
+    assert len(rows_of(folder / "clr.jsonl")) == manifest["clr"]
+    monkeypatch.setattr(corpus, "VERSION", -1)
+    (folder / "text.jsonl").write_text("old")
+    assert build.ensure(folder)["pairs"] == manifest["pairs"]
+    assert len(rows_of(folder / "text.jsonl")) == manifest["train"]

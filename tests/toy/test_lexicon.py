@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from toy import lexicon
-from clr import LANGUAGES, TABLE_7, build_clr, copy_gate, script_gate, script_share
-from data import read_jsonl
+from clr import LANGUAGES, TABLE_7, Gates, build_clr, copy_gate, script_gate, script_share
+from engine.jsonl import read_jsonl
 from toy.lexicon import FUNCTION_WORDS, IRREGULAR, UNSPACED, VERBS, LexiconTranslator, Phrasing
-from toy.lexicon import bitext_rows, dictionary_rows, fold, join, order_phrases, split_phrases
+from toy.lexicon import fold, join, order_phrases, split_phrases
 
-ROOT = Path(lexicon.__file__).parent
+ROOT = Path(lexicon.__file__).parent.parent
 QUESTIONS = ROOT / "tests" / "data" / "natural_questions.jsonl"
 CORPUS = ROOT / "out" / "installed_docs"
 
@@ -33,7 +33,7 @@ def test_documentation_examples():
 
 
 def test_words_in_26_languages(translate):
-    lines = (ROOT / "lexicon.tsv").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "toy" / "lexicon.tsv").read_text(encoding="utf-8").splitlines()
     assert set(lines[0].split("\t")) == set(LANGUAGES) and lines[0].startswith("en\t")
     assert len(lines) == 762 and {line.count("\t") for line in lines} == {25}
     words = [line.split("\t")[0] for line in lines[1:]]
@@ -134,13 +134,13 @@ def test_whole_queries(translate):
 
 
 def test_clr_with_the_lexicon(translate):
-    rows = [{"query": "Compute the determinant of a matrix", "pos": ["x"]}] * 106
-    made = list(build_clr(rows, translate, gates=[script_gate(0.9), copy_gate]))
-    assert Counter(row["lang"] for row in made) == Counter(TABLE_7)
-    assert len({row["query"] for row in made}) >= 25
+    rows = [{"query": "Compute the determinant of a matrix", "pos": ["x"]}] * 81
+    rows = list(build_clr(rows, translate, gates=Gates(script_gate(0.9), copy_gate)))
+    assert Counter(row["lang"] for row in rows) == Counter(TABLE_7) - Counter(en=25)
+    assert len({row["query"] for row in rows}) >= 24
 
 
-# ---------------------------------------------------------------- phrasing, and rows made of it
+# ---------------------------------------------------------------- phrasing
 
 
 @pytest.fixture(scope="module")
@@ -180,25 +180,6 @@ def test_phrasing_keeps_names_and_says_the_words(phrase, translate):
     assert len(made) > 50 and all("orch.Tensor" in text for text in made)
     assert phrase(words, "de", random.Random(0)) == phrase(words, "de", random.Random(0))
     assert join(["排序", "torch.Tensor"], "zh") == "排序 torch.Tensor"
-
-
-def test_bitext_rows(phrase, translate):
-    rows = [{"input": f"Compute the determinant of a matrix by qr{i}.", "name": f"m.f{i}"}
-            for i in range(200)] + [{"input": "Qwerty", "name": "m.none"}]
-    made = list(bitext_rows(rows, translate, phrase))
-    assert made == list(bitext_rows(rows, translate, phrase))
-    assert [row["output"] for row in made] == [f"{r['name']}\n{r['input']}" for r in rows[:-1]]
-    named = sum("qr" in row["input"] for row in made)
-    assert 60 < named < 140                            # the untranslated word is there in one half
-
-
-def test_dictionary_rows(phrase, translate):
-    """Every word, as often as asked, in every language but English, and without an instruction."""
-    made = list(dictionary_rows(translate, phrase, times=2))
-    assert {row["instruction"] for row in made} == {""}
-    words = Counter(word for row in made for word in row["output"].split())
-    assert words == dict.fromkeys(translate.table["en"], 2 * (len(LANGUAGES) - 1))
-    assert max(len(row["output"].split()) for row in made) == 3
 
 
 # ---------------------------------------------------------------- questions

@@ -1,36 +1,32 @@
 """The metrics of MTEB and MKQA as plain functions: numpy in, float out, nothing else imported.
 
-Ranking metrics take `gains`: gains[q, r] is the relevance of the document that query q found at
-rank r (0 = not relevant), best rank first; lists of different lengths may be given. `judged[q]`
-lists the relevances of all documents relevant to q, those not found included; without it `gains`
-is taken to hold them all. The result is the mean over queries: a query without a relevant
-document counts 0, and no query at all gives 0.0.
+gains[q, r] is the relevance of the document at rank r of query q, best rank first; lists of
+different lengths may be given. judged[q] lists the relevances of all documents judged for q, ranked
+or not (None: `gains` holds them all). The result is the mean over queries; a query without a
+relevant document counts 0, and no query at all gives 0.0.
 
-Definitions are those of trec_eval (as mteb calls it), scipy and scikit-learn, to which the tests
-compare. Where those return nan (a constant input to a correlation) the value here is 0.0: a model
-that says the same about everything has found nothing.
+Definitions are trec_eval's (as mteb calls it), scipy's and scikit-learn's, to which the tests
+compare. Where those give nan (a constant input to a correlation) the value here is 0.0.
 """
-
 import numpy as np
 
 
 def ndcg_at_k(gains, k=10, judged=None):
-    """Average the normalised discounted cumulative gain of the first k ranks -> float in [0, 1].
+    """Average the discounted gain of the first k ranks over the best possible one, in [0, 1].
 
-    DCG = sum of gain / log2(rank + 1), ranks from 1; the norm is the DCG of the best order.
+    DCG = sum of gain / log2(rank + 1), ranks from 1.
 
     >>> round(ndcg_at_k([0, 1, 0]), 4)      # the one relevant document at rank 2: 1 / log2(3)
     0.6309
     """
     gains, judged = _gains_and_judged(gains, judged)
-    best = _dcg(-np.sort(-judged, axis=1), k)
-    return _mean(_ratio(_dcg(gains, k), best))
+    return _mean(_ratio(_dcg(gains, k), _dcg(-np.sort(-judged, axis=1), k)))
 
 
 def recall_at_k(gains, k=10, judged=None):
-    """Average the share of a query's relevant documents among the first k -> float in [0, 1].
+    """Average the share of a query's relevant documents among the first k, in [0, 1].
 
-    >>> recall_at_k([0, 1, 0], k=2, judged=[1, 1])      # one of two was found
+    >>> recall_at_k([0, 1, 0], k=2, judged=[1, 1])      # one of two
     0.5
     """
     gains, judged = _gains_and_judged(gains, judged)
@@ -38,7 +34,7 @@ def recall_at_k(gains, k=10, judged=None):
 
 
 def hit_at_k(gains, k=1):
-    """Average over queries whether any of the first k is relevant -> float in [0, 1].
+    """Average over queries whether any of the first k is relevant, in [0, 1].
 
     >>> hit_at_k([[0, 1, 0], [0, 0, 1]], k=2)
     0.5
@@ -47,7 +43,7 @@ def hit_at_k(gains, k=1):
 
 
 def mrr_at_k(gains, k=10):
-    """Average 1 / (rank of the first relevant document), 0 beyond rank k -> float in [0, 1].
+    """Average 1 / (rank of the first relevant document), 0 beyond rank k, in [0, 1].
 
     >>> mrr_at_k([[0, 1, 0], [0, 0, 1]], k=2)      # 1/2 and 0
     0.25
@@ -58,9 +54,9 @@ def mrr_at_k(gains, k=10):
 
 
 def mean_average_precision(gains, k=None, judged=None):
-    """Average the precision at each relevant document's rank (MAP) -> float in [0, 1].
+    """Average the precision at each relevant document's rank (MAP), in [0, 1].
 
-    Documents beyond rank k (None: the list's end) have precision 0 but stay in the divisor.
+    Documents beyond rank k (None: the list's end) have precision 0 and stay in the divisor.
 
     >>> round(mean_average_precision([1, 0, 1]), 4)      # (1/1 + 2/3) / 2
     0.8333
@@ -72,10 +68,9 @@ def mean_average_precision(gains, k=None, judged=None):
 
 
 def average_precision(labels, scores):
-    """Compute the area under precision over recall of binary labels, as scikit-learn does.
+    """Return the area under precision over recall of (N,) binary labels, in [0, 1].
 
-    labels: (N,) true where positive; scores: (N,), higher = more positive. Pairs of equal score
-    are one step: their order cannot matter. Returns a float in [0, 1]; 0.0 without positives.
+    Pairs of equal score are one step: their order cannot matter. 0.0 without positives.
 
     >>> round(average_precision([1, 0, 1], [0.9, 0.5, 0.1]), 4)      # (1/1 + 2/3) / 2
     0.8333
@@ -86,28 +81,27 @@ def average_precision(labels, scores):
     if not labels.any():
         return 0.0
     last = np.append(scores[1:] != scores[:-1], True)  # the end of each group of ties
-    found = labels.cumsum()[last]
-    precision = found / (np.flatnonzero(last) + 1)
-    return float((np.diff(found, prepend=0) * precision).sum() / labels.sum())
+    hits = labels.cumsum()[last]
+    precision = hits / (np.flatnonzero(last) + 1)
+    return float((np.diff(hits, prepend=0) * precision).sum() / labels.sum())
 
 
 def spearman(x, y):
-    """Correlate the ranks of two (N,) arrays, ties sharing their mean rank -> float in [-1, 1].
+    """Correlate the ranks of two (N,) arrays, ties sharing their mean rank, in [-1, 1].
 
-    0.0 if either is constant or N < 2 (scipy returns nan there).
+    0.0 if either is constant or N < 2.
 
     >>> round(spearman([1, 2, 3], [10, 30, 20]), 4)      # 1 - 6 * (0 + 1 + 1) / (3 * 8)
     0.5
     """
     x, y = _two(_finite(x), _finite(y))
-    x, y = _mean_ranks(x), _mean_ranks(y)
-    x, y = x - x.mean() if x.size else x, y - y.mean() if y.size else y
+    x, y = (_mean_ranks(side) - (len(side) + 1) / 2 for side in (x, y))
     norm = np.sqrt((x * x).sum() * (y * y).sum())
     return float((x * y).sum() / norm) if norm > 0 else 0.0
 
 
 def accuracy(labels, predictions):
-    """Compute the share of equal entries of two (N,) arrays -> float in [0, 1], 0.0 if N = 0.
+    """Return the share of equal entries of two (N,) arrays, 0.0 if N = 0.
 
     >>> accuracy(["a", "b", "b", "a"], ["a", "b", "a", "a"])
     0.75
@@ -117,10 +111,10 @@ def accuracy(labels, predictions):
 
 
 def f1(labels, predictions, average="macro"):
-    """Average the F1 of each label -> float in [0, 1], 0.0 if N = 0.
+    """Average the F1 of each label, in [0, 1]; 0.0 if N = 0.
 
-    average: "macro" weighs the labels that occur on either side alike (MTEB's classification),
-    "weighted" by their number in `labels` (MTEB's bitext mining).
+    average: "macro" weighs the labels of either side alike (MTEB's classification), "weighted" by
+    their number in `labels` (its bitext mining).
 
     >>> round(f1(["a", "b", "b"], ["a", "b", "a"]), 4)      # a: 2/3, b: 2/3
     0.6667
@@ -131,16 +125,15 @@ def f1(labels, predictions, average="macro"):
     if not labels.size:
         return 0.0
     names, codes = np.unique(np.concatenate([labels, predictions]), return_inverse=True)
-    true, predicted = codes[: len(labels)], codes[len(labels) :]
-    n_true = np.bincount(true, minlength=len(names))
-    n_predicted = np.bincount(predicted, minlength=len(names))
-    n_right = np.bincount(true[true == predicted], minlength=len(names))
+    true, predicted = codes[:len(labels)], codes[len(labels):]
+    n_true, n_predicted, n_right = (np.bincount(part, minlength=len(names)) for part in (
+        true, predicted, true[true == predicted]))
     each = 2 * n_right / (n_true + n_predicted)
     return float(np.average(each, weights=n_true if average == "weighted" else None))
 
 
 def v_measure(labels, clusters):
-    """Compute the harmonic mean of homogeneity and completeness -> float in [0, 1].
+    """Return the harmonic mean of homogeneity and completeness of two (N,) arrays, in [0, 1].
 
     Homogeneity: 1 - H(label | cluster) / H(label); completeness: the two exchanged; a side with a
     single value has both 1. Two empty arrays give 1.0, as in scikit-learn.
@@ -164,7 +157,7 @@ def v_measure(labels, clusters):
 
 def _entropy(p):
     p = p[p > 0]
-    return float(abs((p * np.log(p)).sum()))  # abs: -0.0 for a single value
+    return float(abs((p * np.log(p)).sum()))           # abs: -0.0 for a single value
 
 
 def _dcg(gains, k):
@@ -187,14 +180,12 @@ def _mean_ranks(x):
 
 def _matrix(rows):
     """Turn one list of relevances, or one per query, into a (Q, R) array padded with zeros."""
-    if isinstance(rows, np.ndarray) and rows.ndim == 2:
-        return rows.astype(np.float64, copy=False)
     rows = list(rows)
     if rows and np.ndim(rows[0]) == 0:
         rows = [rows]
     matrix = np.zeros((len(rows), max(map(len, rows), default=0)))
     for target, row in zip(matrix, rows):
-        target[: len(row)] = row
+        target[:len(row)] = row
     return matrix
 
 

@@ -1,0 +1,13 @@
+"""Stage 4 in about an hour: retrieval, CLR, classes and STS; DHNM and MRL (PAPER Sec. 3.1 to 3.4).
+
+    torchrun train.py config/small/embed_sup.py     # all four stages
+"""
+stage = "embed_sup"
+previous = "config/small/embed_weak.py"
+steps = 150
+batch_size = 64
+task_weights = {"retrieval": 2, "clr": 3, "classification": 0.5, "sts": 0.3}
+passage_len = 64
+n_negatives = 3                    # the paper's 7 cost twice the time of a step here
+learning_rate = 5e-4
+dims = (32, 64, 128, 256)

@@ -1,0 +1,10 @@
+"""Stage 3 in about an hour: (title, content) pairs, InfoNCE, soft mask (PAPER Sec. 3.2).
+
+    python train.py config/small/embed_weak.py
+"""
+stage = "embed_weak"
+previous = "config/small/sft.py"
+steps = 900
+batch_size = 128
+passage_len = 64
+learning_rate = 1e-3

@@ -1,0 +1,13 @@
+"""Stage 1 in about an hour: next-token prediction over whole docstrings (PAPER Sec. 3.1.1).
+
+    python train.py config/small/pretrain.py
+"""
+stage = "pretrain"
+out = "out/small"
+steps = 1500
+batch_size = 32                    # windows of 256 tokens
+passage_len = 256
+learning_rate = 2e-3
+warmup = 0.2
+final_lr = 1.0                     # constant after the warm-up: the paper names no decay
+beta2 = 0.95

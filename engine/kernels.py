@@ -1,0 +1,335 @@
+"""The six operations of model.py, faster: `Conan(config, ops=pick(device))`.
+
+    prepare           lays texts of like lengths out as padded blocks, and forms log M once a batch
+    attention         CUDA in 16 bits: flash.py. Else block by block, by SDPA or by plain matmuls
+    rms_norm, rope,   gradients written by hand: autograd keeps more and copies more than they need
+    swiglu
+    next_token_loss   logits and their gradient in chunks, never all at once
+
+tests/engine/test_kernels.py compares them with the plain ones, forward and backward.
+
+Shapes: B texts of a group, T tokens of its longest, P = sum of B * T slots, a slot being one place
+of a padded block; otherwise as in model.py.
+"""
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from engine import flash
+from mask import mask_weights
+
+
+def pick(device, compile=False):
+    """Return the operations that are faster than the plain ones on `device`, for `Conan`'s `ops`.
+
+    compile: the blocks go through torch.compile. It fuses the plain rms_norm, rope and swiglu
+    itself, so these are left out. Shapes inside attention change with every batch: it stays eager.
+    """
+    ops = {"prepare": prepare, "attention": attention, "next_token_loss": next_token_loss}
+    if compile:
+        ops["attention"] = torch.compiler.disable(attention)
+    else:
+        on_cpu = torch.device(device).type == "cpu"
+        ops |= {"rms_norm": rms_norm if on_cpu else fused_rms_norm, "rope": rope, "swiglu": swiglu}
+    return SimpleNamespace(**ops)
+
+
+def matmul_dtype(x):
+    """Return the dtype of matmuls: that of autocast where it is on, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+# ---------------------------------------------------------------- texts of unequal lengths
+
+@dataclass
+class Group:
+    """Texts of like lengths that attention treats as one padded (B, T) block."""
+    lengths: torch.Tensor                  # (B,) int64
+    is_token: torch.Tensor | None          # (B, T) bool, False: a pad; None: there are no pads
+    bias: torch.Tensor | None = None       # added to the logits, (B or 1, 1, 1 or T, T)
+    weights: torch.Tensor | None = None    # multiplied with the logits, (B or 1, 1, T, T)
+    shape: tuple = ()                      # (B, T)
+
+
+class Layout:
+    """Where each token of the flat list lies among the padded slots of all groups.
+
+    token_of_slot: (P,) the token that a slot holds; a pad repeats one. slot_of_token: (S,).
+    is_token: (P,) bool. is_dense: the slots are the flat list itself, nothing needs to move.
+    """
+    MIN_FILL = 0.85                # shortest / longest text of a group, apart from two tokens
+
+    def __init__(self, lengths, mask, device, dtype):
+        lengths = torch.tensor(lengths)
+        starts = lengths.cumsum(0) - lengths                                # (B,)
+        order = torch.argsort(lengths, descending=True, stable=True)
+        self.mask, self.groups, tokens, real = mask, [], [], []
+        for members in self._split(order, lengths[order].tolist()):
+            own = lengths[members]                                          # of this group
+            place = torch.arange(int(own[0]))
+            is_token = place < own[:, None]                                 # (B, T)
+            tokens.append(torch.where(is_token, starts[members, None] + place, 0).flatten())
+            real.append(is_token.flatten())
+            has_pads = not bool(is_token.all())
+            self.groups.append(Group(own.to(device), is_token.to(device) if has_pads else None,
+                                     shape=tuple(is_token.shape)))
+        tokens, real = torch.cat(tokens), torch.cat(real)                   # (P,)
+        slots = torch.empty(int(lengths.sum()), dtype=torch.int64)          # (S,)
+        slots[tokens[real]] = real.nonzero()[:, 0]
+        self.is_dense = torch.equal(tokens, torch.arange(len(slots)))
+        self.token_of_slot, self.slot_of_token = tokens.to(device), slots.to(device)
+        self.is_token = real.to(device)
+        for group in self.groups:
+            self._set_mask(group, dtype)
+
+    def _split(self, order, sizes):
+        """Yield the texts of each group; sizes are the lengths in falling order."""
+        first = 0
+        for i in range(1, len(sizes) + 1):
+            if i == len(sizes) or sizes[i] < self.MIN_FILL * sizes[first] - 2:
+                yield order[first:i]
+                first = i
+
+    def _set_mask(self, group, dtype):
+        """Form what attention needs of the mask: nothing if it is causal, or full without pads.
+
+        Pads come last, so no token of a causal group sees one. PAPER Eq. 4: l is each text's own
+        length; texts of one length share their M.
+        """
+        mask, device = self.mask, group.lengths.device
+        if group.is_token is not None and not mask.is_causal:
+            closed = torch.zeros(group.shape, dtype=dtype, device=device)
+            group.bias = closed.masked_fill(~group.is_token, -torch.inf)[:, None, None]
+        if mask.is_causal or mask.is_full:
+            return
+        place = torch.arange(group.shape[1], device=device)
+        own = group.lengths if group.is_token is not None else group.lengths[:1]
+        m = mask_weights(place[:, None], place, own[:, None, None].float(), mask.alpha, mask.axis)
+        if mask.apply == "logits":
+            group.weights = m[:, None]
+        else:
+            bias = m[:, None].log().to(dtype)
+            group.bias = bias if group.bias is None else bias + group.bias
+
+
+class _Pad(torch.autograd.Function):
+    """Lay flat tokens (S, ...) out as slots (P, ...).
+
+    What a pad holds never reaches a loss, so the gradient is a plain look-up, not a scatter.
+    """
+
+    @staticmethod
+    def forward(ctx, x, layout):
+        ctx.layout = layout
+        return x.index_select(0, layout.token_of_slot)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.layout.slot_of_token), None
+
+
+class _Unpad(torch.autograd.Function):
+    """Take the tokens (S, ...) out of the slots (P, ...); the gradient of a pad is zero."""
+
+    @staticmethod
+    def forward(ctx, x, layout):
+        ctx.layout = layout
+        return x.index_select(0, layout.slot_of_token)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.index_select(0, ctx.layout.token_of_slot)
+        return grad.masked_fill_(~ctx.layout.is_token[:, None, None], 0), None
+
+
+# ---------------------------------------------------------------- attention
+
+def prepare(lengths, mask, x):
+    """Return where the texts lie: `flash.Texts` for 16 bits on CUDA, else a `Layout`."""
+    dtype = matmul_dtype(x)
+    if takes_packed_texts(x.device, dtype):
+        return flash.Texts(lengths, mask, x.device)
+    return Layout(lengths, mask, x.device, dtype)
+
+
+def takes_packed_texts(device, dtype):
+    """Tell whether attention takes the flat list: flash attention is for 16 bits on CUDA."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def attention(q, k, v, texts):
+    """Return (S, H, E) as `model.attention` does; q: (S, H, E), k, v: (S, K, E)."""
+    if isinstance(texts, flash.Texts):
+        return flash.attention(q, k, v, texts)
+    if not texts.is_dense:
+        q, k, v = (_Pad.apply(x, texts) for x in (q, k, v))                 # (P, H or K, E)
+    sizes = [b * t for b, t in (group.shape for group in texts.groups)]
+    out = []
+    for group, *parts in zip(texts.groups, *(x.split(sizes) for x in (q, k, v))):
+        parts = (x.view(*group.shape, *x.shape[1:]).transpose(1, 2) for x in parts)
+        out.append(block_attention(*parts, group, texts.mask).transpose(1, 2).flatten(0, 1))
+    y = torch.cat(out)
+    return y if texts.is_dense else _Unpad.apply(y, texts)
+
+
+def block_attention(q, k, v, group, mask):
+    """Choose the kernel of one group: q (B, H, T, E), k, v (B, K, T, E) -> like q.
+
+    Measured on CPU: in bfloat16 below 256 tokens plain matmuls beat SDPA 2 to 4 times.
+    """
+    short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256
+    if group.weights is not None or short:
+        return explicit_attention(q, k, v, group.bias, mask.is_causal, group.weights)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=group.bias, enable_gqa=True,
+                                          is_causal=mask.is_causal and q.shape[2] > 1)
+
+
+def explicit_attention(q, k, v, bias=None, is_causal=False, weights=None):
+    """Return softmax(q k^T / sqrt(E) [* weights] + bias) v in plain matmuls.
+
+    q: (B, H, T, E), k, v: (B, K, T, E); bias, weights: broadcastable to (B, 1, T, T). The query
+    heads that share a key/value head are one matmul, where `model.attention` repeats the keys.
+    """
+    b, h, t, e = q.shape
+    kv = k.shape[1]
+    q = (q * (1.0 / math.sqrt(e))).reshape(b, kv, h // kv * t, e)
+    logits = (q @ k.transpose(-2, -1)).view(b, kv, h // kv, t, t)           # (B, K, H/K, T, T)
+    if weights is not None:
+        logits = logits * weights[:, :, None]
+    if is_causal:
+        future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+        logits = logits.masked_fill(future, -torch.inf)
+    elif bias is not None:
+        logits = logits + bias[:, :, None]
+    probs = torch.softmax(logits, dim=-1, dtype=torch.float32).to(v.dtype)
+    return (probs.reshape(b, kv, h // kv * t, t) @ v).view(b, h, t, e)
+
+
+# ---------------------------------------------------------------- gradients written by hand
+
+def fused_rms_norm(x, weight, eps):
+    """Return `model.rms_norm` by torch's own kernel."""
+    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
+
+
+def rms_norm(x, weight, eps):
+    """Return `model.rms_norm`; on a CPU the gradient of torch's own takes ten times as long."""
+    return _RMSNorm.apply(x.float(), weight.float(), eps).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.rsqrt(norm.square() / x.shape[-1] + eps)              # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        product = grad * x                                                  # (..., D)
+        along = (product @ weight)[..., None] * scale.pow(3) / x.shape[-1]  # (..., 1)
+        to_weight = scale.reshape(-1) @ product.reshape(-1, x.shape[-1])    # (D,)
+        return (grad * weight).mul_(scale).addcmul_(x, along, value=-1), to_weight, None
+
+
+def rope(x, cos, sin):
+    """Return `model.rope`, computed in the dtype of x; the gradient is the rotation back."""
+    return _Rope.apply(x, cos, sin)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _Rope.turn(x, cos.to(x.dtype), sin.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _Rope.turn(grad, cos.to(grad.dtype), -sin.to(grad.dtype)), None, None
+
+    @staticmethod
+    def turn(x, cos, sin):
+        a, b = x.chunk(2, dim=-1)
+        return (x * cos).addcmul_(torch.cat([-b, a], dim=-1), sin)
+
+
+def swiglu(gate, up):
+    """Return `model.swiglu`; autograd would also keep silu(gate), (S, F)."""
+    return _SwiGLU.apply(gate, up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+# ---------------------------------------------------------------- LM cross-entropy in chunks
+
+def next_token_loss(hidden, weight, targets, chunk=None):
+    """Return `model.next_token_loss` without ever holding all logits.
+
+    The gradient is formed chunk by chunk in the forward pass, so peak memory is chunk * V, not S * V
+    (at V = 150,000 and S = 32,768: 20 GB in float32). The matmuls run in 16 bits under autocast,
+    softmax and the sums in float32. chunk: in tokens; None: see `logits_chunk`.
+    """
+    predicted = targets != -100
+    if not predicted.all():                                # SFT: a prompt needs no logits
+        places = predicted.nonzero()[:, 0]
+        hidden, targets = hidden.index_select(0, places), targets[places]
+    chunk = chunk or logits_chunk(len(weight), hidden.device.type)
+    hidden = hidden.to(matmul_dtype(hidden))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)
+
+
+def logits_chunk(vocab_size, kind):
+    """Return the tokens whose logits exist at a time: 64 MB of float32 on a CPU, 2 GB on a card.
+
+    kind: the device's type. Fewer tokens would starve the matmuls. For a small vocabulary more would
+    not make them faster.
+    """
+    least, most, numbers = (128, 1024, 2 ** 24) if kind == "cpu" else (1024, 16_384, 2 ** 29)
+    return min(max(numbers // vocab_size, least), most)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk):
+        count = max(len(targets), 1)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_h = torch.empty_like(hidden)
+        grad_w = torch.zeros_like(weight, dtype=torch.float32)
+        cast = weight.to(hidden.dtype)
+        for part, h, t in zip(grad_h.split(chunk), hidden.split(chunk), targets.split(chunk)):
+            log_p = torch.log_softmax(h @ cast.T, dim=1, dtype=torch.float32)   # (chunk, V)
+            t = t[:, None]
+            total -= log_p.gather(1, t).sum()
+            # d loss / d logits = (softmax - one-hot) / count; formed in place of log_p
+            g = log_p.exp_().scatter_add_(1, t, -torch.ones_like(t, dtype=torch.float32))
+            g = g.div_(count).to(hidden.dtype)                                  # (chunk, V)
+            part.copy_(g @ cast)
+            if h.dtype == grad_w.dtype:
+                grad_w.addmm_(g.T, h)                       # without a second (V, D)
+            else:
+                grad_w += g.T @ h
+        ctx.save_for_backward(grad_h, grad_w.to(weight.dtype))
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad, grad_w * grad, None, None

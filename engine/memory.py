@@ -1,0 +1,49 @@
+"""Memory of the C library on a CPU: keep freed blocks, and hand them back before they are too many.
+
+A CPU step frees and asks for the same hundreds of MB each time. Paging them in anew costs a quarter
+of a small model's step and more than half of a wide one's (docs/log.md). Nothing here acts where
+the C library is not glibc.
+"""
+import ctypes
+import os
+
+
+def keep_freed_memory():
+    """Tell glibc to keep freed blocks instead of handing them back to the kernel.
+
+    A CPU step frees and asks for the same hundreds of MB each time; paging them in anew costs a
+    quarter of a small model's step and more than half of a wide one's (docs/log.md). -1 and 0 are
+    glibc's ways to say never; a number of bytes would have to fit an int, and a step frees more.
+    Does nothing where there is no glibc.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")     # torch asks for pages of 2 MB, not 4 kB
+    for parameter, value in ((-4, 0), (-1, -1), (-2, 2 ** 26)):
+        if _glibc():                       # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            _glibc().mallopt(parameter, value)
+
+
+def release_memory(share=0.5):
+    """Hand the pages of freed blocks back to the kernel, once this machine's ranks hold `share`.
+
+    Blocks that change their size with every batch leave holes: kept for ever they grow to ten times
+    what is in use, and the kernel kills the run. But a wide model's step frees gigabytes
+    that the next one needs: handed back at every step, paging them in takes longer than the step.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if _glibc() and ranks * _resident_pages() > share * os.sysconf("SC_PHYS_PAGES"):
+        _glibc().malloc_trim(0)
+
+
+def _resident_pages():
+    """Return how many pages of memory this process holds."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1])
+
+
+def _glibc():
+    """Return the C library, or None where it is not glibc."""
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        return library if hasattr(library, "malloc_trim") else None
+    except OSError:
+        return None

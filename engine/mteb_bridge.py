@@ -1,0 +1,170 @@
+"""MTEB and sentence-transformers: our models in their harness, their models in ours.
+
+    mteb.evaluate(MTEBModel(Embedder("out/embed_sup")), mteb.get_tasks(tasks=["STS17"]))
+
+PAPER Sec. 4: Tables 1, 2 and 5 are MTEB(eng, v2) and MTEB(cmn, v1), Table 14 is MTEB(eng, v1).
+Both packages are optional and imported where they are used.
+"""
+import hashlib
+
+import numpy as np
+import torch
+
+MTEB_TYPES = {                     # mteb's types of task, and which of ours has their prompt
+    "Retrieval": "retrieval", "InstructionRetrieval": "retrieval",
+    "Reranking": "reranking", "InstructionReranking": "reranking", "BitextMining": "bitext",
+    "STS": "sts", "PairClassification": "pair_classification", "Classification": "classification",
+    "MultilabelClassification": "classification", "Clustering": "clustering"}
+OUR_TYPES = {ours: theirs for theirs, ours in reversed(MTEB_TYPES.items())}
+
+
+def prompt_of(encoder, kind, side=None, name=None, default=None):
+    """Return the prompt of a text by its task's type, ours or mteb's, and its side of it.
+
+    side: "query" or "document" in retrieval and reranking, None in symmetric tasks. name: mteb's
+    name of the task. Documents carry no prompt, unless the encoder chooses by a `prompt_of` of its
+    own. default: the prompts of an encoder that has no `prompts`.
+    """
+    if hasattr(encoder, "prompt_of"):
+        return encoder.prompt_of(kind, side, name)
+    prompts, kind = getattr(encoder, "prompts", default or {}), MTEB_TYPES.get(kind, kind)
+    return None if side == "document" else prompts.get(
+        "retrieval" if kind == "reranking" else kind)
+
+
+class SentenceTransformerBaseline:
+    """A sentence-transformers model, with the prompts that mteb would give it.
+
+    Of its prompts the first that is there: TASK-SIDE, TASK, TYPE-SIDE, TYPE, SIDE. Where none is,
+    a query and a document get those of `encode_query` and `encode_document`, a symmetric task the
+    model's default.
+    """
+
+    def __init__(self, name):
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError:
+            raise ImportError("--sentence_transformer needs: pip install sentence-transformers>=5"
+                              ) from None
+        self.model = SentenceTransformer(name)
+
+    def prompt_of(self, kind, side=None, name=None):
+        """Return (side, text of the prompt or None)."""
+        kind = OUR_TYPES.get(kind, kind)
+        keys = [f"{name}-{side}", name, f"{kind}-{side}", kind, side]
+        return side, next((self.model.prompts[key] for key in keys if key in self.model.prompts),
+                          None)
+
+    def encode(self, texts, batch_size=32, prompt=None, truncate_dim=None, normalize=True):
+        """Embed texts as `Embedder.encode` does; prompt: what `prompt_of` returns."""
+        side, text = prompt or (None, None)
+        encode = {"query": self.model.encode_query, "document": self.model.encode_document}.get(
+            side, self.model.encode)
+        return encode(texts, batch_size=batch_size, prompt=text, truncate_dim=truncate_dim,
+                      normalize_embeddings=normalize, show_progress_bar=False)
+
+
+class MTEBModel:
+    """Hand an encoder to mteb 2: the four members that it asks of a model.
+
+    dim: score the first dimensions alone. mteb keeps scores by name and revision, and gives a
+    nameless second model those of the first; here they are the run's folder and the hash of the
+    checkpoint (of another encoder: of how it embeds a sentence). prompts: see `prompt_of`.
+    """
+
+    def __init__(self, encoder, dim=None, prompts=None):
+        from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+        self.prompts = prompts
+        self.encoder, self.dim, name = encoder, dim, "local"
+        probe = encoder.encode(["What the revision is a hash of."], truncate_dim=dim)
+        facts = {"embed_dim": probe.shape[1]}
+        if where := getattr(encoder, "checkpoint", None):
+            name = where.parent.name if (where / "manifest.json").is_file() else where.name
+            revision, model = encoder.fingerprint(), encoder.model
+            facts |= {"max_tokens": encoder.max_len, "n_parameters": model.count_params(),
+                      "n_embedding_parameters": model.embed_tokens.weight.numel(), "embed_dim":
+                      dim or sorted({*encoder.meta["train"].get("dims", ()), encoder.dim})}
+        else:
+            rounded = np.round(probe.astype(np.float64), 3) + 0.0   # alike on any number of threads
+            revision = hashlib.sha256(rounded.tobytes()).hexdigest()[:16]
+        self.mteb_model_meta = ModelMeta.create_empty(facts | {
+            "name": f"nanoconan/{name}", "framework": ["PyTorch"], "use_instructions": True,
+            "revision": revision if dim is None else f"{revision}-{dim}",
+            "similarity_fn_name": ScoringFunction.COSINE})
+
+    def encode(self, inputs, *, task_metadata, prompt_type=None, batch_size=32, **_):
+        """Embed the texts of mteb's batches, with the encoder's prompt for the type of task."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        prompt = prompt_of(self.encoder, task_metadata.type, prompt_type and prompt_type.value,
+                           getattr(task_metadata, "name", None), self.prompts)
+        return self.encoder.encode(texts, batch_size=batch_size, prompt=prompt,
+                                   truncate_dim=self.dim)
+
+    def similarity(self, left, right):
+        """Return all cosines (N, M); a single vector counts as one row."""
+        left, right = (torch.as_tensor(side).float() for side in (left, right))
+        return torch.atleast_2d(left) @ torch.atleast_2d(right).T
+
+    def similarity_pairwise(self, left, right):
+        """Return the cosine of each row with its counterpart (N,)."""
+        return (torch.as_tensor(left).float() * torch.as_tensor(right).float()).sum(-1)
+
+
+def mteb_tasks(name):
+    """Return (the tasks of one of mteb's tasks or benchmarks, whether it is a benchmark).
+
+    Raises ValueError for an unknown name, ImportError without mteb.
+    """
+    try:
+        import mteb
+    except ImportError as error:
+        raise ImportError("mteb is not installed: pip install mteb") from error
+    try:
+        return list(mteb.get_benchmark(name).tasks), True
+    except KeyError:
+        pass
+    try:
+        return list(mteb.get_tasks(tasks=[name])), False
+    except KeyError as error:
+        reason = error.args[0].removeprefix("KeyError: ")
+        raise ValueError(f"mteb has no such task or benchmark: {reason}") from None
+
+
+def evaluate_mteb(encoder, name, folder, dims=(), batch_size=32, prompts=None):
+    """Run one of mteb's tasks or benchmarks -> {"mteb/<task>/<subset>/<metric>[:dim]": float}.
+
+    A benchmark adds "mteb/<benchmark>/<type of task>/mean", and the means over "tasks" and over
+    "types": a row of PAPER Table 1. mteb's own files go to `folder`; what is there already is not
+    run again. Raises ValueError for an unknown name, ImportError without mteb.
+    """
+    chosen, is_benchmark = mteb_tasks(name)
+    import mteb
+
+    results, cache = {}, mteb.ResultCache(folder)
+    for dim in (None, *dims):
+        cut, model = "" if dim is None else f":{dim}", MTEBModel(encoder, dim, prompts)
+        by_type = {}
+        for task in chosen:
+            done = mteb.evaluate(model, task, encode_kwargs={"batch_size": batch_size},
+                                 cache=cache).task_results[0]
+            by_type.setdefault(task.metadata.type, []).append(done.get_score())
+            results |= {key + cut: score for key, score in flat_scores(task, done.scores).items()}
+        if is_benchmark:
+            means = {kind: np.mean(scores) for kind, scores in by_type.items()}
+            means["types"] = np.mean(list(means.values()))
+            means["tasks"] = np.mean([score for scores in by_type.values() for score in scores])
+            results |= {f"mteb/{name}/{k}/mean{cut}": float(mean) for k, mean in means.items()}
+    return results
+
+
+def flat_scores(task, scores):
+    """Return {"mteb/<task>/<subset>/<metric>": float} of mteb's {split: [{main_score, ...}]}."""
+    results = {}
+    for split, rows in scores.items():
+        for row in rows:
+            parts = [split] if len(scores) > 1 or row["hf_subset"] == "default" else []
+            parts += [row["hf_subset"].replace("/", "_")] if row["hf_subset"] != "default" else []
+            key = f"mteb/{task.metadata.name}/{'-'.join(parts)}/{task.metadata.main_score}"
+            results[key] = float(row["main_score"])
+    return results

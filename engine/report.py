@@ -1,0 +1,159 @@
+"""What a run shows and hears: progress bar, log file, stop signals, and the tables at its end."""
+import json
+import signal
+import time
+from collections import Counter
+
+from tqdm import tqdm
+
+from engine import budget, distributed
+
+
+class StopSignal:
+    """Remember that SIGTERM or SIGINT came; the loop looks at it between two steps."""
+
+    def __init__(self):
+        self.raised, self.number = False, 0
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number, frame):
+        if number == self.number == signal.SIGINT:     # a second Ctrl-C does not wait; SIGTERM may
+            raise KeyboardInterrupt                    # come twice, from torchrun and from outside
+        self.raised, self.number = True, number
+
+    def restore(self):
+        """Give the signals back to whoever had them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def open_log(path, step):
+    """Open a log to append to it, without what a killed run wrote after its last checkpoint.
+
+    Lines of steps after `step`, and a half line at the end, are cut off: each step stands there
+    once.
+    """
+    kept = 0
+    with open(path, "ab+") as file:
+        file.seek(0)
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            kept += len(line)
+        file.truncate(kept)
+    return open(path, "a", encoding="utf-8")
+
+
+class Log:
+    """The progress bar, and OUT/STAGE/log.jsonl with the same keys."""
+
+    def __init__(self, cfg, world, step):
+        self.cfg, self.world = cfg, world
+        cfg.run_dir.mkdir(parents=True, exist_ok=True)
+        self.file = open_log(cfg.run_dir / "log.jsonl", step) if world.is_main else None
+        self.bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step",
+                        disable=not world.is_main, mininterval=1.0)
+        self.peak = distributed.peak_flops(world.device)
+        self._restart()
+
+    def _restart(self):
+        self.since, self.tokens, self.data, self.flops = time.perf_counter(), 0, 0.0, 0
+
+    def tasks(self, tasks):
+        """Print rows, batches and candidates of each task; warn where DHNM cannot act.
+
+        PAPER Sec. 3.4: a replacement acts at its query's next visit. With fewer than two visits
+        there is none.
+        """
+        if not self.world.is_main or not self.cfg.stage.startswith("embed"):
+            return
+        total = sum(weight for _, weight in tasks)
+        for task, weight in tasks:
+            steps = self.cfg.steps * weight / total
+            each = 1 + (self.cfg.n_negatives if task.pool else 0)
+            visits = steps * task.size / len(task.rows)
+            candidates = "" if task.kind == "sts" else f"{task.size * each} candidates a query, "
+            tqdm.write(f"{task.kind}: {len(task.rows):,} rows, {candidates}about {steps:.0f} steps "
+                       f"of {task.size}, {visits:.1f} visits a row")
+            if task.pool and self.cfg.dhnm != "fixed" and visits < 2:
+                tqdm.write(f"warning: {task.kind}: DHNM cannot act, since a query is visited "
+                           f"{visits:.1f} times and replacements are used at its next visit")
+
+    def step(self, step, batch, measured, data_seconds, known):
+        """Take one step's numbers; every `log_every` steps write them.
+
+        measured: this rank's, to be averaged over ranks; known: the same on all ranks. `mfu`, the
+        share of the chip's nominal FLOP/s that the model's own FLOPs make, is there on chips whose
+        figure is known.
+        """
+        lm = batch.targets is not None
+        if self.peak:
+            self.flops += budget.flops(self.cfg.model_config(), Counter(batch.lengths), lm, lm)
+        self.tokens += len(batch.ids) * self.world.size
+        self.data += data_seconds
+        self.bar.update()
+        if (step + 1) % self.cfg.log_every and step + 1 < self.cfg.steps:
+            return
+        seconds = time.perf_counter() - self.since
+        row = {"step": step + 1, "task": batch.task, **self.world.mean(measured), **known,
+               "tokens_per_second": self.tokens / seconds, "data_share": self.data / seconds}
+        if self.peak:
+            row["mfu"] = self.flops / seconds / self.peak
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            held_out = f", held-out {row['validation']:.3f}" if row.get("validation") else ""
+            self.bar.set_postfix_str(f"loss {row['loss']:.3f}{held_out}, "
+                                     f"{row['tokens_per_second']:,.0f} tokens/s")
+        self._restart()
+
+    def close(self):
+        """Finish the bar and the files."""
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+
+# ---------------------------------------------------------------- tables
+
+def print_table(name, scores, dims, metrics=("ndcg@10", "recall@1", "recall@10")):
+    """Print a collection's scores: a row for each stage, and for each MRL dim of stage 4."""
+    print(f"\n{name:<40}" + "".join(f"{m:>11}" for m in metrics))
+    for label, results in scores.items():
+        for dim in ["", *(f":{d}" for d in dims if label == "embed_sup")]:
+            values = [results.get(f"{name}/{m}{dim}") for m in metrics]
+            if None not in values:
+                shown = f"{label}, first {dim[1:]} dims" if dim else label
+                print(f"{shown:<40}" + "".join(f"{v:>11.3f}" for v in values))
+
+
+def print_languages(scores):
+    """Print nDCG@10 for each query language of collections in several (keys "zh-en")."""
+    pairs = sorted({key.split("/")[2] for results in scores.values() for key in results
+                    if key.endswith("/ndcg@10") and "-" in key.split("/")[2]})
+    for label, results in scores.items() if pairs else ():
+        cells = {p: v for p in pairs for k, v in results.items() if k.endswith(f"/{p}/ndcg@10")}
+        if cells:
+            print(f"\n{label}, nDCG@10 by query language - passage language, mean "
+                  f"{sum(cells.values()) / len(cells):.3f}")
+            print("  ".join(f"{p} {v:.2f}" for p, v in cells.items()))
+
+
+def print_summary(scores, dims):
+    """Print all that stages and baselines scored; scores: {label: flat results}."""
+    names = {key.rsplit("/", 1)[0] for results in scores.values() for key in results
+             if "/ndcg@10" in key}
+    for name in sorted(name for name in names if "-" not in name.split("/")[2]
+                       and not name.split("/")[2].startswith("mean_")):
+        print_table(name, scores, dims)
+    print_languages(scores)
+    for label, results in scores.items():
+        other = {k: v for k, v in results.items() if not k.startswith(("retrieval/", "dhnm/"))
+                 and ":" not in k}
+        if other:
+            print(f"\n{label}")
+        for key, value in other.items():
+            print(f"    {key:<50}{value:>9.3f}")

@@ -1,0 +1,216 @@
+"""How a run starts, stops, resumes and saves, and which settings may differ when it does.
+
+Settings are classified here and nowhere else. A stage's checkpoint holds all that a resumed run
+needs, and all that `Embedder` needs: weights, tokenizer, settings, instructions, and the SHA-256 of
+every data file. A run whose settings or data have changed is refused by name.
+"""
+import dataclasses
+import json
+import platform
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from configurator import ConfigError, build, read_settings, split_args
+from engine import checkpoint, distributed
+
+MODEL = {"vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "block_size",
+         "pooling", "pool_prompt"}
+DATA = {"data", "text", "pairs", "retrieval", "clr", "classification", "sts"}
+PATHS = DATA | {"out", "evaluate", "previous"}                 # left out of an exported model card
+MACHINE = {"device", "dtype", "checkpointing", "compile", "parallel"}
+SHARED_BY_STAGES = MODEL | DATA | MACHINE | {"out", "evaluate", "skip_bad_lines", "seed",
+                                          "log_every"}
+SHARED_BY_EMBEDDING = {"lora_rank", "schedule", "mask_axis", "mask_apply"}     # stages 3 and 4
+MAY_CHANGE_ON_RESUME = PATHS | (MACHINE - {"dtype"}) | {
+    "resume", "log_every", "save_every", "micro_batch_size", "dry_run"}    # data: by content
+SLOW_SAVE = 20.0                   # seconds; a save that takes longer warns
+KEEP_CHECKPOINTS = 2
+
+
+class Interrupted(Exception):
+    """A SIGTERM or SIGINT arrived; the run has been saved."""
+
+
+@dataclass
+class State:
+    """What a stage trains with: everything that a checkpoint saves, and what it is saved by."""
+    cfg: object                    # TrainConfig
+    world: object                  # engine.distributed.World
+    tokenizer: object
+    dtype: str
+    hashes: dict                   # {kind: {data file: SHA-256}}
+    model: object = None           # the model itself
+    wrapped: object = None         # the model as its ranks train it
+    optimizer: object = None
+    tasks: list = field(default_factory=list)      # [(task, weight)]
+    embedder: object = None
+    merge: object = None           # model -> plain weights, where adapters are trained
+    prompts: dict = field(default_factory=dict)
+    step: int = 0
+    counters: dict = field(default_factory=lambda: {
+        "tokens": 0, "truncated": 0, "skipped": 0, "in_a_row": 0})
+
+
+# ---------------------------------------------------------------- the chain of stages
+
+def chain(cls, argv):
+    """Return the configs of all stages up to the one that `argv` asks for, the first stage first.
+
+    A stage's config names the config file of the stage before it (`previous`). A shared setting
+    that an earlier stage's file makes holds for the later ones: the model's shape is written once.
+    Flags, and config files after the first, are handed to the earlier stages where they are shared.
+    """
+    files, flags = split_args(argv)
+    stages = [read_settings(cls, argv)]
+    handed = read_settings(cls, [*files[1:], *flags.values()])
+    seen = files[:1]
+    while path := stages[0].get("previous", ""):
+        if path in seen:
+            raise ConfigError(f"{path}: previous leads back to it")
+        seen.append(path)
+        stages.insert(0, read_settings(cls, [path]))
+    shared, configs = {}, []
+    for number, values in enumerate(stages, 1):
+        if number < len(stages):
+            allowed = SHARED_BY_STAGES | (
+                SHARED_BY_EMBEDDING if values.get("stage") == "embed_weak" else set())
+            values = values | {k: v for k, v in handed.items() if k in allowed}
+        shared |= {k: v for k, v in values.items() if k in SHARED_BY_STAGES}
+        configs.append(build(cls, shared | values))
+    return configs
+
+
+def finished(cfg):
+    """Return the checkpoint of a stage that has run to its end and was scored, else None.
+
+    Raises ValueError if it was trained with other settings.
+    """
+    where = checkpoint.latest(cfg.run_dir) if cfg.run_dir.is_dir() else None
+    if where is None:
+        return None
+    meta = read_meta(where)
+    check_settings(cfg, meta["train"], where)
+    done = meta["step"] >= meta["train"]["steps"] and (cfg.run_dir / "eval.json").is_file()
+    return where if done else None
+
+
+def read_meta(where):
+    """Return the config.json of a checkpoint."""
+    return json.loads(checkpoint.load(where, "config.json"))
+
+
+def check_settings(cfg, saved, where):
+    """Raise ValueError if a checkpoint was trained with other settings, naming them."""
+    now, default = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, type(cfg)()))
+    saved = default | saved        # a setting that is younger than the checkpoint
+    other = [f"{k}={saved[k]} there, {now[k]} now" for k in now
+             if k not in MAY_CHANGE_ON_RESUME and saved[k] != now[k]]
+    if other:
+        raise ValueError(f"{where} was trained with {'; '.join(other)}. Choose another --out, or "
+                         "start this stage afresh with --resume=false")
+
+
+def check_data(hashes, where):
+    """Raise ValueError if the content of a data file has changed since a checkpoint, by its name.
+
+    hashes: {kind: {file: SHA-256}}. A file may lie elsewhere now; an edited, shortened, longer or
+    reordered one is refused.
+    """
+    saved = read_meta(where)["data"]
+    for kind in hashes | saved:
+        now, before = hashes.get(kind, {}), saved.get(kind, {})
+        if list(now.values()) == list(before.values()):
+            continue
+        new = {name for name, sha256 in now.items() if sha256 not in before.values()}
+        gone = {name for name, sha256 in before.items() if sha256 not in now.values()}
+        what = [f"{', '.join(sorted(names))} {word}" for names, word in (
+            (new & gone, "changed"), (new - gone, "new"), (gone - new, "gone")) if names]
+        raise ValueError(f"{where} was trained on other {kind} data: "
+                         f"{'; '.join(what) or 'the order of its files changed'}. Bring the old "
+                         "files back, choose another --out, or start this stage afresh with "
+                         "--resume=false")
+
+
+# ---------------------------------------------------------------- saving and resuming
+
+def save(state, step):
+    """Write a checkpoint of a stage after `step` steps; return its path. All ranks must call.
+
+    model.pt has plain weights: with adapters in them, which the run itself keeps apart.
+    """
+    cfg, world, began = state.cfg, state.world, time.perf_counter()
+    weights = distributed.model_state(state.model, world)          # fsdp gathers them on all ranks
+    optimizer = distributed.optimizer_state(state.optimizer, world)
+    files = {}
+    if world.is_main:
+        trainer = {"step": step, "optimizer": optimizer, "counters": state.counters,
+                   "rng": distributed.rng_state(world),
+                   "pools": {t.kind: t.pool.state_dict() for t, _ in state.tasks if t.pool}}
+        if state.merge:
+            trainer["unmerged"], weights = weights, state.merge(state.model)
+        files = {"model.pt": weights, "trainer.pt": trainer,
+                 "tokenizer.tiktoken": state.tokenizer.to_bytes(),
+                 "config.json": json.dumps(meta_of(state, step), indent=1)}
+    path = checkpoint.save(cfg.run_dir, step, files, KEEP_CHECKPOINTS, is_main=world.is_main,
+                           gather=world.gather_objects)
+    seconds = time.perf_counter() - began
+    if world.is_main and seconds > SLOW_SAVE:
+        tqdm.write(f"warning: saving {path} took {seconds:.0f} s; after SIGTERM torchrun waits 30 s"
+                   " for a step and a save, then kills: what came after the last one would be lost")
+    return path
+
+
+def meta_of(state, step):
+    """Return what config.json says of a checkpoint."""
+    cfg = state.cfg
+    return {"model": dataclasses.asdict(cfg.model_config()), "train": dataclasses.asdict(cfg),
+            "mask": dataclasses.asdict(state.embedder.mask), "passage_len": cfg.passage_len,
+            "step": step, "prompts": state.prompts, "data": state.hashes,
+            "versions": versions()}
+
+
+def restore(state, saved):
+    """Take over optimizer, counters, pools and random numbers of a trainer.pt."""
+    distributed.load_optimizer_state(state.optimizer, saved["optimizer"])
+    state.step, state.counters = saved["step"], saved["counters"]
+    for task, _ in state.tasks:
+        if task.kind in saved["pools"]:
+            task.load_pool(saved["pools"][task.kind])
+    if state.merge:
+        state.model.load_state_dict(saved["unmerged"])
+    distributed.set_rng_state(state.world, saved["rng"])
+
+
+def load_weights(cfg, world, where):
+    """Return a checkpoint's state dict; under fsdp on the main rank alone, {} on the others."""
+    return checkpoint.load(where, "model.pt") if world.is_main or cfg.parallel != "fsdp" else {}
+
+
+def versions():
+    """Return the versions and the git commit that a run was made with."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                            capture_output=True).stdout.strip()
+    return {"git": commit or None, "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__}
+
+
+def skip_step(state, step, batch, loss, norm, most=10):
+    """Leave a step with a non-finite loss or gradient out; raise FloatingPointError after `most`.
+
+    The batch is written to the run's folder, so that the step can be looked at again.
+    """
+    state.counters["skipped"] += 1
+    state.counters["in_a_row"] += 1
+    path = state.cfg.run_dir / f"nonfinite_step{step}_rank{state.world.rank}.pt"
+    torch.save(dataclasses.asdict(batch) | {"rows": batch.rows.tolist()}, path)
+    text = (f"step {step}, task {batch.task}: loss {loss}, gradient norm {norm}; skipped, the "
+            f"batch is in {path}")
+    if state.counters["in_a_row"] >= most:
+        raise FloatingPointError(f"{text}; {most} such steps in a row")
+    tqdm.write(text)

@@ -1,0 +1,110 @@
+"""Signals, the log of a resumed run, what is said of a stage's tasks, tables of scores."""
+import json
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine import distributed, report
+from engine.report import Log, StopSignal
+from model import ConanConfig
+
+WORLD = SimpleNamespace(is_main=True, size=1, mean=lambda numbers: numbers,
+                        device=torch.device("cpu"))
+
+
+def config(folder, **keys):
+    return SimpleNamespace(**{**dict(run_dir=folder, steps=4, stage="embed_sup", log_every=1,
+                                     n_negatives=3, dhnm="v2"), **keys})
+
+
+def run(folder, steps, start=0, **keys):
+    log = Log(config(folder, **keys), WORLD, start)
+    for step in range(start, steps):
+        batch = SimpleNamespace(ids=[0] * 8, lengths=[3, 5], task="sft", targets=None)
+        log.step(step, batch, {"loss": 3.0 - step / 2}, 0.0, {"lr": 0.25, "alpha": None})
+    log.close()
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_only_a_second_ctrl_c_does_not_wait_for_the_save():
+    before, stop = signal.getsignal(signal.SIGTERM), StopSignal()
+    try:
+        assert not stop.raised
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):     # a launcher's, another's
+            signal.raise_signal(number)
+            assert stop.raised and stop.number == number
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.restore()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_log_has_a_line_every_few_steps_and_one_for_the_last(tmp_path):
+    lines = run(tmp_path, 4)
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 3.0), (2, 2.5), (3, 2.0),
+                                                                (4, 1.5)]
+    assert set(lines[0]) == {"step", "task", "loss", "lr", "alpha", "tokens_per_second",
+                             "data_share"}
+    (tmp_path / "log.jsonl").unlink()
+    assert [line["step"] for line in run(tmp_path, 4, log_every=3)] == [3, 4]
+
+
+@pytest.mark.parametrize("step, left", [(0, 0), (2, 2), (3, 3), (9, 3)])
+def test_a_resumed_log_holds_each_step_once(tmp_path, step, left):
+    path, lines = tmp_path / "log.jsonl", [f'{{"step": {i}, "loss": 1.5}}\n' for i in (1, 2, 3)]
+    path.write_text("".join(lines) + '{"step": 4, "lo')      # killed while it wrote
+    with report.open_log(path, step) as file:
+        file.write("new\n")
+    assert path.read_text() == "".join(lines[:left]) + "new\n"
+
+
+def test_chips_of_known_speed_show_their_mfu(tmp_path, monkeypatch):
+    chip = SimpleNamespace(get_device_name=lambda index: "NVIDIA H200", is_available=lambda: True)
+    monkeypatch.setattr(torch, "cuda", chip)
+    assert distributed.peak_flops(torch.device("cuda", 0)) == 989e12
+    assert distributed.peak_flops(torch.device("cpu")) is None
+    monkeypatch.setattr(distributed, "peak_flops", lambda device: 1e6)
+    now = iter(range(100))
+    monkeypatch.setattr(report.time, "perf_counter", lambda: float(next(now)))
+    shape = ConanConfig(vocab_size=10, n_layer=1, n_head=1, n_kv_head=1, n_embd=2, ffn_dim=4)
+    line = run(tmp_path, 1, model_config=lambda: shape)[0]
+    # weights: attention 4 * 4, FFN 3 * 2 * 4; 6 FLOPs each for 8 tokens; attention 12 D T^2
+    assert line["mfu"] == pytest.approx((6 * 40 * 8 + 12 * 2 * (9 + 25)) / 1.0 / 1e6)
+
+
+@pytest.mark.parametrize("steps, dhnm, warns", [(8, "v2", True), (16, "v2", False),
+                                                (8, "fixed", False)])
+def test_a_stage_that_visits_no_query_twice_says_that_dhnm_cannot_act(tmp_path, capsys, steps,
+                                                                      dhnm, warns):
+    """PAPER Sec. 3.4: a replacement is used at its query's next visit."""
+    def task(kind, rows, size, pool):
+        return SimpleNamespace(kind=kind, rows=range(rows), size=size, pool=pool)
+    log = Log(config(tmp_path, steps=steps, dhnm=dhnm), WORLD, 0)
+    log.tasks([(task("retrieval", 80, 16, True), 3.0), (task("sts", 2000, 32, None), 1.0)])
+    log.close()
+    shown = "".join(capsys.readouterr())
+    share = steps * 3 / 4
+    assert f"retrieval: 80 rows, 64 candidates a query, about {share:.0f} steps of 16, " \
+           f"{share * 16 / 80:.1f} visits a row" in shown
+    assert f"sts: 2,000 rows, about {steps / 4:.0f} steps of 32" in shown
+    assert ("warning: retrieval: DHNM cannot act, since a query is visited" in shown) == warns
+    assert "warning: sts" not in shown             # which has no hard negatives
+
+
+def test_the_summary_shows_stages_dims_and_languages(capsys):
+    name = "retrieval/set/test"
+    scores = {"BM25": {f"{name}/{m}": 0.25 for m in ("ndcg@10", "recall@1", "recall@10")},
+              "embed_sup": {f"{name}/{m}{dim}": value for dim, value in (("", 0.5), (":8", 0.375))
+                            for m in ("ndcg@10", "recall@1", "recall@10")}
+              | {"retrieval/clr/zh-en/ndcg@10": 0.25, "retrieval/clr/de-en/ndcg@10": 0.75,
+                 "dhnm/retrieval/queries_changed_1_times": 7, "sts/set/test/spearman": 0.625}}
+    report.print_summary(scores, (8, 16))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert rows[:4] == [[name, "ndcg@10", "recall@1", "recall@10"],
+                        ["BM25", *["0.250"] * 3], ["embed_sup", *["0.500"] * 3],
+                        ["embed_sup,", "first", "8", "dims", *["0.375"] * 3]]
+    assert rows[4][-2:] == ["mean", "0.500"] and rows[5] == ["de-en", "0.75", "zh-en", "0.25"]
+    assert rows[6:] == [["embed_sup"], ["sts/set/test/spearman", "0.625"]]

@@ -1,0 +1,143 @@
+"""The chain of stages, what may differ when a run resumes, and what a checkpoint says of itself."""
+import dataclasses
+import json
+
+import pytest
+
+import train
+from configurator import ConfigError
+from engine import checkpoint
+from engine import run as runs
+from ranks import ROOT, tiny_config
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Config files of two stages: the first one has the shape."""
+    def write(name, text):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+    first = write("first.py", 'stage = "pretrain"\nn_layer = 3\nsteps = 7\nout = "x"\n')
+    return write, write("last.py", f'stage = "embed_weak"\nprevious = {first!r}\nsteps = 9\n')
+
+
+def of(configs, *names):
+    return [tuple(getattr(cfg, name) for name in names) for cfg in configs]
+
+
+# ---------------------------------------------------------------- the chain of stages
+
+def test_a_shared_setting_of_the_first_stage_holds_for_the_later_ones(files):
+    configs = runs.chain(train.TrainConfig, [files[1]])
+    assert of(configs, "stage", "n_layer", "out", "steps") == [
+        ("pretrain", 3, "x", 7), ("embed_weak", 3, "x", 9)]
+
+
+def test_flags_reach_the_earlier_stages_where_they_are_shared(files):
+    write, last = files
+    size = write("size.py", "n_embd = 64\nlearning_rate = 0.5\n")
+    argv = [last, size, "--seed=5", "--steps=2", "--lora_rank=4", "--schedule=hard"]
+    configs = runs.chain(train.TrainConfig, argv)
+    assert of(configs, "n_embd", "seed") == [(64, 5), (64, 5)]
+    assert of(configs, "steps", "learning_rate") == [(7, 1e-3), (2, 0.5)]
+    assert of(configs, "lora_rank", "schedule") == [(0, "linear"), (4, "hard")]
+    sup = write("sup.py", f'stage = "embed_sup"\nprevious = {last!r}\n')
+    configs = runs.chain(train.TrainConfig, [sup, "--lora_rank=4", "--schedule=hard"])
+    assert of(configs, "lora_rank", "schedule") == [(0, "linear"), (4, "hard"), (4, "hard")]
+
+
+def test_a_stage_without_one_before_it_is_alone(files):
+    assert of(runs.chain(train.TrainConfig, [files[1], "--previous="]), "n_layer") == [(4,)]
+    assert of(runs.chain(train.TrainConfig, []), "stage") == [("embed_sup",)]
+
+
+def test_a_chain_that_leads_back_is_refused(files):
+    write, last = files
+    write("first.py", f'stage = "pretrain"\nprevious = {last!r}\n')
+    with pytest.raises(ConfigError, match="last.py: previous leads back to it"):
+        runs.chain(train.TrainConfig, [last])
+
+
+@pytest.mark.parametrize("family", ["", "small/", "real/", "full/"])
+def test_each_family_of_configs_writes_its_shape_once(family):
+    configs = runs.chain(train.TrainConfig, [f"config/{family}embed_sup.py"])
+    assert tuple(cfg.stage for cfg in configs) == train.STAGES
+    assert len({cfg.model_config() for cfg in configs}) == 1
+    assert len({(cfg.out, cfg.data, cfg.seed) for cfg in configs}) == 1
+    for name in ("sft", "embed_weak", "embed_sup"):
+        text = (ROOT / f"config/{family}{name}.py").read_text()
+        assert not [key for key in runs.MODEL if f"\n{key} =" in text]
+
+
+def test_settings_are_classified_by_names_that_exist():
+    names = {field.name for field in dataclasses.fields(train.TrainConfig)}
+    for group in (runs.MODEL, runs.DATA, runs.PATHS, runs.MACHINE, runs.SHARED_BY_STAGES,
+                  runs.SHARED_BY_EMBEDDING, runs.MAY_CHANGE_ON_RESUME):
+        assert group <= names, group - names
+    shape = {field.name for field in dataclasses.fields(train.ConanConfig)}
+    assert runs.MODEL == shape & names
+    assert {"dtype", "seed", "steps"}.isdisjoint(runs.MAY_CHANGE_ON_RESUME)
+
+
+# ---------------------------------------------------------------- resuming
+
+def saved(folder, step, cfg, data=None, scored=True):
+    """Write a checkpoint of a stage as `meta_of` describes it; return its path."""
+    meta = {"train": dataclasses.asdict(cfg), "step": step, "data": data or {}}
+    path = checkpoint.save(folder, step, {"config.json": json.dumps(meta)})
+    if scored:
+        (folder / "eval.json").write_text("{}")
+    return path
+
+
+def test_a_stage_is_finished_when_it_took_all_steps_and_was_scored(tmp_path):
+    cfg = tiny_config(out=str(tmp_path), steps=5)
+    assert runs.finished(cfg) is None
+    for step, scored, done in ((3, True, False), (5, False, False), (5, True, True)):
+        (cfg.run_dir / "eval.json").unlink(missing_ok=True)
+        path = saved(cfg.run_dir, step, cfg, scored=scored)
+        assert runs.finished(cfg) == (path if done else None)
+
+
+def test_settings_of_the_machine_may_change_and_others_may_not(tmp_path):
+    cfg = tiny_config(out=str(tmp_path))
+    path = saved(cfg.run_dir, 4, cfg)
+    other = dataclasses.replace(cfg, checkpointing=True, parallel="zero1", save_every=7,
+                                micro_batch_size=3, evaluate=("x",), retrieval=("moved.jsonl",))
+    assert runs.finished(other) == path
+    with pytest.raises(ValueError) as caught:
+        runs.finished(dataclasses.replace(cfg, seed=9, dims=(4,)))
+    assert str(caught.value).startswith(f"{path} was trained with ")
+    assert "seed=0 there, 9 now" in str(caught.value) and "dims=[] there, [4]" in str(caught.value)
+
+
+def test_a_setting_younger_than_a_checkpoint_has_its_default(tmp_path):
+    cfg = tiny_config(out=str(tmp_path))
+    meta = {"train": {k: v for k, v in dataclasses.asdict(cfg).items() if k != "pool_prompt"},
+            "step": 1, "data": {}}
+    path = checkpoint.save(cfg.run_dir, 1, {"config.json": json.dumps(meta)})
+    runs.check_settings(cfg, runs.read_meta(path)["train"], path)
+    with pytest.raises(ValueError, match="pool_prompt=False there, True now"):
+        runs.check_settings(dataclasses.replace(cfg, pool_prompt=True),
+                            runs.read_meta(path)["train"], path)
+
+
+@pytest.mark.parametrize("now, reason", [
+    ({"pairs": {"b/a.jsonl": "1", "b.jsonl": "2"}}, None),                # it lies elsewhere
+    ({"pairs": {"a.jsonl": "9", "b.jsonl": "2"}}, "other pairs data: a.jsonl changed. Bring"),
+    ({"pairs": {"a.jsonl": "1", "b.jsonl": "2", "c.jsonl": "3"}}, "data: c.jsonl new. Bring"),
+    ({"pairs": {"a.jsonl": "1"}}, "data: b.jsonl gone. Bring"),
+    ({"pairs": {"b.jsonl": "2", "a.jsonl": "1"}}, "data: the order of its files changed. Bring"),
+    ({}, "other pairs data: a.jsonl, b.jsonl gone. Bring"),
+    ({"pairs": {"a.jsonl": "1", "b.jsonl": "2"}, "sts": {"s.jsonl": "4"}},
+     "other sts data: s.jsonl new. Bring"),
+])
+def test_data_is_compared_by_content(tmp_path, now, reason):
+    cfg = tiny_config(out=str(tmp_path))
+    path = saved(cfg.run_dir, 1, cfg, {"pairs": {"a.jsonl": "1", "b.jsonl": "2"}})
+    if reason is None:
+        return runs.check_data(now, path)
+    with pytest.raises(ValueError) as caught:
+        runs.check_data(now, path)
+    assert str(caught.value).startswith(f"{path} was trained on ")
+    assert reason in str(caught.value) and "--resume=false" in str(caught.value)

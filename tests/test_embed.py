@@ -1,0 +1,206 @@
+"""Embedder and search: the trained prompt travels, caches carry hashes, odd files are named."""
+import dataclasses
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import embed
+from embed import Embedder, load_index, search
+from engine import checkpoint
+from mask import FULL
+from model import Conan, ConanConfig
+from tokenizer import Tokenizer
+
+TRAINED = {"retrieval": "Represent this question for search", "sts": ""}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["the rank of a matrix, sorted lists and words"] * 2, 290)
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer):
+    """A run of train.py with random weights and a prompt of its own."""
+    return write_run(tmp_path / "embed_sup", tokenizer)
+
+
+def write_run(folder, tokenizer, seed=0, **meta):
+    config = ConanConfig(vocab_size=300, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, ffn_dim=16,
+                         block_size=64)
+    model = Conan(config).init_weights(torch.Generator().manual_seed(seed))
+    folder.mkdir()
+    tokenizer.save(folder.parent / "tokenizer.tiktoken")
+    meta = {"model": dataclasses.asdict(config), "mask": dataclasses.asdict(FULL),
+            "train": {"dims": [4]}, "passage_len": 32, "step": 3, "prompts": TRAINED, **meta}
+    checkpoint.save(folder, 3, {
+        "model.pt": model.state_dict(), "config.json": json.dumps(meta),
+        "tokenizer.tiktoken": (folder.parent / "tokenizer.tiktoken").read_bytes()})
+    return folder
+
+
+class Noting(torch.nn.Module):
+    """A model that notes the texts and the tokens to skip; its embedding counts a text's tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.calls = SimpleNamespace(n_embd=2, block_size=64), []
+
+    def forward(self, ids, lengths, mask, skip=None):
+        self.calls.append((ids.tolist(), lengths, skip))
+        return torch.tensor([[length, 1.0] for length in lengths])
+
+
+def in_memory(tokenizer, **options):
+    return Embedder.of(Noting(), tokenizer, "cpu", None, FULL, 32, **options)
+
+
+# ---------------------------------------------------------------- encode
+
+def test_order_shape_and_prefixes(run):
+    embedder = Embedder(run, device="cpu")
+    texts = ["words", "the rank of a matrix " * 9, "", "lists"]
+    vectors = embedder.encode(texts, batch_size=2)
+    assert vectors.shape == (4, 16) and vectors.dtype == np.float32
+    for text, vector in zip(texts, vectors):
+        assert embedder.encode(text) == pytest.approx(vector, abs=1e-6)
+    cut = vectors[:, :4] / np.linalg.norm(vectors[:, :4], axis=1, keepdims=True)
+    assert embedder.encode(texts, truncate_dim=4) == pytest.approx(cut, abs=1e-6)
+    assert embedder.encode([]).shape == (0, 16)
+    with pytest.raises(ValueError, match="truncate_dim 17 must lie in 1 .. 16"):
+        embedder.encode(texts, truncate_dim=17)
+    with pytest.raises(TypeError, match="text 1 is a int, not a string"):
+        embedder.encode(["a", 1])
+
+
+def test_the_instructions_tokens_are_skipped(tokenizer):
+    embedder = in_memory(tokenizer)
+    embedder.encode(["words", "lists"], prompt="Find")
+    ids, lengths, skip = embedder.model.calls[0]
+    start = tokenizer.encode("Find\n")
+    assert skip == [len(start)] * 2 and ids[:len(start)] == start
+    whole = [len(tokenizer.encode(f"Find\n{text}")) for text in ("words", "lists")]
+    assert sorted(lengths) == sorted(whole)
+    embedder.encode(["words"])
+    assert embedder.model.calls[1][2] == [0]
+
+
+def test_a_prompt_with_a_colon_is_an_instruction_like_any_other(tokenizer):
+    """What stands between it and the text is the template's, once."""
+    embedder = in_memory(tokenizer)
+    embedder.encode(["words"], prompt="query: ")
+    assert tokenizer.decode(embedder.model.calls[0][0]) == "query: \nwords"
+
+
+@pytest.mark.parametrize("dtype, name", [
+    (None, "float32"), ("float32", "float32"), ("fp32", "float32"), (torch.float32, "float32"),
+    ("bf16", "bfloat16"), ("bfloat16", "bfloat16"), (torch.bfloat16, "bfloat16")])
+def test_dtypes_by_every_name(run, dtype, name):
+    """What is called bfloat16 is computed so, and differs from float32."""
+    embedder, exact = Embedder(run, "cpu", dtype), Embedder(run, "cpu", "float32")
+    assert embedder.dtype == name
+    gap = np.abs(embedder.encode(["the rank of words"]) - exact.encode(["the rank of words"]))
+    assert (gap.max() > 0) == (name == "bfloat16") and gap.max() < 0.05
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16, "bfloat", 16])
+def test_other_dtypes_are_refused(run, dtype):
+    with pytest.raises(ValueError, match="dtype .* is unknown; choose float32 or bfloat16"):
+        Embedder(run, "cpu", dtype)
+
+
+# ---------------------------------------------------------------- what a checkpoint says
+
+def test_the_trained_prompts_travel(run, tmp_path, tokenizer):
+    assert Embedder(run, "cpu").prompts == TRAINED
+    assert in_memory(tokenizer).prompts == embed.PROMPTS
+    assert in_memory(tokenizer, prompts={"sts": "x"}).prompts == {"sts": "x"}
+    for prompts in ({"retrieval": 3}, ["Find"], None):
+        bad = write_run(tmp_path / f"bad{type(prompts).__name__}", tokenizer, prompts=prompts)
+        with pytest.raises(ValueError, match="its config is not train.py's"):
+            Embedder(bad, "cpu")
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing: no checkpoint here; train one with"):
+        Embedder(tmp_path / "nothing")
+
+
+# ---------------------------------------------------------------- search
+
+def write_corpus(folder, key="id"):
+    folder.mkdir(exist_ok=True)
+    rows = [{key: "a", "title": "Rank", "text": "of a matrix"}, {key: "b", "text": "words"}]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    return folder
+
+
+def test_search_asks_with_the_trained_prompt(run, tmp_path):
+    embedder = Embedder(run, "cpu")
+    rows, vectors = load_index(embedder, write_corpus(tmp_path / "docs"))
+    assert vectors == pytest.approx(embedder.encode(["Rank of a matrix", "words"]), abs=1e-6)
+    query = embedder.encode("lists", prompt=TRAINED["retrieval"])
+    best = search(embedder, rows, vectors, "lists", k=2)
+    assert [score for score, _ in best] == pytest.approx(sorted(vectors @ query)[::-1], abs=1e-6)
+    bare = search(embedder, rows, vectors, "lists", k=2, prompt="")
+    assert [score for score, _ in bare] == pytest.approx(
+        sorted(vectors @ embedder.encode("lists"))[::-1], abs=1e-6)
+    assert bare[0][0] != pytest.approx(best[0][0], abs=1e-4)
+
+
+def test_the_index_is_built_anew_when_model_or_corpus_changes(run, tmp_path, tokenizer, capsys):
+    corpus = write_corpus(tmp_path / "docs", key="_id")             # BEIR's name for it
+    assert load_index(Embedder(run, "cpu"), corpus)[0][0]["id"] == "a"
+    names = [path.name for path in run.glob("index-*")]
+    load_index(Embedder(run, "cpu"), corpus)
+    assert capsys.readouterr().err.count("documents of") == 1       # the second time: the cache
+    with open(corpus / "corpus.jsonl", "a") as file:
+        file.write('{"_id": "c", "text": "lists"}\n')
+    text = (corpus / "corpus.jsonl").read_text().replace("\n\n", "\n")
+    (corpus / "corpus.jsonl").write_text(text)
+    assert len(load_index(Embedder(run, "cpu"), corpus)[1]) == 3
+    other = write_run(tmp_path / "other", tokenizer, seed=1)
+    load_index(Embedder(other, "cpu"), corpus)
+    names += [path.name for folder in (run, other) for path in folder.glob("index-*")]
+    assert len(names) == len(set(names)) == 3
+
+
+def command(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["embed.py", *map(str, argv)])
+    embed.main()
+
+
+def test_texts_become_a_file_of_vectors(run, tmp_path, monkeypatch):
+    """A byte order mark is passed over; every JSON suffix is known; other bytes are an error."""
+    clean = Embedder(run, "cpu").encode(["words", "lists"])
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in ("words", "lists"))
+    files = {"plain.txt": b"words\nlists\n", "mark.txt": b"\xef\xbb\xbfwords\nlists\n",
+             "a.jsonl": rows.encode(), "b.JSONL": rows.encode(), "c.ndjson": rows.encode(),
+             "d.json": rows.encode("utf-8-sig")}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        command(monkeypatch, "--checkpoint", run, "--device=cpu", "--texts", tmp_path / name,
+                "--out", tmp_path / "x.npy")
+        assert np.load(tmp_path / "x.npy") == pytest.approx(clean, abs=1e-6), name
+    for encoding, text in (("latin-1", "fine\nCafé\n"), ("utf-16", "words\n")):
+        (tmp_path / "bad.txt").write_bytes(text.encode(encoding))
+        with pytest.raises(SystemExit, match=r"bad.txt:[12]: "):
+            command(monkeypatch, "--checkpoint", run, "--device=cpu", "--texts",
+                    tmp_path / "bad.txt", "--out", tmp_path / "x.npy")
+
+
+def test_the_command_line_searches(run, tmp_path, monkeypatch, capsys):
+    corpus = write_corpus(tmp_path / "docs")
+    argv = ["--checkpoint", run, "--device=cpu", "--corpus", corpus, "--query=lists", "--k=1"]
+    for more in ([], ["--prompt="], ["--prompt=Represent this question for search"]):
+        command(monkeypatch, *argv, *more)
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  1  ")]
+    assert len(shown) == 3 and shown[0] == shown[2] != shown[1]
+    with pytest.raises(SystemExit, match="corpus.jsonl: no such file"):
+        command(monkeypatch, *argv[:4], tmp_path / "none", "--query=x")
+    with pytest.raises(SystemExit, match="--texts needs --out"):
+        command(monkeypatch, "--texts=x")

@@ -1,0 +1,33 @@
+"""One tiny model, masks of every kind and some texts, for tests of the model and its kernels."""
+import dataclasses
+
+import torch
+
+from mask import CAUSAL, FULL, MaskSpec
+from model import Conan, ConanConfig
+
+CONFIG = ConanConfig(vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=40,
+                     block_size=512)
+MASKS = {"causal": CAUSAL, "full": FULL, "soft-row": MaskSpec(0.3), "soft-col": MaskSpec(0.3, "col"),
+         "nearly-full": MaskSpec(0.9), "logits": MaskSpec(0.3, apply="logits"),
+         "logits-0": MaskSpec(0.0, apply="logits")}
+
+
+def tiny(ops=None, **changes):
+    """Return a model with weights large enough for attention to be far from uniform."""
+    model = Conan(dataclasses.replace(CONFIG, **changes), ops)
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.2, generator=generator)
+    return model
+
+
+def texts_of(*lengths):
+    """Return random token ids of texts of these lengths."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(0, 61, (n,), generator=generator) for n in lengths]
+
+
+def relative(a, b):
+    """Return the size of a - b in units of b."""
+    return float((a - b).detach().norm() / b.detach().norm().clamp_min(1e-30))

@@ -1,0 +1,338 @@
+"""Translators and their command line: a table, a real HTTP server that misbehaves, the journal."""
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from clr import Gates, build_clr
+from tools import translate as module
+from tools.translate import EndpointTranslator, TableTranslator, TranslateConfig
+
+ROOT = Path(module.__file__).parent.parent
+ROWS = [{"id": f"d{i}", "query": f"question {i}", "pos": [f"answer {i}"], "neg": ["x", "y"],
+         "prompt": "Find it"} for i in range(300)]
+
+
+def test_table(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "sort", "lang": "de", "translation": "sortieren"}\n')
+    table = TableTranslator(path)
+    assert table("sort", "de") == "sortieren" and table("sort", "fr") is None
+    path.write_text('{"text": "sort", "lang": "de"}\n')
+    with pytest.raises(ValueError, match=r"t\.jsonl:1: .*translation"):
+        TableTranslator(path)
+
+
+# ---------------------------------------------------------------- endpoint
+
+
+class Server:
+    """An OpenAI-compatible server in a thread; `behave(prompt, nth time)` decides each answer.
+
+    It returns the text to answer with, or (status, body bytes, length that is announced, if it is
+    another one), or raises to hang up.
+    """
+
+    def __init__(self, behave):
+        self.behave, self.asked, self.requests, self.lock = behave, Counter(), [], threading.Lock()
+        self.now = self.most = 0
+
+    def __enter__(self):
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                prompt = body["messages"][0]["content"]
+                with server.lock:
+                    server.asked[prompt] += 1
+                    server.requests.append((self.path, dict(self.headers), body))
+                    server.now += 1
+                    server.most = max(server.most, server.now)
+                    nth = server.asked[prompt]
+                try:
+                    answer = server.behave(prompt, nth)
+                except ConnectionError:
+                    return  # hang up without a word
+                finally:
+                    with server.lock:
+                        server.now -= 1
+                if isinstance(answer, str):
+                    answer = 200, json.dumps({"choices": [{"message": {"content": answer},
+                                                           "finish_reason": "stop"}]}).encode()
+                try:
+                    self.send_response(answer[0])
+                    self.send_header("Content-Length", str((*answer, len(answer[1]))[2]))
+                    self.end_headers()
+                    self.wfile.write(answer[1])
+                except OSError:
+                    pass  # the client has given up
+
+            def log_message(self, *args):
+                pass
+
+        class Http(ThreadingHTTPServer):
+            request_queue_size, daemon_threads = 128, True
+
+        self.http = Http(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        return self
+
+    def __exit__(self, *error):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_long_pauses(monkeypatch):
+    monkeypatch.setattr(EndpointTranslator, "BACKOFF", 0.001)
+
+
+@contextmanager
+def endpoint(behave, **options):
+    timeout = options.pop("timeout", 5.0)
+    with Server(behave) as server:
+        translate = EndpointTranslator(server.url, **options)
+        translate.timeout = timeout
+        yield server, translate
+
+
+def text_of(prompt):
+    return prompt.rpartition("\n\n")[2]
+
+
+def jobs(n):
+    return [(f"text {i}", "de") for i in range(n)]
+
+
+def test_request_and_answer():
+    with endpoint(lambda prompt, nth: " sortiere {die} Liste\n", api_key="secret",
+                  model="a-model") as (server, translate):
+        assert translate("sort {the} list", "de") == "sortiere {die} Liste"
+    path, headers, body = server.requests[0]
+    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
+    assert body["model"] == "a-model" and body["temperature"] == 0
+    assert "German" in body["messages"][0]["content"]
+    assert text_of(body["messages"][0]["content"]) == "sort {the} list"
+
+
+def test_many_keeps_order_and_stays_in_flight():
+    def slow(prompt, nth):
+        time.sleep(0.1 if text_of(prompt).endswith("0") else 0.02)
+        return text_of(prompt).upper()
+
+    with endpoint(slow, in_flight=6) as (server, translate):
+        double = jobs(30) + jobs(5)  # five are asked twice, while the first are under way
+        assert list(translate.many(double)) == [text.upper() for text, _ in double]
+    assert 3 <= server.most <= 6
+    assert set(server.asked.values()) == {1}
+
+
+@pytest.mark.parametrize("trouble", [
+    (500, b"oops"), (429, b"slow down"), (503, b""), (200, b"<html>no JSON</html>"), (200, b"{}"),
+    (200, b'{"choices": []}'), (200, b'{"choices": [{"message": {"content": null}}]}'),
+    (200, b'{"choices": [{"message": {"content": "  "}}]}'), (200, b"[1]"), (200, b"\xff\xfe"),
+    (200, b'{"choices": [{"message": {"content": "cut"}, "finish_reason": "length"}]}'),
+    (200, b"cut off", 500), "hang up", "stall"])
+def test_trouble_passes(trouble):
+    """Twice it goes wrong, the third time it works."""
+    def behave(prompt, nth):
+        if nth > 2:
+            return "gut"
+        if trouble == "hang up":
+            raise ConnectionError
+        if trouble == "stall":
+            time.sleep(0.6)
+        return trouble
+
+    with endpoint(behave, timeout=0.3 if trouble == "stall" else 5.0, tries=3) as (_, translate):
+        assert translate("good", "de") == "gut"
+
+
+def test_text_that_never_works_has_no_translation():
+    def behave(prompt, nth):
+        return (500, b"") if text_of(prompt) == "text 3" else "ja"
+
+    gates = Gates()
+    with endpoint(behave, tries=3) as (server, translate):
+        rows = [{"query": text} for text, _ in jobs(6)]
+        translated = list(build_clr(rows, translate, {"de": 1}, gates=gates))
+    assert [row["source_id"] for row in translated] == [0, 1, 2, 4, 5]
+    assert gates.dropped == {"no translation": 1}
+    assert sorted(server.asked.values()) == [1, 1, 1, 1, 1, 3]
+
+
+@pytest.mark.parametrize("behave, at_most", [
+    (lambda prompt, nth: (401, b"no such key"), 4),  # at once: in_flight requests, no retries
+    (lambda prompt, nth: (500, b""), 100)])
+def test_gives_up_on_a_dead_server(behave, at_most):
+    with endpoint(behave, tries=2, in_flight=4) as (server, translate):
+        with pytest.raises(ConnectionError, match="127.0.0.1"):
+            list(translate.many(jobs(500)))
+    assert server.asked.total() <= at_most
+
+
+def test_nobody_listens():
+    with Server(lambda prompt, nth: "") as server:
+        url = server.url
+    with pytest.raises(ConnectionError, match="texts in a row failed"):
+        list(EndpointTranslator(url, tries=1).many(jobs(100)))
+
+
+def test_killed_run_pays_for_nothing_twice(tmp_path):
+    """The server dies half-way; then the journal's last line is torn; then it goes on."""
+    journal, alive = tmp_path / "sub" / "journal.jsonl", {"left": 20, "lock": threading.Lock()}
+
+    def mortal(prompt, nth):
+        with alive["lock"]:
+            alive["left"] -= 1
+            if alive["left"] < 0:
+                raise ConnectionError
+        return text_of(prompt).upper()
+
+    with endpoint(mortal, tries=1, in_flight=4, journal=journal) as (first, translate):
+        with pytest.raises(ConnectionError):
+            list(translate.many(jobs(50)))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 20
+    done = {json.loads(line)["text"] for line in lines}
+    journal.write_bytes(b"".join(lines) + b'{"key": "torn, as by kill -9')
+
+    with endpoint(lambda prompt, nth: text_of(prompt).upper(), journal=journal) as (second, again):
+        assert list(again.many(jobs(50))) == [text.upper() for text, _ in jobs(50)]
+    asked = Counter(text_of(prompt) for prompt in second.asked)
+    assert asked == Counter(text for text, _ in jobs(50) if text not in done)
+
+    with endpoint(mortal, journal=journal) as (third, again):
+        assert list(again.many(jobs(50))) == [text.upper() for text, _ in jobs(50)]
+    assert not third.asked
+    assert TableTranslator(journal)("text 7", "de") == "TEXT 7"  # the journal is a table too
+
+
+def test_journal_knows_model_and_language(tmp_path):
+    options = {"journal": tmp_path / "j"}
+    with endpoint(lambda prompt, nth: "x", **options) as (server, one):
+        other = EndpointTranslator(server.url, model="other", **options)
+        assert [one("a", "de"), one("a", "fr"), one("a", "de")] == ["x"] * 3
+        assert server.asked.total() == 2
+        other("a", "de")
+        assert server.asked.total() == 3
+
+
+def test_lone_surrogate_survives(tmp_path):
+    """JSON allows it, UTF-8 does not: it is asked, journalled and found again."""
+    options = {"journal": tmp_path / "j"}
+    with endpoint(lambda prompt, nth: text_of(prompt) + "!", **options) as (server, translate):
+        assert translate("a\ud800b", "de") == "a\ud800b!"
+        again = EndpointTranslator(server.url, **options)("a\ud800b", "de")
+        assert again == "a?b!"              # a file is UTF-8
+        assert server.asked.total() == 1
+
+
+def test_damaged_journal_is_named_by_line(tmp_path):
+    (tmp_path / "j").write_text('{"key": "a", "translation": "b"}\nrubbish\n')
+    with pytest.raises(ValueError, match=r"j:2: not JSON"):
+        EndpointTranslator("http://127.0.0.1:1", journal=tmp_path / "j")
+
+
+def test_stopping_half_way_leaves_no_work_behind():
+    with endpoint(lambda prompt, nth: time.sleep(0.02) or "x", in_flight=2) as (server, translate):
+        answers = translate.many(jobs(200))
+        next(answers)
+        answers.close()  # what Ctrl-C does to it
+        asked = server.asked.total()
+        time.sleep(0.15)
+        assert server.asked.total() == asked < 50
+
+
+# ---------------------------------------------------------------- command line
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_command_line(tmp_path, capsys):
+    write_rows(tmp_path / "in.jsonl", ROWS)
+    with endpoint(lambda prompt, nth: "übersetzt " + text_of(prompt)) as (server, _):
+        argv = [f"--input={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'o' / 'out.jsonl'}",
+                "--translator=endpoint", f"--endpoint={server.url}", "--shares=en:9,fr:1,de:2"]
+        module.main(argv)
+        text = (tmp_path / "o" / "out.jsonl").read_text(encoding="utf-8")
+        module.main(argv)
+        assert server.asked.total() == 300  # the second run took all from the journal
+    assert (tmp_path / "o" / "out.jsonl").read_text(encoding="utf-8") == text
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert Counter(row["lang"] for row in rows) == {"de": 200, "fr": 100}
+    for old, new in zip(ROWS, rows):
+        assert new == old | {"query": f"übersetzt {old['query']}", "lang": new["lang"],
+                             "source_lang": "en", "source_id": old["id"]}
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {"out.jsonl", "out.jsonl.journal"}
+    assert "300 of 300 rows" in capsys.readouterr().out
+
+
+def test_failed_run_leaves_the_old_output(tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text("old")
+    write_rows(tmp_path / "in.jsonl", ROWS)
+    with endpoint(lambda prompt, nth: (401, b"")) as (server, _):
+        with pytest.raises(ConnectionError):
+            module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out={out}", "--translator=endpoint",
+                      f"--endpoint={server.url}"])
+    assert out.read_text() == "old"
+    assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl", "out.jsonl.journal"}
+
+
+def test_chinese_titles_through_a_table(tmp_path):
+    """Another source language and another key: the recipe of docs/data.md for translations."""
+    write_rows(tmp_path / "in.jsonl", [{"text": f"标题{i}", "id": str(i)} for i in range(3)])
+    write_rows(tmp_path / "t.jsonl", [{"text": f"标题{i}", "lang": "en", "translation": f"title {i}"}
+                                      for i in (0, 2)])
+    module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}", "--key=text",
+                 "--translator=table", f"--table={tmp_path / 't.jsonl'}", "--source_lang=zh",
+                 "--shares=en:1,zh:5"])
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["text"], row["lang"], row["source_id"]) for row in rows] == [
+        ("title 0", "en", "0"), ("title 2", "en", "2")]
+
+
+def test_bad_row_is_named(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"query": "a"}\n{"pos": ["b"]}\n')
+    with pytest.raises(ValueError, match=r"in\.jsonl:2: .*query"):
+        module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out'}"])
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"translator": "endpoint"}, "--endpoint"), ({"translator": "table"}, "--table"),
+    ({"source_lang": "zh"}, "lexicon"), ({"in_flight": 0}, "in_flight")])
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TranslateConfig(input=("a",), out="b", **settings)
+
+
+def test_ctrl_c(tmp_path):
+    """The program stops within a moment, says how to go on, and leaves no half-written output."""
+    write_rows(tmp_path / "in.jsonl", ROWS)
+    with endpoint(lambda prompt, nth: time.sleep(0.05) or "übersetzt") as (server, _):
+        run = subprocess.Popen(
+            [sys.executable, "-m", "tools.translate", f"--input={tmp_path / 'in.jsonl'}", "--in_flight=2",
+             f"--out={tmp_path / 'out.jsonl'}", "--translator=endpoint",
+             f"--endpoint={server.url}"],
+            cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while server.asked.total() < 4:
+            time.sleep(0.02)
+            assert run.poll() is None
+        run.send_signal(2)
+        _, error = run.communicate(timeout=20)
+    assert run.returncode == 130 and "journal" in error and "Traceback" not in error
+    kept = (tmp_path / "out.jsonl.journal").read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl.journal"}
+    assert kept.endswith(b"\n") and kept.count(b"\n") == server.asked.total() < 290

@@ -1,0 +1,254 @@
+"""Make CLR rows (clr.py) with a lexicon, a server or a table of translations.
+
+    python -m tools.translate --input=rows.jsonl --out=clr.jsonl                  # the lexicon
+    python -m tools.translate --input=rows.jsonl --out=clr.jsonl --translator=endpoint \\
+        --endpoint=http://localhost:8000/v1 --model=Qwen2.5-7B-Instruct --in_flight=64
+    python -m tools.translate --input=zh.jsonl --out=clr.jsonl --source_lang=zh --shares=en:1 \\
+        --translator=table --table=translated.jsonl
+
+Answers of a server go to a journal as they arrive: after a kill the same command pays for nothing
+twice. docs/data.md has the recipe for Chinese and other sources.
+DEVIATES: the lexicon is no translator but classic dictionary-based retrieval. UNSPECIFIED: PROMPT.
+"""
+import hashlib
+import json
+import os
+import random
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+from typing import Literal
+from weakref import WeakValueDictionary
+
+from tqdm import tqdm
+
+import clr
+from clr import LANGUAGES, TABLE_7
+from configurator import load_config
+from engine.jsonl import read_jsonl, to_line, write_jsonl
+from toy.lexicon import LexiconTranslator
+
+PROMPT = ("Translate this search query into {language}. Leave names, code and formulas as they "
+          "are. Answer with the translation and nothing else.\n\n{text}")
+
+
+class TableTranslator:
+    """Look translations up in a JSONL of rows {"text", "lang", "translation"} made elsewhere."""
+
+    def __init__(self, path):
+        kinds = {"text": str, "lang": str, "translation": str}
+        self.table = {(row["text"], row["lang"]): row["translation"]
+                      for row in read_jsonl(path, kinds)}
+
+    def __call__(self, text, lang):
+        """Return the translation, None where the table has none."""
+        return self.table.get((text, lang))
+
+
+class EndpointTranslator:
+    """Ask an OpenAI-compatible server (vLLM, Ollama, llama.cpp ...), `in_flight` texts at a time.
+
+    Answers go to an append-only journal, which is a `TableTranslator` file too. A text that fails
+    `tries` times has no translation. After `GIVE_UP` such texts in a row, or when the server
+    refuses the key or the model, ConnectionError says so. api_key: sent if it is not empty.
+    """
+    GIVE_UP = 20
+    BACKOFF = 1.0                  # seconds before the second request for a text, doubled each time
+
+    def __init__(self, endpoint, model="Qwen2.5-7B-Instruct", journal=None, in_flight=16,
+                 tries=5, api_key=""):
+        self.url, self.model = endpoint.rstrip("/") + "/chat/completions", model
+        self.in_flight, self.tries, self.timeout = in_flight, tries, 60.0
+        self.headers = {"Content-Type": "application/json"}
+        if api_key:
+            self.headers["Authorization"] = f"Bearer {api_key}"
+        self.known, self.failed_in_a_row = {}, 0
+        self.lock, self.stop, self.journal = threading.Lock(), threading.Event(), None
+        if journal:
+            self._open(Path(journal))
+
+    def _open(self, path):
+        """Read the journal, cut off a last line that was torn by a kill, and open it to append."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.journal = open(path, "a+b")
+        self.journal.seek(0)
+        content = self.journal.read()
+        self.journal.truncate(content.rfind(b"\n") + 1)
+        for row in read_jsonl(path, {"key": str, "translation": str}):
+            self.known[row["key"]] = row["translation"]
+
+    def _key(self, text, lang):
+        """Hash what decides an answer; the prompt is its own version number."""
+        parts = "\0".join((self.model, PROMPT, lang, text)).encode("utf-8", "backslashreplace")
+        return hashlib.sha256(parts).hexdigest()[:32]
+
+    def many(self, jobs):
+        """Yield the translation of each (text, lang), in order; equal ones are sent once."""
+        pool, window, sent = ThreadPoolExecutor(self.in_flight), deque(), WeakValueDictionary()
+
+        def ask(job):
+            try:
+                return None if self.stop.is_set() else self(*job)
+            except ConnectionError:
+                self.stop.set()                        # the others need not try
+                raise
+
+        try:
+            for job in jobs:
+                if (future := sent.get(job)) is None:
+                    sent[job] = future = pool.submit(ask, job)
+                window.append(future)
+                if len(window) >= 16 * self.in_flight:           # a slow answer blocks no others
+                    yield window.popleft().result()
+            while window:
+                yield window.popleft().result()
+        finally:       # also on Ctrl-C: requests under way are paid for, so their answers are kept
+            self.stop.set()
+            pool.shutdown(cancel_futures=True)
+            self.stop.clear()
+
+    def __call__(self, text, lang):
+        """Return the translation, from the journal if it is there; None if there is no answer."""
+        key = self._key(text, lang)
+        if key in self.known:
+            return self.known[key]
+        for attempt in range(self.tries):
+            try:
+                answer = self._ask(text, lang)
+                break
+            except urllib.error.HTTPError as error:
+                if error.code in (401, 403, 404):      # no other text will fare better
+                    raise ConnectionError(f"{self.url}: {error}: {error.read(300)!r}") from None
+                reason = error
+            except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+                reason = error
+            delay = self.BACKOFF * 2 ** attempt * random.uniform(0.5, 1.5)
+            if attempt + 1 == self.tries or self.stop.wait(delay):
+                return self._fail(text, reason)
+        with self.lock:
+            self.known[key], self.failed_in_a_row = answer, 0
+            if self.journal:
+                self.journal.write(to_line({"key": key, "text": text, "lang": lang,
+                                            "translation": answer}))
+                self.journal.flush()
+        return answer
+
+    def _ask(self, text, lang):
+        """Return the answer of one request; raise for a missing, empty or cut one."""
+        prompt = PROMPT.format(language=LANGUAGES.get(lang, lang), text=text)
+        body = {"model": self.model, "temperature": 0,
+                "messages": [{"role": "user", "content": prompt}]}
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
+        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            choice = json.load(response)["choices"][0]
+        answer = str.strip(choice["message"]["content"])
+        if not answer or choice.get("finish_reason") == "length":
+            raise ValueError(f"the answer is empty or cut off: {answer[:80]!r}")
+        return answer
+
+    def _fail(self, text, reason):
+        """Count a text without translation; raise ConnectionError after `GIVE_UP` in a row."""
+        with self.lock:
+            self.failed_in_a_row += not self.stop.is_set()
+            if self.failed_in_a_row >= self.GIVE_UP:
+                raise ConnectionError(f"{self.url}: {self.failed_in_a_row} texts in a row failed, "
+                                      f"the last one, {text[:80]!r}, with {reason!r}")
+
+
+# ---------------------------------------------------------------- command line
+
+@dataclass(frozen=True)
+class TranslateConfig:
+    """The settings of `python -m tools.translate`."""
+    input: tuple[str, ...]                     # JSONL(.gz) files of rows with a query
+    out: str                                   # JSONL file to write
+    translator: Literal["lexicon", "endpoint", "table"] = "lexicon"
+    table: str | None = None                   # rows {"text", "lang", "translation"}
+    endpoint: str | None = None                # for example http://localhost:8000/v1
+    model: str = "Qwen2.5-7B-Instruct"         # what the endpoint calls it; the paper's
+    journal: str | None = None                 # the endpoint's answers; default: OUT.journal
+    in_flight: int = 16                        # requests at a time
+    timeout: float = 60.0                      # seconds that a request may stall
+    tries: int = 5                             # requests for a text, with growing pauses between
+    api_key_env: str = "OPENAI_API_KEY"        # environment variable with the API key, if any
+    key: str = "query"                         # what is translated; text in a queries.jsonl
+    source_lang: str = "en"                    # language of the input; it is no target
+    shares: dict[str, float] = field(default_factory=lambda: dict(TABLE_7))    # zh:12,es:8,...
+    seed: int = 0                              # of the allotment of rows to languages
+    min_script: float = 0.2                    # least share of letters in the language's script
+    length_ratio: tuple[float, float] = (0.1, 4.0)     # characters, translation / source
+    drop_copies: bool = True                   # drop translations without any new word
+    min_score: float | None = None             # least cosine of translation and source
+    scorer: str = "out/embed_sup"              # checkpoint that min_score is measured with
+
+    def __post_init__(self):
+        if self.translator != "lexicon" and getattr(self, self.translator) is None:
+            raise ValueError(f"translator {self.translator!r} needs --{self.translator}=VALUE")
+        if self.translator == "lexicon" and self.source_lang != "en":
+            raise ValueError(f"the lexicon translates from en, not {self.source_lang!r}")
+        if min(self.in_flight, self.tries, self.timeout) <= 0:
+            raise ValueError(f"in_flight {self.in_flight}, tries {self.tries} and timeout "
+                             f"{self.timeout} must be positive")
+
+
+def make_translator(cfg):
+    """Return the translator that the settings name."""
+    if cfg.translator == "lexicon":
+        return LexiconTranslator()
+    if cfg.translator == "table":
+        return TableTranslator(cfg.table)
+    translate = EndpointTranslator(cfg.endpoint, cfg.model, cfg.journal or f"{cfg.out}.journal",
+                                   cfg.in_flight, cfg.tries, os.environ.get(cfg.api_key_env, ""))
+    translate.timeout = cfg.timeout
+    return translate
+
+
+def make_gates(cfg):
+    """Return the quality gates that the settings ask for, the cheap ones first."""
+    gates = [clr.script_gate(cfg.min_script), clr.length_gate(*cfg.length_ratio)]
+    gates += [clr.copy_gate] if cfg.drop_copies else []
+    if cfg.min_score is not None:
+        from embed import Embedder                     # nothing else here needs a model
+        gates.append(clr.score_gate(Embedder(cfg.scorer), cfg.min_score))
+    return clr.Gates(*gates)
+
+
+def main(argv=None):
+    """Translate the queries of some files; see the module docstring."""
+    cfg, langs = load_config(TranslateConfig, argv), Counter()
+    rows = [row for path in cfg.input for row in read_jsonl(path, {cfg.key: str})]
+    queries = ({"query": row[cfg.key], "row": row} for row in rows)
+    gates = make_gates(cfg)
+    translated = clr.build_clr(queries, make_translator(cfg), cfg.shares, cfg.source_lang, cfg.seed,
+                               gates)
+
+    def written():
+        for new in tqdm(translated, total=len(rows), desc="clr", unit="row", disable=None):
+            langs[new["lang"]] += 1
+            old = new.pop("row")
+            query = new.pop("query")
+            yield {**old, **new, cfg.key: query, "source_id": old.get("id", old.get(
+                "_id", new["source_id"]))}
+
+    with closing(translated):
+        write_jsonl(cfg.out, written())
+    print(f"{cfg.out}: {langs.total():,} of {len(rows):,} rows")
+    for name, counts in (("languages", langs), ("dropped", gates.dropped)):
+        print(f"{name}: " + (", ".join(f"{k} {n:,}" for k, n in counts.most_common()) or "none"))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"translate: error: {error}")
+    except KeyboardInterrupt:
+        print("translate: stopped; the same command resumes from the journal", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,102 @@
+"""Build the data folder of a run without data of its own: the embedded corpus and its languages.
+
+    python -m toy.build --out=out/installed_docs     # train.py does it on the first run
+
+corpus.py writes the English files. Here the lexicon (26 languages) adds
+
+    text-languages.jsonl       stage 1: documents of summary lines in one language each
+    clr.jsonl                  stage 4: the documentation pairs with the query translated (clr.py)
+    clr_test/                  the same 100 test questions in every language, for the evaluation
+
+Languages are text in stage 1, and are bound to English by CLR in stage 4 alone: the difference
+between stages 3 and 4 shows what CLR does.
+"""
+import hashlib
+import json
+import random
+from pathlib import Path
+
+from clr import LANGUAGES, Gates, build_clr, copy_gate, script_gate
+from engine.jsonl import atomic, read_jsonl, write_jsonl
+from toy import corpus, lexicon
+from toy.lexicon import LexiconTranslator, Phrasing
+
+VERSION = 1                        # raise it when the files below change: old ones are rebuilt
+LANGUAGE_SHARE = 0.15              # characters of text-languages.jsonl, as a share of text.jsonl's
+LINES = 10                         # of a document in another language
+QUESTIONS = 100                    # test queries that clr_test/ has in every language
+
+
+def language_documents(summaries, n_characters, translate, phrase, seed=0):
+    """Yield {"text", "lang"}: lines of one language, until `n_characters` are written.
+
+    Every language but English has the same chance. Lines are drawn anew for each document.
+    """
+    rng, langs = random.Random(seed), [lang for lang in translate.table if lang != "en"]
+    while n_characters > 0:
+        lang, lines = rng.choice(langs), rng.choices(summaries, k=LINES)
+        text = "\n".join(phrase(translate.words(line, lang), lang, rng) for line in lines)
+        n_characters -= len(text)
+        yield {"text": text, "lang": lang}
+
+
+def write_clr_test(folder, test, translate):
+    """Write the first `QUESTIONS` queries of a collection's folder in all languages."""
+    queries = list(read_jsonl(test / "queries.jsonl"))[:QUESTIONS]
+    translated = [({"id": f"{query['id']}/{lang}", "lang": lang, "text": query["text"]
+                    if lang == "en" else translate(query["text"], lang)}, query["id"])
+                  for query in queries for lang in LANGUAGES]
+    write_jsonl(folder / "corpus.jsonl",
+                ({**row, "lang": "en"} for row in read_jsonl(test / "corpus.jsonl")))
+    write_jsonl(folder / "queries.jsonl", (row for row, _ in translated))
+    with atomic(folder / "qrels.tsv") as file:
+        file.write("query-id\tcorpus-id\tscore\n")
+        file.writelines(f"{row['id']}\t{source}\t1\n" for row, source in translated)
+
+
+def ensure(folder):
+    """Build all files in `folder`, unless they are there and made of the same; return the counts.
+
+    What they are made of: the installed packages' versions, the lexicon's tables, this code's
+    VERSION. languages.json says so and is written last.
+    """
+    folder, stamp = Path(folder), Path(folder) / "languages.json"
+    manifest = corpus.ensure(folder)
+    tables = b"".join(Path(lexicon.__file__).with_name(name).read_bytes()
+                      for name in ("lexicon.tsv", "phrasing.tsv"))
+    made_of = {"version": VERSION, "corpus": manifest["versions"],
+               "tables": hashlib.sha256(tables).hexdigest()}
+    if stamp.is_file():
+        counts = json.loads(stamp.read_text(encoding="utf-8"))
+        if counts.pop("made_of") == made_of:
+            return manifest | counts
+    translate, phrase, rng = LexiconTranslator(), Phrasing(), random.Random(0)
+    pairs = list(read_jsonl(folder / "pairs" / "documentation.jsonl"))
+    size = sum(len(row["text"]) for row in read_jsonl(folder / "text.jsonl"))
+    documents = list(language_documents([row["input"] for row in pairs], LANGUAGE_SHARE * size,
+                                        translate, phrase))
+    write_jsonl(folder / "text-languages.jsonl", documents)
+    gates = Gates(script_gate(0.2), copy_gate)
+    rows = list(build_clr(({"query": row["input"], "pos": [row["output"]]} for row in pairs),
+                          lambda text, lang: phrase(translate.words(text, lang), lang, rng),
+                          gates=gates))
+    write_jsonl(folder / "clr.jsonl", rows)
+    write_clr_test(folder / "clr_test", folder / "test", translate)
+    counts = {"documents in other languages": len(documents), "clr": len(rows),
+              "dropped": dict(gates.dropped)}
+    with atomic(stamp) as file:
+        json.dump(counts | {"made_of": made_of}, file, indent=1)
+    return manifest | counts
+
+
+def main():
+    """Build the folder on the command line; see the module docstring."""
+    import argparse
+    parser = argparse.ArgumentParser(description="build the embedded corpus in 26 languages")
+    parser.add_argument("--out", default="out/installed_docs", help="folder to write")
+    counts = ensure(parser.parse_args().out)
+    print(", ".join(f"{key} {value}" for key, value in counts.items() if key != "versions"))
+
+
+if __name__ == "__main__":
+    main()
