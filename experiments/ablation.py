@@ -176,7 +176,8 @@ def switch_measures(lab, texts, seed, cell, folder):
     measures |= {f"{c} after stage 3": v for c, v in columns(read_scores(folder)).items()}
     measures["LM loss before"] = probes.lm_loss(Embedder(lm), texts)
     measures["LM loss after"] = probes.lm_loss(Embedder(folder), texts)
-    places = {"start": (lm, 0), "half": (folder / f"step_{cfg.steps // 2:06d}", cfg.steps // 2 - 1),
+    half = cfg.save_every                          # the one checkpoint before the last
+    places = {"start": (lm, 0), "half": (folder / f"step_{half:06d}", half - 1),
               "end": (checkpoint.latest(folder), cfg.steps - 1)}
     for place, (path, step) in places.items():
         mask = FULL if cell.schedule == "hard" else CAUSAL if cell.schedule == "causal" else \
@@ -206,6 +207,8 @@ def hardness(lab, seed, cell, folder):
     """Return S at each visit, S_0, loss, replacements of a query and seconds of a step."""
     log, scores = read_log(folder), read_scores(folder)
     rows = [row for row in log if row["task"] == "retrieval" and "S" in row]
+    if len(rows) < VISITS:
+        raise ValueError(f"{folder}: {len(rows)} retrieval steps are fewer than {VISITS} visits")
     visits = [rows[i * len(rows) // VISITS:(i + 1) * len(rows) // VISITS] for i in range(VISITS)]
     measures = {f"S, visit {i}": float(np.mean([row["S"] for row in part]))
                 for i, part in enumerate(visits, 1)}
@@ -217,7 +220,7 @@ def hardness(lab, seed, cell, folder):
         "Loss, last visit": float(np.mean([row["loss"] for row in visits[-1]])),
         "Replaced, each query": sum(k * n for k, n in changes.items()) / total,
         "Queries untouched, %": 100 * changes.get(0, 0) / total,
-        "Seconds of a step": seconds(log) / len(log), **columns(scores)}
+        "Seconds of a step": float(np.median(seconds(log))), **columns(scores)}
 
 
 def sec34(lab):
@@ -251,10 +254,10 @@ def curve(lab):
     n = min(points, key=lambda n: abs(n - EQUAL_TIME))
     timed = Cell("linear", lm_steps=points[n])
     weak = lab.train(first, WEAK, timed)
-    time = sum(seconds(read_log(lab.lm_folder(first, timed) / s)) for s in (PRETRAIN, SFT)) \
+    time = sum(sum(seconds(read_log(lab.lm_folder(first, timed) / s))) for s in (PRETRAIN, SFT)) \
         if points[n] != 0 else 0
     steps = lab.base[WEAK].steps
-    longer = steps + round(time * steps / seconds(read_log(weak)))
+    longer = steps + round(time / np.median(seconds(read_log(weak))))
     last = f"no LM, time of {n / 1e6:g}M"
     cells[last] = Cell("hard", lm_steps=0, weak_steps=longer)
     names = [f"{n / 1e6:g}M" for n in points]

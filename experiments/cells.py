@@ -73,9 +73,9 @@ def read_meta(folder):
 
 
 def seconds(log):
-    """Return the seconds that a log covers, from its tokens and its tokens per second."""
+    """Return the seconds of each row of a log, from its tokens and its tokens per second."""
     tokens = [0, *(row["tokens"] for row in log)]
-    return sum((b - a) / row["tokens_per_second"] for a, b, row in zip(tokens, tokens[1:], log))
+    return [(b - a) / row["tokens_per_second"] for a, b, row in zip(tokens, tokens[1:], log)]
 
 
 # ---------------------------------------------------------------- cells
@@ -228,7 +228,7 @@ class Lab:
         if stage == WEAK:
             steps = cell.weak_steps or base.steps
             own |= {"previous": "" if cell.lm_steps == 0 else str(lm / f"{SFT}.py"),
-                    "steps": steps, "save_every": max(1, steps // 2)}
+                    "steps": steps, "save_every": (steps + 1) // 2}
         else:
             weights = {k: w for k, w in base.task_weights.items() if k != "clr" or cell.clr}
             own |= {"dhnm": cell.dhnm, "task_weights": weights,

@@ -85,7 +85,10 @@ def cell(value):
         return "✓" if value else "✗"
     if isinstance(value, (tuple, list)):
         mean, half = value
-        return number(mean) + ("" if math.isnan(half) else f" ± {number(half, mean)}")
+        if math.isnan(half):
+            return number(mean)
+        size = max(abs(mean), half)
+        return f"{number(mean, size)} ± {number(half, size)}"
     if isinstance(value, float):
         return number(value)
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
@@ -103,7 +106,7 @@ def difference(values):
     """Write a paired difference (mean, half); bold if it exceeds its interval."""
     mean, half = values
     text = ("+" if mean >= 0 else "-") + cell((abs(mean), half))
-    return f"**{text}**" if abs(mean) > half else text
+    return f"**{text}**" if abs(mean) > max(half, 1e-9) else text
 
 
 # ---------------------------------------------------------------- the three forms
