@@ -44,6 +44,8 @@ ROWS = {
         [{"query": "what is rba", "pos": ["b"], "neg": ["a", "c"]}]),
     "nq": ({"query": "when did it start", "answer": "It started in 1999."},
            [{"query": "when did it start", "pos": ["It started in 1999."]}]),
+    "triviaqa": ({"query": "who wrote it", "answer": "A novel by X."},
+                 [{"query": "who wrote it", "pos": ["A novel by X."]}]),
     "hotpotqa": (
         {"id": "5a7a", "question": "Which came first?", "answer": "Arthur's", "type": "comparison",
          "level": "medium", "supporting_facts": {"title": ["A", "B"], "sent_id": [0, 0]},
@@ -94,8 +96,8 @@ ROWS = {
 for year in (12, 13, 14, 15, 16, 22):
     ROWS[f"sts{year}"] = ({"sentence1": "a b", "sentence2": "c d", "score": 3.8},
                           [{"sentence1": "a b", "sentence2": "c d", "score": 3.8}])
-for name in ("banking77", "emotion", "imdb", "toxic", "tweets", "massive_intent",
-             "massive_scenario", "mtop_intent", "mtop_domain"):
+for name in ("banking77", "emotion", "imdb", "toxic", "tweets", "amazon_counterfactual",
+             "massive_intent", "massive_scenario", "mtop_intent", "mtop_domain"):
     ROWS[name] = ({"text": "wake me at nine", "label": 4, "label_text": "alarm_set"},
                   [{"text": "wake me at nine", "label": "alarm_set"}])
 
@@ -354,11 +356,13 @@ FILES = {                                    # set -> its first file, by the nam
     "wikipedia": "20231101.en/train-00000-of-00041.parquet",
     "wikipedia_pairs": "20231101.en/train-00000-of-00041.parquet",
     "mc4": "en/c4-train.00000-of-01024.json.gz",
+    "triviaqa": "pair/train-00000-of-00001.parquet",
     **{f"sts{year}": "data/test-00000-of-00001.parquet" for year in (13, 14, 15, 16)},
     **{name: "train.jsonl.gz" for name in ("sts12", "banking77", "emotion", "imdb", "toxic",
                                            "tweets")},
-    **{name: "en/train.jsonl.gz" for name in ("sts22", "massive_intent", "massive_scenario",
-                                              "mtop_intent", "mtop_domain")}}
+    **{name: "en/train.jsonl.gz" for name in (
+        "sts22", "amazon_counterfactual", "massive_intent", "massive_scenario", "mtop_intent",
+        "mtop_domain")}}
 RUN = """
 import json, sys, datasets
 from tools import prepare
