@@ -9,11 +9,13 @@ ratios, with their quartiles. The shape is that of a recipe (`--config`). `Plain
 with a plain loop in nanoGPT's manner: padded batches, SDPA, all logits at once. Results go to
 results/bench_cpu.json and bench_gpu.json. Rows that need a missing optional package are left out.
 """
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -38,36 +40,33 @@ from engine.microbatch import two_pass
 from experiments.results import write_result
 from losses import info_nce
 from mask import CAUSAL, FULL, MaskSpec
-from model import Conan, ConanConfig, next_token_loss
+from model import Conan, ConanConfig, next_token_loss, rope, rope_angles
 from tokenizer import PATTERN, Tokenizer
 from tools import export
 from train import TrainConfig
 
-GOALS = {                              # row: (floor, goal); a goal below the floor: less is better
-    **{f"LM {d} over plain loop": (1.05, 1.2) for d in ("float32", "bfloat16")},
-    **{f"fixed {d} over {other}": (0.95, 1.1) for d in ("float32", "bfloat16")
-       for other in ("plain loop", "sentence-transformers")},
-    **{f"real {d} over {other}": (2.5, 4.5) for d in ("float32", "bfloat16")
-       for other in ("plain loop", "sentence-transformers")},
-    **{f"encoding {d}": (1.15, 1.4) for d in ("float32", "bfloat16")},
-    **{f"soft step {t}": (1.15, 1.05) for t in (512, 1024, 2048)},
-    "DHNM step": (1.02, 1.0), "two-pass memory": (1.15, 1.05), "two-pass time": (1.4, 1.33),
-    "head time": (1.25, 1.0), "head memory": (1 / 8, 1 / 14),
-    "tokenizer training": (2.0, 2.6), "tokenizer encoding": (4.0, 6.5),
-    "LM 2048 share of matmul rate": (0.50, 0.65), "LM 32768 share of matmul rate": (0.40, 0.52),
-    "soft attention time": (2.0, 1.3), "soft attention memory": (1.2, 1.05)}
-MEANS = {                              # what is divided by what
-    "LM": "tokens/s of stage 1", "fixed": "pairs/s of stage 3, texts of 64 tokens",
-    "real": "pairs/s of stage 3, texts of real lengths", "encoding": "texts/s, over "
-    "SentenceTransformer.encode", "latency": "milliseconds of one short query",
-    "soft step": "seconds under the soft mask, over bidirectional",
-    "DHNM": "seconds of a step with the pool's work, over without",
-    "two-pass memory": "16 chunks in two passes, over one chunk in one",
-    "two-pass time": "16 chunks in two passes, over one pass of each",
-    "head": "cross-entropy in chunks, over all logits at once",
-    "tokenizer": "MB/s, over Hugging Face tokenizers with the same words",
-    "soft attention": "two calls of flash attention, over the bidirectional kernel"}
 DTYPES = ("float32", "bfloat16")
+GOALS = {                              # start of a row's name: (floor, goal, what is measured)
+    "LM": (1.05, 1.2, "tokens/s of stage 1, over the plain loop's"),
+    "fixed": (0.95, 1.1, "pairs/s of stage 3, texts of 64 tokens"),
+    "fixed defaults": (1.7, 2.5, "pairs/s of stage 3, each side with its default dtype"),
+    "real defaults": (5.0, 8.0, "pairs/s of stage 3, each side with its default dtype"),
+    "real": (2.5, 4.5, "pairs/s of stage 3, texts of real lengths"),
+    "encoding": (1.15, 1.4, "texts/s, over those of SentenceTransformer.encode"),
+    "latency": (None, None, "milliseconds of one short query"),
+    "soft step": (1.15, 1.05, "seconds under the soft mask, over bidirectional"),
+    "DHNM step": (1.02, 1.0, "seconds of a step with the pool's work, over without"),
+    "two-pass memory": (1.15, 1.05, "16 chunks in two passes, over one chunk in one"),
+    "two-pass time": (1.4, 1.33, "16 chunks in two passes, over one pass of each"),
+    "head time": (1.25, 1.0, "cross-entropy in chunks, over all logits at once"),
+    "head memory": (1 / 8, 1 / 14, "cross-entropy in chunks, over all logits at once"),
+    "tokenizer training": (2.0, 2.6, "MB/s, over Hugging Face tokenizers"),
+    "tokenizer encoding": (4.0, 6.5, "MB/s, over Hugging Face tokenizers"),
+    "full LM 2048": (0.50, 0.65, "model FLOP/s, share of this card's matmul rate"),
+    "full LM 32768": (0.40, 0.52, "model FLOP/s, share of this card's matmul rate"),
+    "full": (None, None, "model FLOP/s, share of this card's matmul rate"),
+    "soft attention time": (2.0, 1.3, "two calls of flash attention, over bidirectional"),
+    "soft attention memory": (1.2, 1.05, "two calls of flash attention, over bidirectional")}
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class BenchConfig:
     only: tuple[str, ...] = ()     # measurements to take (see ON_CPU, ON_GPU); empty: all
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU, and the GPU if there is one
     results: str = "results"       # folder of bench_cpu.json and bench_gpu.json
-    config: str = "config"         # the recipe whose shape and batches the rows have
+    config: str = "config"         # folder of the recipe whose shape and batches the rows have
     pairs: int = 64                # of a contrastive step
     texts: int = 1000              # to encode
     head_vocab: int = 150_000      # words of the cross-entropy and of the tokenizer
@@ -162,17 +161,15 @@ class Plain(nn.Module):
         self.model.load_state_dict(model.state_dict())
 
     def forward(self, ids, pad=None):
-        """Return hidden states (B, T, D) of ids (B, T): causal, or with `pad` (B, T) True = token
-        bidirectional."""
-        m, c = self.model, self.model.config
-        e, (b, t) = c.n_embd // c.n_head, ids.shape
-        angle = torch.arange(t)[:, None] * c.rope_base ** -(torch.arange(0, e, 2) / e)
-        cos, sin = (torch.cat([f, f], 1).to(ids.device) for f in (angle.cos(), angle.sin()))
+        """Return hidden states (B, T, D) of ids (B, T): causal without `pad`, else bidirectional.
+
+        pad: (B, T) bool, True = token.
+        """
+        m, c, (b, t) = self.model, self.model.config, ids.shape
+        cos, sin = rope_angles(t, c.head_dim, c.rope_base)
 
         def heads(x, proj):                        # (B, heads, T, E)
-            x = proj(x).view(b, t, -1, e).transpose(1, 2)
-            left, right = x.chunk(2, dim=-1)
-            return (x * cos + torch.cat([-right, left], -1) * sin).to(x.dtype)
+            return proj(x).view(b, t, -1, c.head_dim).transpose(1, 2)
 
         def norm(x, layer):
             return F.rms_norm(x, (c.n_embd,), layer.weight, c.norm_eps)
@@ -180,8 +177,8 @@ class Plain(nn.Module):
         x, bias = m.embed_tokens(ids), None if pad is None else pad[:, None, None]
         for block in m.layers:
             a, y = block.self_attn, norm(x, block.input_layernorm)
-            v = a.v_proj(y).view(b, t, -1, e).transpose(1, 2)
-            y = F.scaled_dot_product_attention(heads(y, a.q_proj), heads(y, a.k_proj), v, bias,
+            q, k = (rope(heads(y, proj), cos, sin) for proj in (a.q_proj, a.k_proj))
+            y = F.scaled_dot_product_attention(q, k, heads(y, a.v_proj), bias,
                                                is_causal=pad is None, enable_gqa=True)
             x = x + a.o_proj(y.transpose(1, 2).flatten(2))
             y, ff = norm(x, block.post_attention_layernorm), block.mlp
@@ -226,16 +223,14 @@ def lm(cfg, rows):
     """Measure tokens/s of stage 1 against the plain loop, at the recipe's windows and batch."""
     stage, model = cfg.stage(), cfg.model()
     windows = torch.randint(0, stage.vocab_size, (stage.batch_size, stage.passage_len + 1))
+    batch, plain = lm_batch(windows), Plain(model)
     for dtype in DTYPES:
-        ours, plain = cfg.model(), Plain(model)
-        batch = lm_batch(windows)
         seconds = in_turn({
-            "ours": step_of(ours, stage, dtype, lambda m=ours: train.step_loss(m, batch, stage, 0)),
-            "plain": step_of(plain, stage, dtype, lambda m=plain: m.lm_loss(windows).backward())},
+            "ours": step_of(model, stage, dtype, lambda: train.step_loss(model, batch, stage, 0)),
+            "plain": step_of(plain, stage, dtype, lambda: plain.lm_loss(windows).backward())},
             cfg.rounds)
-        tokens = windows.shape[0] * (windows.shape[1] - 1)
-        rows.add(f"LM {dtype} over plain loop", ratios(seconds["plain"], seconds["ours"]),
-                 tokens_per_second=tokens / statistics.median(seconds["ours"]))
+        rows.add(f"LM {dtype}", ratios(seconds["plain"], seconds["ours"]),
+                 tokens_per_second=len(batch.ids) / statistics.median(seconds["ours"]))
 
 
 def growth(cfg, rows):
@@ -250,7 +245,8 @@ def growth(cfg, rows):
                                        (shape["batch"], shape["tokens"] + 1)))
         step = step_of(model, stage, "bfloat16", lambda: train.step_loss(model, batch, stage, 0))
         table.append({**shape, "seconds": statistics.median(in_turn({"": step}, cfg.rounds)[""])})
-    rows.table("seconds of a stage 1 step", table)
+        print(table[-1], flush=True)
+    rows.keep(growth=table)
 
 
 @cache
@@ -284,7 +280,7 @@ def plain_backward(model, texts, longest):
     F.cross_entropy(q @ p.T / 0.05, torch.arange(len(q))).backward()
 
 
-def their_step(cfg, folder, texts, longest, dtype, steps=3):
+def their_step(folder, texts, longest, dtype, steps=3):
     """Return a callable: seconds of a step of SentenceTransformerTrainer, as its manual has it."""
     from datasets import Dataset
     from sentence_transformers import (SentenceTransformer, SentenceTransformerTrainer,
@@ -315,15 +311,16 @@ def their_step(cfg, folder, texts, longest, dtype, steps=3):
 
 def exported(cfg, folder, longest):
     """Write the recipe's model as a directory that sentence-transformers loads; return its path."""
-    embedder = Embedder.of(cfg.model(), words()[1], "cpu", "float32", FULL, longest)
+    prompts = dict.fromkeys(data.PROMPTS, "")
+    embedder = Embedder.of(cfg.model(), words()[1], "cpu", "float32", FULL, longest, prompts)
     embedder.checkpoint = Path(folder) / "none" / "step_000000"
     embedder.meta = {"model": dataclasses.asdict(embedder.model.config),
                      "mask": dataclasses.asdict(FULL), "passage_len": longest, "step": 0,
-                     "prompts": dict.fromkeys(data.PROMPTS, ""), "versions": run.versions(),
+                     "prompts": prompts, "versions": run.versions(),
                      "train": dataclasses.asdict(cfg.stage(3))}
     path = Path(folder) / f"exported_{longest}"
     path.mkdir()
-    export.write(embedder, path, "bench", "llama", False)
+    export.write(embedder, path, "bench", False)
     return str(path)
 
 
@@ -333,20 +330,26 @@ def contrastive(cfg, rows, name, longest, fixed):
     texts = make_texts(2 * cfg.pairs, rng, fixed=fixed)
     stage = dataclasses.replace(cfg.stage(2), schedule="hard", micro_batch_size=0)
     theirs = not missing("sentence_transformers", "datasets", "accelerate")
+    plain_loop, other = "plain loop", "sentence-transformers"
     with tempfile.TemporaryDirectory() as folder:
-        path = exported(cfg, folder, longest) if theirs else None
+        path, sides = exported(cfg, folder, longest) if theirs else None, {}
         for dtype in DTYPES:
             ours, plain = cfg.model(), Plain(cfg.model())
-            sides = {"ours": step_of(ours, stage, dtype, partial(our_backward, ours, stage, texts,
-                                                                 longest)),
-                     "plain loop": step_of(plain, stage, dtype, partial(
-                         plain_backward, plain, texts, longest))}
+            sides["ours", dtype] = step_of(ours, stage, dtype, partial(
+                our_backward, ours, stage, texts, longest))
+            sides[plain_loop, dtype] = step_of(plain, stage, dtype, partial(
+                plain_backward, plain, texts, longest))
             if theirs:
-                sides["sentence-transformers"] = their_step(cfg, path, texts, longest, dtype)
-            seconds = in_turn(sides, cfg.rounds)
-            for other in list(sides)[1:]:
-                rows.add(f"{name} {dtype} over {other}", ratios(seconds[other], seconds["ours"]),
-                         pairs_per_second=cfg.pairs / statistics.median(seconds["ours"]))
+                sides[other, dtype] = their_step(path, texts, longest, dtype)
+        seconds = in_turn(sides, cfg.rounds)
+    for who, dtype in sides:
+        if who != "ours":
+            rows.add(f"{name} {dtype} over {who}", ratios(seconds[who, dtype],
+                                                          seconds["ours", dtype]),
+                     pairs_per_second=cfg.pairs / statistics.median(seconds["ours", dtype]))
+    if theirs:                                     # ours: bfloat16, theirs: float32
+        rows.add(f"{name} defaults over {other}", ratios(seconds[other, "float32"],
+                                                         seconds["ours", "bfloat16"]))
 
 
 def encoding(cfg, rows):
@@ -386,13 +389,8 @@ def training_step(model, ids, lengths, mask=FULL, chunks=1):
     parts = [(ids[ends[i]:ends[j]], lengths[i:j]) for i, j in zip(cuts, cuts[1:])]
     with autocast(ids.device.type, "bfloat16"):
         two_pass(lambda part: model(*part, mask), parts,
-                 lambda x: info_nce(x[:b], x[b:], temperature=0.05), run_without_sync)
+                 lambda x: info_nce(x[:b], x[b:], temperature=0.05), contextlib.nullcontext)
     model.zero_grad(set_to_none=True)
-
-
-def run_without_sync():
-    """Return a context that does nothing: there is one rank."""
-    return autocast("cpu", "float32")
 
 
 def random_ids(lengths, model, device="cpu"):
@@ -529,8 +527,8 @@ def full_size(cfg, rows):
         table.append({"step": name, "tokens/s": len(ids) / statistics.median(seconds),
                       "share": flops / statistics.median(seconds) / rate,
                       "GB": peak_memory(step, "cuda") / 1e9})
-        rows.add(f"{name} share of matmul rate", [flops / s / rate for s in seconds])
-    rows.table("steps of the full model", table)
+        rows.add(f"full {name}", [flops / s / rate for s in seconds])
+    rows.keep(steps=table)
 
 
 def soft_attention(cfg, rows, t=32_768):
@@ -556,60 +554,46 @@ ON_CPU = {"lm": lm, "growth": growth, "encoding": encoding, "soft": soft_steps, 
           "fixed": partial(contrastive, name="fixed", longest=64, fixed=80),
           "real": partial(contrastive, name="real", longest=256, fixed=None),
           "passes": passes, "head": head, "tokenizer": tokenizing}
-ON_GPU = {"full": full_size, "attention": soft_attention, "soft": partial(soft_steps, device="cuda"),
-          "passes": partial(passes, device="cuda"), "head": partial(head, device="cuda")}
-
-
-def processor():
-    """Return the processor's name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+ON_GPU = {"full": full_size, "attention": soft_attention,
+          **{name: partial(measure, device="cuda") for name, measure in (
+              ("soft", soft_steps), ("passes", passes), ("head", head))}}
 
 
 class Rows:
-    """Rows and tables of one device; a measurement that is taken again replaces its own alone."""
+    """The rows of one device; a measurement that is taken again replaces its own alone."""
 
     def __init__(self, folder, device):
         self.folder, self.name = folder, f"bench_{'gpu' if device == 'cuda' else 'cpu'}"
-        path = Path(folder) / f"{self.name}.json"
-        before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        chip = torch.cuda.get_device_name() if device == "cuda" else processor()
-        self.rows, self.tables = before.get("rows", {}), before.get("growth", {})
-        self.machine = {"device": chip, "cores": os.cpu_count(),
-                        "threads": torch.get_num_threads(), "torch": torch.__version__}
+        path, info = Path(folder) / f"{self.name}.json", Path("/proc/cpuinfo")
+        self.content = json.loads(path.read_text("utf-8")) if path.is_file() else {"rows": {}}
+        text = info.read_text("utf-8") if info.is_file() else ""
+        chip = torch.cuda.get_device_name() if device == "cuda" else next(
+            iter(re.findall(r"model name\s*: (.*)", text)), platform.machine())
+        self.content |= {"title": f"Speed: {self.name}", "command": "python -m experiments.bench",
+                         "machine": {"device": chip, "cores": os.cpu_count(),
+                                     "threads": torch.get_num_threads(),
+                                     "torch": torch.__version__}}
 
     def add(self, name, values, **more):
         """Keep and print the median of some ratios beside its floor and its goal."""
-        measured = float(statistics.median(values))
-        floor, goal = GOALS.get(name, (None, None))
+        start = max((key for key in GOALS if name.startswith(key)), key=len)
+        (floor, goal, what), measured = GOALS[start], float(statistics.median(values))
         sign = -1 if floor is not None and goal < floor else 1     # -1: less is better
         met = "" if floor is None else "goal" if sign * measured >= sign * goal else \
             "floor" if sign * measured >= sign * floor else "MISSED"
-        what = next((text for key, text in sorted(MEANS.items(), key=lambda x: -len(x[0]))
-                     if name.startswith(key)), "")
-        spread = [float(x) for x in np.percentile(values, (25, 75))]
-        self.rows[name] = {"measured": measured, "spread": " to ".join(f"{x:.3g}" for x in spread),
-                           "floor": floor, "goal": goal, "met": met, "what": what,
-                           "load": os.getloadavg()[0], **more}
+        low, high = np.percentile(values, (25, 75))
+        self.content["rows"][name] = {
+            "measured": measured, "spread": f"{low:.3g} to {high:.3g}", "floor": floor,
+            "goal": goal, "met": met, "what": what, "load": os.getloadavg()[0], **more}
         shown = "".join(f"{'' if x is None else format(x, '.3g'):>9}"
                         for x in (floor, goal, measured))
         print(f"{name:<44}{shown}  {met:<7}{what}", flush=True)
-        self.write()
+        self.keep()
 
-    def table(self, name, table):
-        """Keep and print a table."""
-        self.tables[name] = table
-        print("\n".join([name, *("  ".join(f"{key} {value}" for key, value in row.items())
-                                 for row in table)]), flush=True)
-        self.write()
-
-    def write(self):
+    def keep(self, **tables):
         """Write everything; what is measured before an interruption is not lost."""
-        write_result(self.folder, self.name, {
-            "title": f"Speed: {self.name}", "machine": self.machine, "rows": self.rows,
-            "growth": self.tables, "command": "python -m experiments.bench"})
+        self.content |= tables
+        write_result(self.folder, self.name, self.content)
 
 
 def main(argv=None):
@@ -625,7 +609,7 @@ def main(argv=None):
         distributed.start(device)                  # its allocator settings serve both sides
         distributed.seed_everything(0)
         rows = Rows(cfg.results, device)
-        print(f"\n{rows.machine}\n{'':<44}{'floor':>9}{'goal':>9}{'measured':>9}")
+        print(f"\n{rows.content['machine']}\n{'':<44}{'floor':>9}{'goal':>9}{'measured':>9}")
         for name, measure in (ON_CPU if device == "cpu" else ON_GPU).items():
             if not cfg.only or name in cfg.only:
                 measure(cfg, rows)
