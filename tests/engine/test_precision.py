@@ -21,7 +21,7 @@ STEPS = 40
 
 
 def batches(kind):
-    """Yield STEPS times (ids, lengths, targets): pairs that share rare tokens, or rising numbers."""
+    """Yield (ids, lengths, targets) STEPS times: pairs with a rare token in common, or counting."""
     generator = torch.Generator().manual_seed(0)
     for step in range(STEPS):
         lengths = torch.randint(4, 12, (32,), generator=generator).tolist()
