@@ -73,6 +73,9 @@ def test_a_run_killed_and_resumed_equals_the_undisturbed_one(rows, whole, tmp_pa
     torch.manual_seed(12345)                       # whatever happens in between must not matter
     train.main(argv)
     assert_same_run(out, whole, stage)
+    if stage == "embed_sup":                       # negatives were replaced before and after
+        replaced = [line.get("replaced", 0) > 0 for line in log(out, stage).values()]
+        assert any(replaced[:2]) and any(replaced[2:])
 
 
 def test_a_run_killed_in_its_evaluation_is_scored_when_it_resumes(rows, tmp_path, monkeypatch):
@@ -97,12 +100,14 @@ def test_sigterm_saves_and_says_so(rows, whole, tmp_path, capsys):
             signal.raise_signal(signal.SIGTERM)
         return real(model, batch, cfg, step, *no_sync)
     argv = chain_arguments(rows, "pretrain", tmp_path)
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with step_loss_replaced(asked_to_stop), pytest.raises(SystemExit) as caught:
         train.main(argv)
+    for number, handler in before.items():         # the process would have ended
+        signal.signal(number, handler)
     assert caught.value.code == 128 + signal.SIGTERM
     assert "the same command resumes" in capsys.readouterr().out
     assert checkpoint.latest(tmp_path / "pretrain").name == "step_000004"
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the process would have ended
     train.main(argv)
     assert_same_run(tmp_path, whole, "pretrain")
 
@@ -222,7 +227,7 @@ def test_a_save_that_takes_long_warns(rows, tmp_path, capsys, monkeypatch):
     (["--task_weights=retrieval:1,cls:2"], "tasks are retrieval, clr, classification, sts"),
     (["--task_weights=clr:1"], "embed_sup needs data: --retrieval="),
     (["--retrieval=nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    (["--batch_size=97"], "96 rows are too few for a batch of 97"),
+    (["--batch_size=25"], "24 rows are too few for a batch of 25"),
     (["--parallel=fsdp", "--lora_rank=4"], "needs parallel ddp or zero1"),
     (["--evaluate=nowhere"], "nowhere/corpus.jsonl: no such file"),
     (["--vocab_size=260", "--text=words.jsonl"], "too few for blocks of 32"),
