@@ -110,7 +110,7 @@ def words_of(text, lang):
 @pytest.mark.parametrize("lang, order", [
     ("de", [[["Find"], ["shortest", "path", "two", "nodes"]], [[], ["Dijkstra"]]]),
     ("es", [[["Find"], ["path", "shortest", "nodes", "two"]], [[], ["Dijkstra"]]]),  # noun first
-    ("zh", [[["Find"], ["two", "nodes", "shortest", "path"]], [[], ["Dijkstra"]]]),  # 两节点 最短路径
+    ("zh", [[["Find"], ["two", "nodes", "shortest", "path"]], [[], ["Dijkstra"]]]),  # 两节点
     ("ja", [[["Find"], ["two", "nodes", "shortest", "path", "Dijkstra"]]])])  # the verb waits
 def test_order(lang, order):
     assert words_of("Find the shortest path between two nodes using Dijkstra.", lang) == order
