@@ -1,6 +1,6 @@
 """Training by DDP, ZeRO-1 and FSDP on several gloo processes against the same training on one.
 
-The processes run once for each world size: all modes, the LM stages and the supervised stage with
+The processes run once for each world size: all modes, an LM stage and the supervised stage with
 hard negatives, DHNM, mining and evaluation. What they leave on disk is compared with one process.
 """
 import json
@@ -17,7 +17,7 @@ from engine import run as runs
 from engine.distributed import MODES
 from ranks import STEPS, arguments, assert_equal, die_at, log, on_ranks, run, state_of, tiny_model
 
-STAGES = {"pretrain": [], "sft": [], "embed_sup": ["--dims=8,32"]}
+STAGES = {"sft": [], "embed_sup": ["--dims=8,32"]}
 # a run that is killed after its checkpoint of step 2, and how it resumes: (mode, ranks)
 MOVES = {"one_to_zero1": ((None, 1), ("zero1", 2)), "zero1_to_fsdp": (("zero1", 2), ("fsdp", 2)),
          "fsdp_to_one": (("fsdp", 2), (None, 1)), "one_to_fsdp": ((None, 1), ("fsdp", 2)),
@@ -175,7 +175,7 @@ def test_the_run_is_worth_comparing(folder):
     assert len({line["task"] for line in lines.values()}) > 1
     assert sum(line.get("replaced", 0) for line in lines.values()) >= 3
     assert max(line["grad_norm"] for line in lines.values()) > train.GRAD_CLIP
-    lines = log(folder / "one1", "pretrain")
+    lines = log(folder / "one1", "sft")
     assert lines[6]["loss"] < lines[1]["loss"]
 
 
