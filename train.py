@@ -17,6 +17,7 @@ An interrupted stage resumes exactly where it stopped.
 """
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -38,7 +39,7 @@ from embed import Embedder
 from engine import budget, checkpoint, distributed, kernels, memory, report, run
 from engine.jsonl import atomic, read_jsonl
 from engine.microbatch import two_pass
-from engine.order import task_of_step
+from engine.order import shuffled, task_of_step
 from eval import LexicalBaseline, evaluate_collection
 from lora import add_lora, merged_state_dict
 from losses import cosent_loss, info_nce, matryoshka
@@ -58,8 +59,10 @@ LIMITS = {                         # of settings; the others may be anything of 
     "seed": (0, 2 ** 62)}
 TASKS = ("retrieval", "clr", "classification", "sts")
 GRAD_CLIP = 1.0                    # UNSPECIFIED: the norm that gradients are cut to
-VALIDATION_TEXTS = 200             # held-out examples that an LM stage is measured on,
-VALIDATE_EVERY = 50                # steps
+TOKENIZER_TEXTS = 400_000          # documents that the tokenizer learns from
+PYTHON_BPE_TEXTS = 100_000         # of more documents, rustbpe learns the same tokens faster
+VALIDATION_TEXTS = 200             # held-out examples that an LM stage is measured on
+VALIDATE_EVERY = 50                # steps between two such measurements
 
 
 @dataclass(frozen=True)
@@ -282,17 +285,23 @@ def build_model(state, weights):
 
 
 def train_tokenizer(cfg):
-    """Return a tokenizer of the pretraining text; one that was trained on it before is taken."""
+    """Return a tokenizer of the pretraining text; one that was trained on it before is taken.
+
+    PAPER Sec. 3.1.1: it learns from about 400,000 documents, here a seeded sample of as many.
+    """
     kind = "text" if data.sources(cfg, "text") else "pairs"
     rows = data.Rows(data.sources(cfg, kind), kind, skip_bad=cfg.skip_bad_lines)
-    made_of = " ".join([*rows.hashes().values(), str(cfg.vocab_size), Tokenizer.VERSION])
+    made_of = " ".join([*rows.hashes().values(), str(cfg.vocab_size), Tokenizer.VERSION,
+                        str(cfg.seed if len(rows) > TOKENIZER_TEXTS else "all")])
     path = Path(cfg.out) / f"tokenizer-{data.text_id(made_of):016x}.tiktoken"
     if not path.is_file():
-        all_rows = (rows[i] for i in range(len(rows)))
+        chosen = shuffled(np.arange(min(len(rows), TOKENIZER_TEXTS)), len(rows), cfg.seed)
+        sample = (rows[int(i)] for i in np.sort(chosen))
         texts = (row if isinstance(row, str) else f"{row['query']}\n{row['pos'][0]}"
-                 for row in all_rows)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Tokenizer.train(texts, cfg.vocab_size).save(path)
+                 for row in sample)
+        is_large = len(chosen) > PYTHON_BPE_TEXTS and importlib.util.find_spec("rustbpe")
+        Tokenizer.train(texts, cfg.vocab_size, backend="rustbpe" if is_large else "python"
+                        ).save(path)
     return Tokenizer.load(path)
 
 
