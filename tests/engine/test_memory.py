@@ -1,4 +1,4 @@
-"""Memory on a CPU: a step's blocks are kept for the next one, and go back once they are too many."""
+"""Memory on a CPU: a step keeps the blocks of the last one, and gives back what is too much."""
 import os
 import resource
 
