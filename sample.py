@@ -1,7 +1,7 @@
 """Let the language model of stages 1 and 2 write.
 
     python sample.py --checkpoint=out/pretrain --prompt="Return the"
-    python sample.py --checkpoint=out/sft --instruction="Find" --prompt="Return the sum of two numbers."
+    python sample.py --checkpoint=out/sft --instruction="Find" --prompt="Return the sum."
 
 The model is causal here (alpha 0), whatever mask its stage ended with. Every new token is drawn
 from the softmax of the last state against the tied embeddings, divided by a temperature. After an

@@ -17,6 +17,7 @@ An interrupted stage resumes exactly where it stopped.
 """
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -36,9 +37,9 @@ import data
 from configurator import ConfigError
 from embed import Embedder
 from engine import budget, checkpoint, distributed, kernels, memory, report, run
-from engine.jsonl import atomic
+from engine.jsonl import atomic, read_jsonl
 from engine.microbatch import two_pass
-from engine.order import task_of_step
+from engine.order import shuffled, task_of_step
 from eval import LexicalBaseline, evaluate_collection
 from lora import add_lora, merged_state_dict
 from losses import cosent_loss, info_nce, matryoshka
@@ -58,7 +59,10 @@ LIMITS = {                         # of settings; the others may be anything of 
     "seed": (0, 2 ** 62)}
 TASKS = ("retrieval", "clr", "classification", "sts")
 GRAD_CLIP = 1.0                    # UNSPECIFIED: the norm that gradients are cut to
+TOKENIZER_TEXTS = 400_000          # documents that the tokenizer learns from
+PYTHON_BPE_TEXTS = 100_000         # of more documents, rustbpe learns the same tokens faster
 VALIDATION_TEXTS = 200             # held-out examples that an LM stage is measured on
+VALIDATE_EVERY = 50                # steps between two such measurements
 
 
 @dataclass(frozen=True)
@@ -281,17 +285,23 @@ def build_model(state, weights):
 
 
 def train_tokenizer(cfg):
-    """Return a tokenizer of the pretraining text; one that was trained on it before is taken."""
+    """Return a tokenizer of the pretraining text; one that was trained on it before is taken.
+
+    PAPER Sec. 3.1.1: it learns from about 400,000 documents, here a seeded sample of as many.
+    """
     kind = "text" if data.sources(cfg, "text") else "pairs"
     rows = data.Rows(data.sources(cfg, kind), kind, skip_bad=cfg.skip_bad_lines)
-    made_of = " ".join([*rows.hashes().values(), str(cfg.vocab_size), Tokenizer.VERSION])
+    made_of = " ".join([*rows.hashes().values(), str(cfg.vocab_size), Tokenizer.VERSION,
+                        str(cfg.seed if len(rows) > TOKENIZER_TEXTS else "all")])
     path = Path(cfg.out) / f"tokenizer-{data.text_id(made_of):016x}.tiktoken"
     if not path.is_file():
-        all_rows = (rows[i] for i in range(len(rows)))
+        chosen = shuffled(np.arange(min(len(rows), TOKENIZER_TEXTS)), len(rows), cfg.seed)
+        sample = (rows[int(i)] for i in np.sort(chosen))
         texts = (row if isinstance(row, str) else f"{row['query']}\n{row['pos'][0]}"
-                 for row in all_rows)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Tokenizer.train(texts, cfg.vocab_size).save(path)
+                 for row in sample)
+        is_large = len(chosen) > PYTHON_BPE_TEXTS and importlib.util.find_spec("rustbpe")
+        Tokenizer.train(texts, cfg.vocab_size, backend="rustbpe" if is_large else "python"
+                        ).save(path)
     return Tokenizer.load(path)
 
 
@@ -331,8 +341,8 @@ def start(cfg, world, where, before):
         run.restore(state, checkpoint.load(where, "trainer.pt"))
     elif cfg.stage == "embed_sup":
         data.fill_pools([task for task, _ in state.tasks], state.embedder)
-    elif cfg.stage in ("pretrain", "sft"):
-        state.counters["validation_before"] = validation_loss(state)
+    elif (loss := validation_loss(state)) is not None:
+        state.counters |= {"validation_before": loss, "validation": loss}
     return state
 
 
@@ -389,6 +399,8 @@ def run_steps(state):
                                  world.gather(scores.cpu()))
                 stats = task.pool.stats()
         state.optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % VALIDATE_EVERY == 0 and "validation" in counters:
+            counters["validation"] = validation_loss(state)
         for name in ("tokens", "truncated"):
             counters[name] += round(agreed[name] * world.size)
         log.step(step, batch, {"loss": float(loss), **stats}, data_seconds,
@@ -418,12 +430,13 @@ def collections(cfg):
 
 @torch.no_grad()
 def validation_loss(state):
-    """Return the next-token loss on held-out documents or pairs of DATA, None if it has none."""
+    """Return the next-token loss on DATA's held-out documents or pairs; None if there is none."""
     cfg, folder = state.cfg, Path(state.cfg.data)
-    if not data.uses_folder(cfg) or not (folder / "dev/corpus.jsonl").is_file():
+    file = {"pretrain": "text_dev.jsonl", "sft": "dev/corpus.jsonl"}.get(cfg.stage)
+    if file is None or not data.uses_folder(cfg) or not (folder / file).is_file():
         return None
     if cfg.stage == "pretrain":
-        texts = [row["text"] for row in data.read_jsonl(folder / "text_dev.jsonl")]
+        texts = [row["text"] for row in read_jsonl(folder / file)]
         rows = [(None, "", text) for text in texts[:VALIDATION_TEXTS]]
     else:
         dev = data.load_collection(folder / "dev")
@@ -443,11 +456,11 @@ def validation_loss(state):
 def score(state):
     """Score a stage on its collections and by its own measure; write OUT/STAGE/eval.json."""
     cfg, results = state.cfg, {}
+    if "validation" in state.counters:
+        name = f"lm/{Path(cfg.data).name}/dev/loss"
+        results = {f"{name}_before": state.counters["validation_before"],
+                   name: validation_loss(state)}
     if cfg.stage in ("pretrain", "sft"):
-        after = validation_loss(state)
-        if after is not None:
-            name = f"lm/{Path(cfg.data).name}/dev/loss"
-            results = {f"{name}_before": state.counters["validation_before"], f"{name}": after}
         if state.world.is_main and cfg.parallel != "fsdp":
             prompt = "Return the" if cfg.stage == "pretrain" else \
                 data.format_sft(state.prompts["retrieval"], "Return the sum of two numbers.")
@@ -516,7 +529,7 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as error:
         code = f"train.py: error: {error}"
     finally:
-        distributed.stop()             # the traceback no longer holds the model, so DDP can be freed
+        distributed.stop()             # the traceback no longer holds the model
     if code:
         sys.exit(code)
 

@@ -105,8 +105,9 @@ class Log:
         if self.file:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
-            self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} "
-                                     "tokens/s")
+            held_out = f", held-out {row['validation']:.3f}" if row.get("validation") else ""
+            self.bar.set_postfix_str(f"loss {row['loss']:.3f}{held_out}, "
+                                     f"{row['tokens_per_second']:,.0f} tokens/s")
         self._restart()
 
     def close(self):

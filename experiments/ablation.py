@@ -1,205 +1,295 @@
-"""The paper's Tables 4, 6 and 12: which cells each trains (experiments/lab.py), and its lines.
+"""The paper's three ideas, switched off one at a time: Tables 4, 6, 12, Sec. 3.2 and 3.4, a curve.
 
-    python -m experiments.tables table4 --seeds=0,1,2,3,4        # table12 and table6 share stages
-    python -m experiments.tables table4 --scale=real --root=FOLDER
+    python -m experiments.ablation table12 --seeds=0,1,2,3,4 --pawsx=FILE --sts=FILE
+    python -m experiments.ablation table12 --seeds=0,2,4     # one lane of two: an LM seed each
+    python -m experiments.ablation table12 --seeds=1,3       # the other; then all five, to write
+
+All cells of a language-model seed start from one stage-2 checkpoint. Learning rates are tuned once,
+on dev, for the cell with nothing on and the cell with all on. Test is read by the tables alone.
+Every command is resumable, writes results/NAME.json after each seed, and prints its table.
+Beside nDCG@10 stand measures that can see a mask (experiments/probes.py).
+
+UNSPECIFIED: whether stage 3 has cross-lingual pairs. On the embedded corpus it has none, so stage 4
+alone binds languages to English.
 """
 import dataclasses
 import itertools
+import json
+import math
+import sys
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-import train
-from experiments import paper
-from experiments.lab import COLUMNS, ROWS, SUP, WEAK, Cell, Lab, cell, seconds
-from experiments.layout import markdown, write_files
-from experiments.stats import interval, paired, shown
-from train import TrainConfig
+from configurator import load_config
+from data import document_text, load_collection
+from embed import Embedder
+from engine import checkpoint
+from engine.run import versions
+from experiments import paper, probes
+from experiments.cells import (NOTHING, PRETRAIN, SFT, SUP, WEAK, Cell, Lab, columns, read_log,
+                               read_scores, seconds, table4_cell)
+from experiments.results import cells_lines, write_result
+from mask import CAUSAL, FULL, MaskSpec, alpha
+from sample import generate
 
-TABLE_4 = {key: cell(*key) for key in itertools.product((False, True), repeat=3)}
-TABLE_6 = {(rank, sm): cell(sm, True, True, lora_rank=rank)
-           for rank in (16, 32, 64, 0) for sm in (False, True)}
-TABLE_12 = {"Linear": Cell(), "Accelerating": Cell("accelerating"),
-            "Decelerating": Cell("decelerating"), "hard switch": Cell("hard"),
-            "linear, columns": Cell(mask_axis="col"),
-            "linear, logits x M": Cell(mask_apply="logits")}
-LONGER = {"linear, 3 x steps": Cell(times=3), "hard switch, 3 x steps": Cell("hard", times=3)}
-
-
-def record(lab, name, cells, tried, seeds):
-    """Return all that a table rests on, for its JSON file: {"cells": {label: ..}, ...}."""
-    found = {}
-    for label, one in cells.items():
-        found[label] = {
-            "settings": dataclasses.asdict(one),
-            "scores": {seed: lab.read(seed, one) for seed in seeds},
-            "after_stage_3": {seed: lab.read(seed, one, WEAK) for seed in seeds},
-            "seconds": {seed: [round(sum(seconds(lab.log(seed, one, stage))), 1)
-                               for stage in (WEAK, SUP)] for seed in seeds}}
-    default = dataclasses.asdict(TrainConfig())
-    places = {"out", "docs", "previous", "evaluate", "text", "pairs", "retrieval", "clr",
-              "classification", "sts"}
-    settings = {stage: {k: v for k, v in dataclasses.asdict(cfg).items()
-                        if v != default[k] and k not in places} for stage, cfg in lab.base.items()}
-    return {"table": name, "scale": lab.scale, "seeds": list(seeds), "settings": settings,
-            "rows": ROWS if lab.scale == "toy" else None, "cells": found,
-            "learning_rates": lab.rates, "learning_rates_tried": tried,
-            "versions": train.versions()}
+TABLE_4 = {"+".join(part for part, on in zip(("SM", "CLR", "DHNM"), key) if on) or "nothing": key
+           for key in sorted(itertools.product((0, 1), repeat=3), key=sum)}
+TABLE_12 = {"linear": Cell(), "accelerating": Cell("accelerating"),
+            "decelerating": Cell("decelerating"), "hard": Cell("hard"),
+            "causal": Cell("causal"), "linear, columns": Cell(mask_axis="col"),
+            "linear, logits x M": Cell(mask_apply="logits"),
+            "linear, last token": Cell(pooling="last"),
+            "causal, last token": Cell("causal", pooling="last")}
+RANKS = (16, 32, 64, 0)            # of Table 6's adapters; 0: all weights
+VISITS = 6                         # of a query in stage 4, which Sec. 3.4 looks at one by one
+EQUAL_TIME = 3e6                   # LM tokens whose time a stage 3 without LM gets as well
 
 
-def by_seed(entry, column, after=SUP):
-    """Return {seed: score} of a recorded cell."""
-    scores = entry["scores" if after == SUP else "after_stage_3"]
-    return {seed: row[column] for seed, row in scores.items()}
+@dataclass(frozen=True)
+class AblationConfig:
+    """The settings of `python -m experiments.ablation COMMAND`."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    lm_seeds: int = 2              # language models; seed s takes number s % lm_seeds
+    config: str = "config/small"   # the recipe: a folder with a config file for each stage
+    data: str = "out/installed_docs"       # in the layout of train.py's `data`
+    work: str = "out/ablation"     # where the cells are trained
+    results: str = "results"       # where NAME.json goes
+    weak_steps: int = 300          # of stage 3; 0: the config's
+    sup_steps: int = 150           # of stage 4; 0: the config's
+    lm_tokens: tuple[float, ...] = (0, 0.3e6, 1e6, 3e6)    # of the curve, and the config's own
+    tune: bool = True              # choose learning rates on dev; false: the config's
+    pawsx: str = ""                # file of PAWS-X rows: sentence1, sentence2, label, lang
+    sts: str = ""                  # file of STS rows: sentence1, sentence2, score
 
 
-def grid(header, rows):
-    """Return a Markdown table as lines."""
-    return [*markdown([dict(zip(header, row)) for row in rows]).split("\n"), ""]
+def make_table(lab, name, cells, *, stage=WEAK, measure=None, **more):
+    """Train `cells` {label: Cell}, seed after seed; write RESULTS/NAME.json and print it.
+
+    measure(seed, cell, folder) -> {column: number}; None: `Lab.measure`. more: title, differences
+    {name: (labels, labels)}, paper {label: {column: number}}, notes, transpose (results.py).
+    """
+    measure = measure or (lambda seed, cell, folder: lab.measure(folder))
+    table = {**more, "command": f"python -m experiments.ablation {name}", "seeds": [],
+             "cells": {label: {} for label in cells}, "language_models": {},
+             "settings": {label: dataclasses.asdict(cell) for label, cell in cells.items()},
+             "steps": {s: cfg.steps for s, cfg in lab.base.items()},
+             "learning_rates": lab.tuned, "versions": versions()}
+    for seed in lab.cfg.seeds:
+        for label, cell in cells.items():
+            folder = lab.train(seed, stage, cell)
+            table["cells"][label][seed] = measure(seed, cell, folder)
+            if cell.lm_steps != 0:
+                lm = lab.lm_folder(seed, cell)
+                if lm.name not in table["language_models"]:
+                    table["language_models"][lm.name] = language_model(lab, lm)
+        table["seeds"].append(seed)
+        path = write_result(lab.cfg.results, name, table)
+    print("\n".join(cells_lines(json.loads(path.read_text("utf-8")))))
+    return path
 
 
-def cells_of(entry, base=None, after=SUP):
-    """Return a row's three columns, or their differences to `base`, paired by seed."""
-    if base is None:
-        return [shown(interval(by_seed(entry, c, after).values())) for c in COLUMNS]
-    return [shown(paired(by_seed(entry, c, after), by_seed(base, c, after)), True)
-            for c in COLUMNS]
+def language_model(lab, folder):
+    """Return what a language model is worth: its loss on dev documents, and what it writes."""
+    embedder = Embedder(folder / PRETRAIN)
+    texts = [row["text"] for row in load_collection(lab.work / "data/dev").corpus]
+    return {"loss": probes.lm_loss(embedder, texts), "tokens": read_log(
+        folder / PRETRAIN)[-1]["tokens"], "sample": "Return the" + generate(
+            embedder.model, embedder.tokenizer, "Return the", 40)}
 
 
-def printed(values):
-    """Write the paper's numbers, or dashes where it has none."""
-    return [f"{v:.2f}" for v in values] if values else ["-"] * len(COLUMNS)
+# ---------------------------------------------------------------- Tables 4, 6 and 12
+
+def table4(lab):
+    """Write Table 4: soft mask x CLR x DHNM, and the mean effect of each part."""
+    effects = {f"{part}: with minus without": (
+        [label for label, key in TABLE_4.items() if key[place]],
+        [label for label, key in TABLE_4.items() if not key[place]])
+        for place, part in enumerate(("SM", "CLR", "DHNM"))}
+    return make_table(
+        lab, "table4", {label: table4_cell(*key) for label, key in TABLE_4.items()}, stage=SUP,
+        title="Table 4: soft mask x CLR x DHNM", differences=effects, base="nothing",
+        paper={label: dict(zip(("Multi", "Eng", "Zh"), paper.TABLE_4[key]))
+               for label, key in TABLE_4.items() if key in paper.TABLE_4},
+        notes=["Without SM the mask is bidirectional from the first step of stage 3.",
+               "Without CLR its steps are retrieval's. Without DHNM the first negatives stay."])
 
 
-def preface(found, title):
-    """Return the lines above a table: what was trained, on what, at which rates."""
-    rates, rows = found["learning_rates"], []
-    for stage, tried in found["learning_rates_tried"].items():
-        for label, scores in tried.items():
-            best = max(scores, key=scores.get)
-            rows.append([stage, label, ", ".join(
-                f"**{float(rate):g}: {score:.1f}**" if rate == best else f"{float(rate):g}: "
-                f"{score:.1f}" for rate, score in scores.items()), f"{rates[stage]:g}"])
-    return [f"# {title}", "",
-            "nDCG@10 in percent on the test questions, mean and 95 % interval over the seeds "
-            f"{', '.join(map(str, found['seeds']))} (Student's t); differences are paired by seed "
-            "and bold where they exceed their interval. Multi: mean of the other languages -> "
-            "English; Eng: English; Zh: Chinese -> English. The paper's numbers are MTEB's: their "
-            "order and differences can be compared, their size cannot.", "",
-            "Learning rates, tried on other questions and another seed (mean of Multi and Eng), "
-            "and the one that all cells have: the best by the mean of the two; LoRA's multiply it.",
-            "", *grid(["stage", "cell", "rate: score", "taken"], rows)]
+def table6(lab):
+    """Write Table 6: LoRA of three ranks and full fine-tuning, without and with the soft mask."""
+    def label(rank, sm):
+        return f"{f'LoRA r = {rank}' if rank else 'full'}, {'soft' if sm else 'hard'}"
+
+    cells = {label(rank, sm): table4_cell(sm, 1, 1, lora_rank=rank)
+             for rank in RANKS for sm in (0, 1)}
+    return make_table(
+        lab, "table6", cells, stage=SUP, base=label(0, 1),
+        title="Table 6: LoRA and full fine-tuning, without and with the soft mask",
+        differences={f"{label(rank, 1)} minus hard": ([label(rank, 1)], [label(rank, 0)])
+                     for rank in RANKS},
+        paper={label(*key): {"Eng": value} for key, value in paper.TABLE_6.items()},
+        notes=["CLR and DHNM are on in every cell. LoRA trains stages 3 and 4 by adapters.",
+               "The paper's full row repeats Table 4: 71.50 is DHNM alone, 73.52 all parts."])
 
 
-def table4_lines(found):
-    """Return Table 4 in Markdown: cells, differences to the empty one, mean effect of each part."""
-    cells, marks = found["cells"], {key: ["✓" if on else "✗" for on in key] for key in TABLE_4}
-    base, order = cells[name_4((0, 0, 0))], sorted(TABLE_4, key=sum)
-    lines = preface(found, "Table 4: soft mask x CLR x DHNM")
-    lines += ["Without SM the mask is bidirectional from the first step of stage 3 on; without CLR "
-              "its steps go to retrieval; without DHNM the first negatives stay.", ""]
-    lines += grid(["SM", "CLR", "DHNM", *COLUMNS, *(f"paper {c}" for c in COLUMNS)], [
-        [*marks[key], *cells_of(cells[name_4(key)]), *printed(paper.TABLE_4.get(key))]
-        for key in order])
-    lines += ["Against the cell with nothing on:", ""]
-    lines += grid(["SM", "CLR", "DHNM", *COLUMNS], [
-        [*marks[key], *cells_of(cells[name_4(key)], base)] for key in order[1:]])
-    lines += ["The effect of a part: with it minus without it, mean over the four settings of the "
-              "other two:", ""]
-    return lines + grid(["part", *COLUMNS], [
-        [part, *(shown(effect(cells, at, c), True) for c in COLUMNS)]
-        for at, part in enumerate(("SM", "CLR", "DHNM"))])
+def table12(lab):
+    """Write Table 12: schedules, readings of the mask, and causal all the way, after stage 3."""
+    return make_table(
+        lab, "table12", TABLE_12, base="linear",
+        title="Table 12: schedules and readings of the soft mask, after stage 3",
+        differences={f"{label} minus linear": ([label], ["linear"])
+                     for label in TABLE_12 if label != "linear"},
+        paper={label: dict(zip(("Multi", "Eng", "Zh"), values))
+               for label, values in paper.TABLE_12.items()},
+        notes=["\"hard\" is bidirectional from the first step. \"causal\" never opens.",
+               "\"columns\" is Eq. (4) by the prose. \"logits x M\" multiplies the logits."])
 
 
-def name_4(key):
-    """Name a cell of Table 4: "SM+CLR", "nothing"."""
-    return "+".join(part for part, on in zip(("SM", "CLR", "DHNM"), key) if on) or "nothing"
+# ---------------------------------------------------------------- Sec. 3.2: the switch
+
+def after_switch(log, chance):
+    """Return how a stage 3 starts and ends, and whether it stands still.
+
+    chance: the loss of a model that knows nothing, log of the batch. "Longest stand": the most
+    steps without a new minimum of the loss, smoothed over a twentieth of the stage.
+    """
+    width, part = max(1, len(log) // 20), max(1, len(log) // 10)
+    loss = [row["loss"] for row in log]
+    smooth = [np.mean(loss[max(0, i + 1 - width):i + 1]) for i in range(len(loss))]
+    lows = np.minimum.accumulate(smooth)
+    new = [0, *(i for i in range(1, len(smooth)) if lows[i] < lows[i - 1]), len(smooth)]
+    below = [i + 1 for i, x in enumerate(smooth) if x < 0.6 * chance]
+    norms = [row["grad_norm"] for row in log]
+    return {"Loss, first step": loss[0], "Loss, first tenth": float(np.mean(loss[:part])),
+            "Loss, last tenth": float(np.mean(loss[-part:])),
+            "Gradient norm, first tenth": float(np.mean(norms[:part])),
+            "Gradient norm, last tenth": float(np.mean(norms[-part:])),
+            "Step at 60 % of chance": below[0] if below else len(log),
+            "Longest stand, steps": int(max(np.diff(new)))}
 
 
-def effect(cells, at, column):
-    """Return the interval of the mean difference that part number `at` makes, by seed."""
-    off = [key for key in TABLE_4 if not key[at]]
-    on = [tuple(i == at or v for i, v in enumerate(key)) for key in off]
-    mean = [{seed: np.mean([cells[name_4(key)]["scores"][seed][column] for key in side])
-             for seed in cells["nothing"]["scores"]} for side in (on, off)]
-    return paired(*mean)
+def switch_measures(lab, texts, seed, cell, folder):
+    """Return what Sec. 3.2 speaks of: loss, gradient, the LM's loss, and ranks along stage 3."""
+    cfg, lm = lab.settings(seed, WEAK, cell), lab.lm_folder(seed, cell) / SFT
+    measures = after_switch(read_log(folder), math.log(cfg.batch_size))
+    measures |= {f"{c} after stage 3": v for c, v in columns(read_scores(folder)).items()}
+    measures["LM loss before"] = probes.lm_loss(Embedder(lm), texts)
+    measures["LM loss after"] = probes.lm_loss(Embedder(folder), texts)
+    half = cfg.save_every                          # the one checkpoint before the last
+    places = {"start": (lm, 0), "half": (folder / f"step_{half:06d}", half - 1),
+              "end": (checkpoint.latest(folder), cfg.steps - 1)}
+    for place, (path, step) in places.items():
+        mask = FULL if cell.schedule == "hard" else CAUSAL if cell.schedule == "causal" else \
+            MaskSpec(alpha(step, cfg.steps - 1, cell.schedule))
+        ranks = probes.attention_ranks(Embedder(path, dtype="float32"), texts[:32], mask)
+        for name, value in zip(("Rank of M", "Effective rank of M",
+                                "Effective rank of attention"), ranks):
+            measures[f"{name}, {place}"] = value
+    return measures
 
 
-def name_6(key):
-    """Name a cell of Table 6: "LoRA r = 16, soft mask", "full, hard switch"."""
-    rank, sm = key
-    return f"{f'LoRA r = {rank}' if rank else 'full'}, {'soft mask' if sm else 'hard switch'}"
+def sec32(lab):
+    """Write Sec. 3.2: does the hard switch get stuck, and what does it destroy?"""
+    texts = [document_text(row) for row in load_collection(lab.work / "data/dev").corpus]
+    return make_table(
+        lab, "sec32", {"hard": NOTHING, "soft": Cell(), "causal": Cell("causal")},
+        measure=partial(switch_measures, lab, texts), transpose=True, base="hard",
+        differences={"soft minus hard": (["soft"], ["hard"])},
+        title="Sec. 3.2: does the hard switch get stuck?",
+        notes=["All start from the same stage-2 checkpoint. LM loss is in nats a token.",
+               f"Ranks are of texts of {probes.RANK_TOKENS} tokens, under the mask of that step."])
 
 
-def table6_lines(found):
-    """Return Table 6 in Markdown: English as the paper has it, then the other columns."""
-    cells = found["cells"]
-    lines = preface(found, "Table 6: LoRA and full fine-tuning, without and with the soft mask")
-    lines += ["LoRA trains stages 3 and 4 by adapters; CLR and DHNM are on in every cell. (The "
-              "paper's full row repeats Table 4: 71.50 is DHNM alone, 73.52 all three parts.)", ""]
-    ranks = list(dict.fromkeys(rank for rank, _ in TABLE_6))
-    for column in ("Eng", "Multi", "Zh"):
-        rows = []
-        for rank in ranks:
-            hard, soft = (by_seed(cells[name_6((rank, sm))], column) for sm in (False, True))
-            theirs = [f"{paper.TABLE_6[rank, sm]:.2f}" if column == "Eng" else "-" for sm in (0, 1)]
-            rows.append([f"LoRA r = {rank}" if rank else "full", shown(interval(hard.values())),
-                         shown(interval(soft.values())), shown(paired(soft, hard), True), *theirs])
-        lines += grid([column, "without SM", "with SM", "difference", "paper without",
-                       "paper with"], rows)
-    lines += ["LoRA against full fine-tuning:", ""]
-    return lines + grid(["", *COLUMNS], [
-        [name_6(key), *cells_of(cells[name_6(key)], cells[name_6((0, key[1]))])]
-        for key in TABLE_6 if key[0]])
+# ---------------------------------------------------------------- Sec. 3.4: hard negatives
+
+def hardness(lab, seed, cell, folder):
+    """Return S at each visit, S_0, loss, replacements of a query and seconds of a step."""
+    log, scores = read_log(folder), read_scores(folder)
+    rows = [row for row in log if row["task"] == "retrieval" and "S" in row]
+    if len(rows) < VISITS:
+        raise ValueError(f"{folder}: {len(rows)} retrieval steps are fewer than {VISITS} visits")
+    visits = [rows[i * len(rows) // VISITS:(i + 1) * len(rows) // VISITS] for i in range(VISITS)]
+    measures = {f"S, visit {i}": float(np.mean([row["S"] for row in part]))
+                for i, part in enumerate(visits, 1)}
+    changes = {int(key.split("_")[-2]): n for key, n in scores.items()
+               if key.startswith("dhnm/retrieval/")}
+    total = max(sum(changes.values()), 1)
+    return measures | {
+        "S_0, last visit": float(np.mean([row["S_0"] for row in visits[-1]])),
+        "Loss, last visit": float(np.mean([row["loss"] for row in visits[-1]])),
+        "Replaced, each query": sum(k * n for k, n in changes.items()) / total,
+        "Queries untouched, %": 100 * changes.get(0, 0) / total,
+        "Seconds of a step": float(np.median(seconds(log))), **columns(scores)}
 
 
-def table12_lines(found):
-    """Return Table 12 in Markdown: after stage 4, after stage 3, and differences to linear."""
-    cells = found["cells"]
-    lines = preface(found, "Table 12: schedules and readings of the soft mask")
-    lines += ["The soft mask alone, without CLR and DHNM, as in the paper's App. C; the lower "
-              "three are this project's: the hard switch, Eq. (4) by columns, and the reading "
-              "softmax(logits x M).", ""]
-    for after, title in ((SUP, "After stage 4"), (WEAK, "After stage 3")):
-        lines += [f"{title}:", ""] + grid(
-            ["function", *COLUMNS, *(f"paper {c}" for c in COLUMNS)],
-            [[label, *cells_of(cells[label], after=after),
-              *printed(paper.TABLE_12.get(label) if after == SUP else None)] for label in TABLE_12])
-        lines += [f"{title}, against linear:", ""] + grid(["function", *COLUMNS], [
-            [label, *cells_of(cells[label], cells["Linear"], after)]
-            for label in TABLE_12 if label != "Linear"])
-    lines += ["Does the soft mask only need more time? Stage 3 three times as long:", ""]
-    soft, hard = LONGER
-    for after, title in ((WEAK, "after stage 3"), (SUP, "after stage 4")):
-        lines += grid([title, *COLUMNS], [
-            *([label, *cells_of(cells[label], after=after)] for label in LONGER),
-            ["hard minus linear", *cells_of(cells[hard], cells[soft], after)]])
-    return lines
+def sec34(lab):
+    """Write Sec. 3.4: do negatives stay hard if they are replaced?"""
+    cells = {"fixed": table4_cell(1, 0, 0), "dynamic": table4_cell(1, 0, 1),
+             "fixed, CLR": table4_cell(1, 1, 0), "dynamic, CLR": table4_cell(1, 1, 1)}
+    return make_table(
+        lab, "sec34", cells, stage=SUP, measure=partial(hardness, lab), transpose=True,
+        base="fixed", title="Sec. 3.4: do negatives stay hard if they are replaced?",
+        differences={f"dynamic minus fixed{c}": ([f"dynamic{c}"], [f"fixed{c}"])
+                     for c in ("", ", CLR")},
+        notes=["S is the mean cosine of queries and their negatives in use, S_0 at first use.",
+               f"A visit is a {VISITS}th of stage 4's retrieval steps. Pools are 50 deep, mined by "
+               "the model itself."])
 
 
-def make_table(cfg, name, cells, lines_of):
-    """Train the cells of a table and write results/NAME.json and .md; return the paths."""
-    lab, paths = Lab(cfg), []
-    print(f"{name}: learning rates, in {lab.work}", flush=True)
-    tried = lab.tune(cells.values())
+# ---------------------------------------------------------------- the curve over LM tokens
 
-    def finish(seeds):
-        found = record(lab, name, cells, tried, seeds)
-        paths[:] = write_files(cfg, name, found, "\n".join(lines_of(found)))
+def curve(lab):
+    """Write soft minus hard, and what pretraining buys, against LM tokens before stage 3.
 
-    lab.train(name, cfg.seeds, list(cells.values()), finish)
-    return paths
+    A shorter stage 1 is the beginning of the longest. The last cell has no language model, and
+    its stage 3 gets the time of stages 1 and 2 as well.
+    """
+    base, first = lab.base[PRETRAIN], lab.cfg.seeds[0]
+    window = base.batch_size * base.passage_len    # tokens of a step
+    points = {n: round(n / window) for n in lab.cfg.lm_tokens} | {window * base.steps: None}
+    cells = {f"{n / 1e6:g}M, {mask}": Cell(schedule, lm_steps=steps)
+             for n, steps in points.items()
+             for mask, schedule in (("hard", "hard"), ("soft", "linear"))}
+    n = min(points, key=lambda n: abs(n - EQUAL_TIME))
+    timed = Cell("linear", lm_steps=points[n])
+    weak = lab.train(first, WEAK, timed)
+    time = sum(sum(seconds(read_log(lab.lm_folder(first, timed) / s))) for s in (PRETRAIN, SFT)) \
+        if points[n] != 0 else 0
+    steps = lab.base[WEAK].steps
+    longer = steps + round(time / np.median(seconds(read_log(weak))))
+    last = f"no LM, time of {n / 1e6:g}M"
+    cells[last] = Cell("hard", lm_steps=0, weak_steps=longer)
+    names = [f"{n / 1e6:g}M" for n in points]
+    return make_table(
+        lab, "curve", cells, base=f"{names[0]}, hard", points=dict(zip(names, points)),
+        title="When does the mask pay? Stage 3 against LM tokens seen before it",
+        differences={f"{m}: soft minus hard": ([f"{m}, soft"], [f"{m}, hard"]) for m in names}
+        | {"LM minus its time": ([f"{n / 1e6:g}M, hard"], [last])},
+        notes=["0M has no stages 1 and 2. All others have the same short stage 2."])
 
 
-def table4(cfg):
-    """Train and write Table 4."""
-    return make_table(cfg, "table4", {name_4(k): one for k, one in TABLE_4.items()}, table4_lines)
+COMMANDS = {"table4": table4, "table6": table6, "table12": table12, "sec32": sec32,
+            "sec34": sec34, "curve": curve}
 
 
-def table6(cfg):
-    """Train and write Table 6."""
-    return make_table(cfg, "table6", {name_6(k): one for k, one in TABLE_6.items()}, table6_lines)
+def main(argv=None):
+    """Run the command that the first argument names."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] not in COMMANDS:
+        raise ValueError(f"one of the commands {', '.join(COMMANDS)} is needed first, not "
+                         f"{argv[0] if argv else 'none'}")
+    cfg = load_config(AblationConfig, argv[1:])
+    if not cfg.seeds or cfg.lm_seeds < 1:
+        raise ValueError(f"seeds {cfg.seeds} and lm_seeds {cfg.lm_seeds}: at least one of each")
+    lab = Lab(cfg)
+    if cfg.tune:
+        lab.tune(with_lora=argv[0] == "table6")
+    return COMMANDS[argv[0]](lab)
 
 
-def table12(cfg):
-    """Train and write Table 12."""
-    return make_table(cfg, "table12", TABLE_12 | LONGER, table12_lines)
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"experiments.ablation: error: {error}")

@@ -1,19 +1,21 @@
 """Measure speed and memory beside what a user would pick instead; every row has a floor and a goal.
 
     python -m experiments.bench                              # all that this machine can measure
-    python -m experiments.bench --only=encoding,cached       # some again; the others stay
+    python -m experiments.bench --only=lm,encoding           # some again; the others stay
     python -m experiments.bench --device=cpu --rounds=9
 
-Sides of a comparison run in turn, `rounds` times after a warm-up; a row is the median of the paired
-ratios, so what else the machine does meets all sides alike. Texts are made-up words of real lengths
-(log-normal, mean 61 tokens). Results go to results/bench_cpu.json and results/bench_gpu.json.
-Every fast path here is held equal to the plain one by a test. sentence-transformers, transformers
-with accelerate, datasets, tokenizers and rustbpe are optional: rows that need one are left out.
+Sides of a comparison run in turn, `rounds` times after a warm-up. A row is the median of the paired
+ratios, with their quartiles. The shape is that of a recipe (`--config`). `Plain` is a transformer
+with a plain loop in nanoGPT's manner: padded batches, SDPA, all logits at once. Results go to
+results/bench_cpu.json and bench_gpu.json. Rows that need a missing optional package are left out.
 """
+import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -25,83 +27,72 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-from engine import flash
 import data
-from tools import export
 import train
 from configurator import load_config
 from dhnm import HardNegativePool
 from embed import Embedder
-from engine import budget, distributed
-from losses import cached_backward, info_nce, lm_cross_entropy
-from mask import CAUSAL, FULL, MaskSpec, future_weight
-from mixture import Task
-from model import Conan, ConanConfig, Packing, attend, attend_packed
+from engine import budget, distributed, kernels, run
+from engine.microbatch import two_pass
+from experiments.results import write_result
+from losses import info_nce
+from mask import CAUSAL, FULL, MaskSpec
+from model import Conan, ConanConfig, next_token_loss, rope, rope_angles
 from tokenizer import PATTERN, Tokenizer
+from tools import export
+from train import TrainConfig
 
-GOALS = {                              # row: (floor, goal); a goal below the floor: less is better
-    **{f"training fixed {dtype}": (0.95, 1.1) for dtype in ("float32", "bfloat16")},
-    **{f"training real {dtype}": (2.5, 4.5) for dtype in ("float32", "bfloat16")},
-    "training fixed defaults": (1.7, 2.5), "training real defaults": (5.0, 8.0),
-    "encoding float32": (1.15, 1.4), "encoding bfloat16": (1.15, 1.4),
-    **{f"soft step {t}": (1.15, 1.05) for t in (512, 1024, 2048)},
-    "DHNM step": (1.02, 1.0), "data wait share": (0.03, 0.01), "padding share": (0.10, 0.0),
-    "cached memory": (1.15, 1.05), "cached time": (1.4, 1.33),
-    "head time": (1.25, 1.0), "head memory": (1 / 8, 1 / 14),
-    "tokenizer training": (2.0, 2.6), "tokenizer encoding": (4.0, 6.5),
-    "LM 2048 share of matmul rate": (0.50, 0.65), "LM 32768 share of matmul rate": (0.40, 0.52),
-    "embedding 512 share of matmul rate": (0.45, 0.62),
-    "soft attention 32768 time": (2.0, 1.3), "soft attention 32768 memory": (1.2, 1.05),
-    "encoding reviews": (4.0, 6.0),
-}
-MEANS = {                              # what is divided by what
-    "training": "pairs/s, over those of sentence-transformers' trainer",
-    "encoding": "texts/s, over those of SentenceTransformer.encode",
-    "encoding reviews": "texts/s of 60 tokens at 1.4B, over the paper's 649 on its card",
-    "soft step": "seconds of a soft-mask step, over the same step bidirectional",
-    "soft attention": "two calls of flash attention, over the best bidirectional kernel",
-    "DHNM": "seconds a token of a step with DHNM, over the same with fixed negatives",
-    "data": "making batches (tokenising, mining look-ups), share of a step",
-    "padding": "pads, share of the tokens that attention sees",
-    "padded": "seconds of a step on padded texts of real lengths, over packed ones",
-    "cached memory": "two passes over 16 chunks, over one pass of one chunk",
-    "cached time": "two passes over 16 chunks, over one pass of each",
-    "head": "cross-entropy in chunks, over all logits at once",
-    "tokenizer": "MB/s, over Hugging Face tokenizers with the same words",
-    "LM": "model FLOP/s of a training step, over the matmul rate measured in the same run",
-    "embedding": "model FLOP/s of a training step, over the matmul rate measured in the same run",
-}
+DTYPES = ("float32", "bfloat16")
+GOALS = {                              # start of a row's name: (floor, goal, what is measured)
+    "LM": (1.05, 1.2, "tokens/s of stage 1, over the plain loop's"),
+    "fixed": (0.95, 1.1, "pairs/s of stage 3, texts of 64 tokens"),
+    "fixed defaults": (1.7, 2.5, "pairs/s of stage 3, each side with its default dtype"),
+    "real defaults": (5.0, 8.0, "pairs/s of stage 3, each side with its default dtype"),
+    "real": (2.5, 4.5, "pairs/s of stage 3, texts of real lengths"),
+    "encoding": (1.15, 1.4, "texts/s, over those of SentenceTransformer.encode"),
+    "latency": (None, None, "milliseconds of one short query"),
+    "soft step": (1.15, 1.05, "seconds under the soft mask, over bidirectional"),
+    "DHNM step": (1.02, 1.0, "seconds of a step with the pool's work, over without"),
+    "two-pass memory": (1.15, 1.05, "16 chunks in two passes, over one chunk in one"),
+    "two-pass time": (1.4, 1.33, "16 chunks in two passes, over one pass of each"),
+    "head time": (1.25, 1.0, "cross-entropy in chunks, over all logits at once"),
+    "head memory": (1 / 8, 1 / 14, "cross-entropy in chunks, over all logits at once"),
+    "tokenizer training": (2.0, 2.6, "MB/s, over Hugging Face tokenizers"),
+    "tokenizer encoding": (4.0, 6.5, "MB/s, over Hugging Face tokenizers"),
+    "full LM 2048": (0.50, 0.65, "model FLOP/s, share of this card's matmul rate"),
+    "full LM 32768": (0.40, 0.52, "model FLOP/s, share of this card's matmul rate"),
+    "full": (None, None, "model FLOP/s, share of this card's matmul rate"),
+    "soft attention time": (2.0, 1.3, "two calls of flash attention, over bidirectional"),
+    "soft attention memory": (1.2, 1.05, "two calls of flash attention, over bidirectional")}
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """The settings of `python -m experiments.bench`; the shape is that of the CPU rows."""
+    """The settings of `python -m experiments.bench`."""
     rounds: int = 5                # times that each side is measured
-    only: tuple[str, ...] = ()     # measurements to take (see MEASURES); empty: all
+    only: tuple[str, ...] = ()     # measurements to take (see ON_CPU, ON_GPU); empty: all
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU, and the GPU if there is one
-    out: str = "results"           # folder of bench_cpu.json and bench_gpu.json
-    pairs: int = 64                # of a step
-    steps: int = 3                 # of a trainer in one round
+    results: str = "results"       # folder of bench_cpu.json and bench_gpu.json
+    config: str = "config"         # folder of the recipe whose shape and batches the rows have
+    pairs: int = 64                # of a contrastive step
     texts: int = 1000              # to encode
-    vocab_size: int = 8192
-    n_layer: int = 4
-    n_head: int = 4
-    n_kv_head: int = 2
-    n_embd: int = 256
-    ffn_dim: int = 704
     head_vocab: int = 150_000      # words of the cross-entropy and of the tokenizer
     head_tokens: int = 2048
     tokenizer_mb: float = 60.0     # of installed Python source
-    longest: int = 8192            # tokens: attention by length, on the CPU
     soft_lengths: tuple[int, ...] = (512, 1024, 2048)
 
-    def shape(self, **changes):
-        """Return the `ConanConfig` of the CPU rows."""
-        names = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim")
-        return ConanConfig(**{**{n: getattr(self, n) for n in names}, "block_size": 32_768,
-                              **changes})
+    def stage(self, number=0):
+        """Return the recipe's `TrainConfig` of stage 1 to 4, counted from 0."""
+        return run.chain(TrainConfig, [f"{self.config}/embed_sup.py"])[number]
+
+    def model(self, device="cpu", **changes):
+        """Return a `Conan` of the recipe's shape with fresh weights."""
+        config = dataclasses.replace(self.stage().model_config(), **changes)
+        ops = kernels.pick(torch.device(device))
+        return Conan(config, ops=ops).init_weights(torch.Generator().manual_seed(0)).to(device)
 
 
 # ---------------------------------------------------------------- how things are measured
@@ -109,8 +100,8 @@ class BenchConfig:
 def in_turn(sides, rounds, device="cpu"):
     """Return {name: [seconds]} of some callables, called in turn `rounds` times after a warm-up.
 
-    Every other turn goes backwards, as the first of a turn was seen to take 3 % longer. A callable
-    that returns a number has measured its seconds itself.
+    Every other turn runs backwards, since the first of a turn was seen to take 3 % longer. A
+    callable that returns a float has measured its seconds itself.
     """
     seconds = {name: [] for name in sides}
     for turn in range(rounds + 1):
@@ -125,13 +116,13 @@ def in_turn(sides, rounds, device="cpu"):
     return seconds
 
 
-def ratio(above, below):
-    """Return the median of the ratios of paired measurements."""
-    return statistics.median(a / b for a, b in zip(above, below))
+def ratios(above, below):
+    """Return the ratios of paired measurements."""
+    return [a / b for a, b in zip(above, below)]
 
 
 def peak_memory(work, device="cpu"):
-    """Return the bytes of tensors that `work` holds at most, beyond what is there before."""
+    """Return the bytes of tensors that `work` holds at most, beyond what existed before."""
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -147,338 +138,328 @@ def peak_memory(work, device="cpu"):
 
 
 def missing(*packages):
-    """Tell, and say so, if one of some optional packages is not installed."""
-    import importlib.util
+    """Tell, and print, whether one of some optional packages is not installed."""
     lacking = [name for name in packages if importlib.util.find_spec(name) is None]
     if lacking:
-        print(f"left out, as {', '.join(lacking)} is not installed (requirements-extras.txt)")
+        print(f"left out: {', '.join(lacking)} is not installed (requirements-extras.txt)")
     return bool(lacking)
 
 
-# ---------------------------------------------------------------- made-up texts of real lengths
+def autocast(device, dtype):
+    """Return the context of bfloat16 matmuls, or one that does nothing."""
+    return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+# ---------------------------------------------------------------- the plain side
+
+class Plain(nn.Module):
+    """A `Conan` run as one would write it first: (B, T) batches, SDPA, no layout, no chunks."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = Conan(model.config)           # the plain operations
+        self.model.load_state_dict(model.state_dict())
+
+    def forward(self, ids, pad=None):
+        """Return hidden states (B, T, D) of ids (B, T): causal without `pad`, else bidirectional.
+
+        pad: (B, T) bool, True = token.
+        """
+        m, c, (b, t) = self.model, self.model.config, ids.shape
+        cos, sin = rope_angles(t, c.head_dim, c.rope_base)
+
+        def heads(x, proj):                        # (B, heads, T, E)
+            return proj(x).view(b, t, -1, c.head_dim).transpose(1, 2)
+
+        def norm(x, layer):
+            return F.rms_norm(x, (c.n_embd,), layer.weight, c.norm_eps)
+
+        x, bias = m.embed_tokens(ids), None if pad is None else pad[:, None, None]
+        for block in m.layers:
+            a, y = block.self_attn, norm(x, block.input_layernorm)
+            q, k = (rope(heads(y, proj), cos, sin) for proj in (a.q_proj, a.k_proj))
+            y = F.scaled_dot_product_attention(q, k, heads(y, a.v_proj), bias,
+                                               is_causal=pad is None, enable_gqa=True)
+            x = x + a.o_proj(y.transpose(1, 2).flatten(2))
+            y, ff = norm(x, block.post_attention_layernorm), block.mlp
+            x = x + ff.down_proj(F.silu(ff.gate_proj(y)) * ff.up_proj(y))
+        return norm(x, m.norm)
+
+    def lm_loss(self, windows):
+        """Return the next-token loss of windows (B, T + 1)."""
+        logits = self(windows[:, :-1]) @ self.model.embed_tokens.weight.T
+        return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+
+    def embed(self, ids):
+        """Return mean embeddings (B, D) of lists of ids, padded to the longest."""
+        longest = max(map(len, ids))
+        pad = torch.arange(longest) < torch.tensor([len(x) for x in ids])[:, None]
+        x = self(torch.tensor([x + [0] * (longest - len(x)) for x in ids]), pad).float()
+        return (x * pad[..., None]).sum(1) / pad.sum(1, keepdim=True)
+
+
+def step_of(model, cfg, dtype, backward):
+    """Return a callable: forward and backward, clipping, AdamW. backward(): fills gradients."""
+    optimizer = train.build_optimizer(model, cfg)
+
+    def step():
+        with autocast(str(next(model.parameters()).device.type), dtype):
+            backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+# ---------------------------------------------------------------- training
+
+def lm_batch(windows):
+    """Return a stage 1 `Batch` of windows (B, T + 1)."""
+    return data.Batch("text", windows[:, :-1].reshape(-1), [windows.shape[1] - 1] * len(windows),
+                      np.arange(len(windows)), targets=windows[:, 1:].reshape(-1))
+
+
+def lm(cfg, rows):
+    """Measure tokens/s of stage 1 against the plain loop, at the recipe's windows and batch."""
+    stage, model = cfg.stage(), cfg.model()
+    windows = torch.randint(0, stage.vocab_size, (stage.batch_size, stage.passage_len + 1))
+    batch, plain = lm_batch(windows), Plain(model)
+    for dtype in DTYPES:
+        seconds = in_turn({
+            "ours": step_of(model, stage, dtype, lambda: train.step_loss(model, batch, stage, 0)),
+            "plain": step_of(plain, stage, dtype, lambda: plain.lm_loss(windows).backward())},
+            cfg.rounds)
+        rows.add(f"LM {dtype}", ratios(seconds["plain"], seconds["ours"]),
+                 tokens_per_second=len(batch.ids) / statistics.median(seconds["ours"]))
+
+
+def growth(cfg, rows):
+    """Measure seconds of a stage 1 step against tokens, layers, vocabulary and batch: a table."""
+    stage, table = cfg.stage(), []
+    base = {"tokens": stage.passage_len, "layers": stage.n_layer, "vocabulary": stage.vocab_size,
+            "batch": max(1, stage.batch_size // 4)}
+    for name in [None, *base]:
+        shape = base | ({name: 2 * base[name]} if name else {})
+        model = cfg.model(n_layer=shape["layers"], vocab_size=shape["vocabulary"])
+        batch = lm_batch(torch.randint(0, shape["vocabulary"],
+                                       (shape["batch"], shape["tokens"] + 1)))
+        step = step_of(model, stage, "bfloat16", lambda: train.step_loss(model, batch, stage, 0))
+        table.append({**shape, "seconds": statistics.median(in_turn({"": step}, cfg.rounds)[""])})
+        print(table[-1], flush=True)
+    rows.keep(growth=table)
+
 
 @cache
 def words():
     """Return made-up words, and a tokenizer that knows each of them as one token."""
     rng = np.random.default_rng(0)
-    made = {"".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(3, 9)))
-            for _ in range(1200)}
-    made = sorted(made)
+    made = sorted({"".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(3, 9)))
+                   for _ in range(1200)})
     return made, Tokenizer.train([" " + " ".join(made)] * 3, 3700)
 
 
 def make_texts(n, rng, mean=61, longest=256, fixed=None):
     """Return n texts of `fixed` tokens, or of log-normal lengths before the cut at `longest`."""
-    known = words()[0]
     draw = rng.lognormal(np.log(mean) - 0.32, 0.8, n)
     lengths = [fixed] * n if fixed else np.clip(draw, 3, longest).astype(int)
-    return [" ".join(rng.choice(known, int(k))) for k in lengths]
+    return [" ".join(rng.choice(words()[0], int(k))) for k in lengths]
 
 
-def random_ids(lengths, vocab_size, device="cpu"):
-    """Return random flat ids for texts of these lengths."""
-    return torch.randint(0, vocab_size, (sum(lengths),), device=device)
+def our_backward(model, stage, texts, longest):
+    """Tokenise pairs, and run the trainer's own step; texts: queries, then passages."""
+    ids = torch.arange(len(texts) // 2)
+    batch = data.Batch.of("pairs", texts, [longest] * len(texts), words()[1], np.arange(len(ids)),
+                          query_ids=ids, positive_ids=ids + len(ids))
+    train.step_loss(model, batch, stage, 0)
 
 
-def bench_model(cfg, device="cpu", **changes):
-    """Return a `Conan` of the shape of the CPU rows, with fresh weights."""
-    return Conan(cfg.shape(**changes)).init_weights(torch.Generator().manual_seed(0)).to(device)
+def plain_backward(model, texts, longest):
+    """Tokenise pairs, pad them, and run InfoNCE as a plain loop would."""
+    x = F.normalize(model.embed([ids[:longest] for ids in words()[1].encode_batch(texts)]), dim=1)
+    q, p = x.chunk(2)
+    F.cross_entropy(q @ p.T / 0.05, torch.arange(len(q))).backward()
 
 
-def training_step(model, ids, lengths, mask=FULL, dtype="bfloat16", chunks=1):
-    """Run forward, InfoNCE and backward of one batch of pairs; `chunks` > 1: the two-pass step."""
-    b, ends = len(lengths) // 2, np.cumsum([0, *lengths])
-    cuts = np.linspace(0, len(lengths), chunks + 1).astype(int)
-    parts = [(ids[ends[i]:ends[j]], lengths[i:j]) for i, j in zip(cuts, cuts[1:])]
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        cached_backward(lambda part: model(*part, mask), parts,
-                        lambda x: info_nce(x[:b], x[b:], temperature=0.05)[0])
-    model.zero_grad(set_to_none=True)
-
-
-# ---------------------------------------------------------------- against sentence-transformers
-
-def our_trainer(cfg, pairs, longest, dtype):
-    """Return a callable: `steps` whole steps, tokenising, both passes, clipping and AdamW."""
-    train_cfg = train.TrainConfig(stage="embed_weak", schedule="hard", n_embd=cfg.n_embd,
-                                  n_head=cfg.n_head, n_kv_head=cfg.n_kv_head)
-    world = distributed.World(0, 1, torch.device("cpu"))
-    model, tokenizer = bench_model(cfg), words()[1]
-    optimizer = train.build_optimizer(model, train_cfg)
-
-    def run():
-        began = time.perf_counter()
-        for step in range(cfg.steps):
-            part = pairs[step * cfg.pairs:(step + 1) * cfg.pairs]
-            texts = [q for q, _ in part] + [p for _, p in part]
-            ids = torch.arange(len(part))
-            batch = data.Batch.of("pairs", texts, [longest] * len(texts), tokenizer, None,
-                                  query_ids=ids, positive_ids=ids)
-            with world.autocast(dtype):
-                train.stage_loss(model, batch, train_cfg, step)
-            distributed.clip_grad_norm(model, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return (time.perf_counter() - began) / cfg.steps
-    return run
-
-
-def exported(cfg, folder, longest):
-    """Write a model of the same shape as a directory that sentence-transformers loads."""
-    model, tokenizer = bench_model(cfg), words()[1]
-    embedder = Embedder.of(model, tokenizer, "cpu", "float32", FULL, longest)
-    embedder.checkpoint = Path(folder) / "none" / "step_000000"
-    embedder.meta = {"model": dataclasses.asdict(model.config), "mask": dataclasses.asdict(FULL),
-                     "passage_len": longest, "prompts": dict.fromkeys(data.PROMPTS, ""), "step": 0,
-                     "versions": train.versions(), "train": dataclasses.asdict(
-                         train.TrainConfig(stage="embed_weak", n_embd=cfg.n_embd,
-                                           n_head=cfg.n_head, n_kv_head=cfg.n_kv_head))}
-    path = Path(folder) / f"exported_{longest}"
-    path.mkdir()
-    export.write(embedder, path, "bench", "llama", False)
-    return str(path)
-
-
-def their_trainer(cfg, pairs, longest, dtype, folder):
-    """Return a callable: `steps` steps of SentenceTransformerTrainer, as its manual has it."""
+def their_step(folder, texts, longest, dtype, steps=3):
+    """Return a callable: seconds of a step of SentenceTransformerTrainer, as its manual has it."""
     from datasets import Dataset
     from sentence_transformers import (SentenceTransformer, SentenceTransformerTrainer,
                                        SentenceTransformerTrainingArguments, losses)
     from transformers import TrainerCallback
     model = SentenceTransformer(folder, device="cpu")
     model.max_seq_length = longest
-    rows = Dataset.from_dict({"anchor": [q for q, _ in pairs], "positive": [p for _, p in pairs]})
+    half = len(texts) // 2
+    rows = Dataset.from_dict({"anchor": texts[:half] * (steps + 1),
+                              "positive": texts[half:] * (steps + 1)})
+    times = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             times.append(time.perf_counter())
 
-    def run():
+    def run_steps():
         times.clear()
         args = SentenceTransformerTrainingArguments(
-            output_dir=f"{folder}/run", max_steps=cfg.steps + 1, use_cpu=True,
-            per_device_train_batch_size=cfg.pairs, bf16=dtype == "bfloat16", report_to="none",
-            save_strategy="no", logging_strategy="no", disable_tqdm=True,
-            batch_sampler="no_duplicates", dataloader_pin_memory=False)
-        SentenceTransformerTrainer(
-            model=model, args=args, train_dataset=rows, callbacks=[Clock()],
-            loss=losses.MultipleNegativesRankingLoss(model)).train()
-        return (times[-1] - times[0]) / cfg.steps          # its first step sets things up
-    times = []
-    return run
+            output_dir=f"{folder}/run", max_steps=steps + 1, use_cpu=True, report_to="none",
+            per_device_train_batch_size=half, bf16=dtype == "bfloat16", save_strategy="no",
+            logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
+        SentenceTransformerTrainer(model=model, args=args, train_dataset=rows, callbacks=[Clock()],
+                                   loss=losses.MultipleNegativesRankingLoss(model)).train()
+        return (times[-1] - times[0]) / steps              # its first step sets things up
+    return run_steps
 
 
-def training(cfg, found, name, longest, fixed):
-    """Measure training pairs/s in both dtypes; texts of `fixed` words, None: of real lengths."""
-    if missing("sentence_transformers", "datasets", "accelerate"):
-        return
-    rng, n = np.random.default_rng(1), cfg.pairs * (cfg.steps + 1)
-    pairs = list(zip(make_texts(n, rng, fixed=fixed), make_texts(n, rng, fixed=fixed)))
-    with tempfile.TemporaryDirectory() as folder:
-        where = exported(cfg, folder, longest)
-        sides = {}
-        for dtype in ("float32", "bfloat16"):
-            sides["ours", dtype] = our_trainer(cfg, pairs, longest, dtype)
-            sides["theirs", dtype] = their_trainer(cfg, pairs, longest, dtype, where)
-        seconds = in_turn(sides, cfg.rounds)
-    for dtype in ("float32", "bfloat16"):
-        found.row(f"training {name} {dtype}",
-                  ratio(seconds["theirs", dtype], seconds["ours", dtype]),
-                  pairs_per_second=cfg.pairs / statistics.median(seconds["ours", dtype]),
-                  theirs=cfg.pairs / statistics.median(seconds["theirs", dtype]))
-    found.row(f"training {name} defaults",
-              ratio(seconds["theirs", "float32"], seconds["ours", "bfloat16"]))
-
-
-def encoding(cfg, found):
-    """Measure encoding texts/s at real lengths, in both dtypes."""
-    if missing("sentence_transformers"):
-        return
-    from sentence_transformers import SentenceTransformer
-    texts = make_texts(cfg.texts, np.random.default_rng(2))
-    with tempfile.TemporaryDirectory() as folder:
-        where = exported(cfg, folder, 256)
-        for dtype in ("float32", "bfloat16"):
-            ours = Embedder.of(bench_model(cfg), words()[1], "cpu", dtype, FULL, 256)
-            theirs = SentenceTransformer(where, device="cpu",
-                                         model_kwargs={"dtype": getattr(torch, dtype)})
-            seconds = in_turn({"ours": lambda: ours.encode(texts),
-                               "theirs": lambda: theirs.encode(texts)}, cfg.rounds)
-            near = (ours.encode(texts[:8]) * theirs.encode(texts[:8])).sum(1).min()
-            if near < 0.99:
-                raise ValueError(f"both sides should be one model: cosine {near}")
-            found.row(f"encoding {dtype}", ratio(seconds["theirs"], seconds["ours"]),
-                      texts_per_second=len(texts) / statistics.median(seconds["ours"]))
-
-
-# ---------------------------------------------------------------- the soft mask
-
-def soft_steps(cfg, found, device="cpu"):
-    """Measure a step under the soft mask against the same step bidirectional."""
-    model = bench_model(cfg, device)
-    for t in cfg.soft_lengths:
-        lengths = [t] * max(2, 4096 // t)
-        ids = random_ids(lengths, cfg.vocab_size, device)
-        seconds = in_turn({name: lambda m=mask: training_step(model, ids, lengths, m)
-                           for name, mask in (("soft", MaskSpec(0.3)), ("full", FULL))},
-                          cfg.rounds, device)
-        found.row(f"soft step {t}", ratio(seconds["soft"], seconds["full"]))
-
-
-def attention_call(t, mask, device, dtype, heads=(8, 8, 64)):
-    """Return a callable: forward and backward of one text's attention, its mask included."""
-    h, k, e = heads
-    leaf = torch.randn(t, h + 2 * k, e, device=device, dtype=dtype).requires_grad_()
-
-    def run():
-        packing = Packing([t], device)
-        packing.set_mask(mask, dtype)
-        parts = leaf.split([h, k, k], dim=1)
-        if packing.texts is not None:
-            out = attend_packed(*parts, packing.texts, mask)
-        else:
-            q, k_, v = (x.transpose(0, 1)[None] for x in parts)             # (1, H, T, E)
-            out = attend(q, k_, v, packing.groups[0], mask)
-        out.sum().backward()
-        leaf.grad = None
-    return run
-
-
-def by_length(cfg, found, device="cpu"):
-    """Measure attention alone by length: causal, soft, bidirectional; a table, no row."""
-    dtype, table = torch.float32 if device == "cpu" else torch.bfloat16, []
-    masks = {"causal": CAUSAL, "soft": MaskSpec(0.3), "full": FULL}
-    longest = cfg.longest if device == "cpu" else 32_768
-    for t in (n for n in (512, 1024, 2048, 4096, 8192, 16_384, 32_768) if n <= longest):
-        sides = {name: attention_call(t, mask, device, dtype) for name, mask in masks.items()}
-        seconds = in_turn(sides, cfg.rounds if t <= 4096 or device != "cpu" else 1, device)
-        table.append({"tokens": t, **{
-            f"{name}, {unit}": value for name in masks for unit, value in (
-                ("ms", 1000 * statistics.median(seconds[name])),
-                ("MB", peak_memory(sides[name], device) / 1e6))}})
-    found.table(f"attention by length, forward and backward, 8 heads of 64, {dtype}", table)
-
-
-# ---------------------------------------------------------------- steps
-
-def write_rows(folder, n, rng):
-    """Write n made-up retrieval rows of real lengths."""
-    queries, passages = make_texts(n, rng, mean=14, longest=48), make_texts(n, rng)
-    path = Path(folder) / "retrieval.jsonl"
-    path.write_text("".join(json.dumps({"query": q, "pos": [p]}) + "\n"
-                            for q, p in zip(queries, passages)))
+def exported(cfg, folder, longest):
+    """Write the recipe's model as a directory that sentence-transformers loads; return its path."""
+    prompts = dict.fromkeys(data.PROMPTS, "")
+    embedder = Embedder.of(cfg.model(), words()[1], "cpu", "float32", FULL, longest, prompts)
+    embedder.checkpoint = Path(folder) / "none" / "step_000000"
+    embedder.meta = {"model": dataclasses.asdict(embedder.model.config),
+                     "mask": dataclasses.asdict(FULL), "passage_len": longest, "step": 0,
+                     "prompts": prompts, "versions": run.versions(),
+                     "train": dataclasses.asdict(cfg.stage(3))}
+    path = Path(folder) / f"exported_{longest}"
+    path.mkdir()
+    export.write(embedder, path, "bench", False)
     return str(path)
 
 
-def supervised(cfg, found):
-    """Measure DHNM's share of a step, and the share of making its batches."""
-    rng = np.random.default_rng(3)
-    train_cfg = train.TrainConfig(stage="embed_sup", n_embd=cfg.n_embd, n_head=cfg.n_head,
-                                  n_kv_head=cfg.n_kv_head, batch_size=cfg.pairs, query_len=48,
-                                  passage_len=256, n_negatives=3, dims=(cfg.n_embd // 2,
-                                                                        cfg.n_embd))
-    world = distributed.World(0, 1, torch.device("cpu"))
-    model = bench_model(cfg)
-    optimizer = train.build_optimizer(model, train_cfg)
-    spent = {"data": 0.0, "step": 0.0}
+def contrastive(cfg, rows, name, longest, fixed):
+    """Measure pairs/s of stage 3 in both dtypes; texts of `fixed` words, None: of real lengths."""
+    rng = np.random.default_rng(1)
+    texts = make_texts(2 * cfg.pairs, rng, fixed=fixed)
+    stage = dataclasses.replace(cfg.stage(2), schedule="hard", micro_batch_size=0)
+    theirs = not missing("sentence_transformers", "datasets", "accelerate")
+    plain_loop, other = "plain loop", "sentence-transformers"
     with tempfile.TemporaryDirectory() as folder:
-        task = Task("retrieval", train_cfg, words()[1], world,
-                    (write_rows(folder, 8 * cfg.pairs, rng),))
-        candidates = torch.from_numpy(rng.permuted(np.tile(np.arange(len(task.passages)),
-                                                           (len(task.rows), 1)), axis=1)[:, :50])
-        pools = {policy: HardNegativePool(candidates, 3, policy=policy)
-                 for policy in ("v2", "fixed")}
-
-        def step(policy):
-            task.pool, k = pools[policy], len(seen[policy])
-            seen[policy].append(k)
-            began = time.perf_counter()
-            batch = task.batch(k)
-            spent["data"] += time.perf_counter() - began
-            with world.autocast("bfloat16"):
-                _, scores, _ = train.stage_loss(model, batch, train_cfg, 0)
-            distributed.clip_grad_norm(model, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if policy == "v2":
-                task.pool.update(torch.from_numpy(batch.rows), scores)
-            spent["step"] += time.perf_counter() - began
-            return (time.perf_counter() - began) / len(batch.ids)  # other negatives, other lengths
-        seen = {policy: [] for policy in pools}
-        seconds = in_turn({policy: lambda p=policy: step(p) for policy in pools}, 3 * cfg.rounds)
-    found.row("DHNM step", ratio(seconds["v2"], seconds["fixed"]))
-    found.row("data wait share", spent["data"] / spent["step"])
+        path, sides = exported(cfg, folder, longest) if theirs else None, {}
+        for dtype in DTYPES:
+            ours, plain = cfg.model(), Plain(cfg.model())
+            sides["ours", dtype] = step_of(ours, stage, dtype, partial(
+                our_backward, ours, stage, texts, longest))
+            sides[plain_loop, dtype] = step_of(plain, stage, dtype, partial(
+                plain_backward, plain, texts, longest))
+            if theirs:
+                sides[other, dtype] = their_step(path, texts, longest, dtype)
+        seconds = in_turn(sides, cfg.rounds)
+    for who, dtype in sides:
+        if who != "ours":
+            rows.add(f"{name} {dtype} over {who}", ratios(seconds[who, dtype],
+                                                          seconds["ours", dtype]),
+                     pairs_per_second=cfg.pairs / statistics.median(seconds["ours", dtype]))
+    if theirs:                                     # ours: bfloat16, theirs: float32
+        rows.add(f"{name} defaults over {other}", ratios(seconds[other, "float32"],
+                                                         seconds["ours", "bfloat16"]))
 
 
-def padding(cfg, found, device="cpu"):
-    """Measure the pads of embedding batches of real lengths, and what padding would cost."""
-    rng, pads, places = np.random.default_rng(4), 0, 0
-    for _ in range(20):
-        lengths = np.concatenate([np.clip(rng.lognormal(np.log(mean) - 0.32, 0.8, cfg.pairs), 3,
-                                          longest).astype(int)
-                                  for mean, longest in ((14, 48), (61, 256))])
-        packing = Packing(lengths.tolist(), device)
-        packing.set_mask(FULL, torch.bfloat16)
-        if packing.texts is None:
-            places += len(packing.padded)
-            pads += len(packing.padded) - int(lengths.sum())
-        else:
-            places += int(lengths.sum())
-    found.row("padding share", pads / places)
-    if device == "cpu":
-        model, lengths = bench_model(cfg), lengths.tolist()
-        padded = [max(lengths)] * len(lengths)
-        ids, wide = (random_ids(x, cfg.vocab_size) for x in (lengths, padded))
-        seconds = in_turn({"packed": lambda: training_step(model, ids, lengths),
-                           "padded": lambda: training_step(model, wide, padded)}, cfg.rounds)
-        found.row("padded step over packed", ratio(seconds["padded"], seconds["packed"]))
+def encoding(cfg, rows):
+    """Measure encoding texts/s at real lengths, and the latency of single short queries."""
+    texts = make_texts(cfg.texts, np.random.default_rng(2))
+    queries = make_texts(100, np.random.default_rng(3), mean=8, longest=16)
+    theirs = not missing("sentence_transformers")
+    with tempfile.TemporaryDirectory() as folder:
+        path = exported(cfg, folder, 256) if theirs else None
+        for dtype in DTYPES:
+            ours = Embedder.of(cfg.model(), words()[1], "cpu", dtype, FULL, 256)
+            sides = {"ours": lambda: ours.encode(texts) is None}
+            if theirs:
+                from sentence_transformers import SentenceTransformer
+                other = SentenceTransformer(path, device="cpu",
+                                            model_kwargs={"dtype": getattr(torch, dtype)})
+                sides["theirs"] = lambda: other.encode(texts) is None
+                near = (ours.encode(texts[:8]) * other.encode(texts[:8])).sum(1).min()
+                if near < 0.99:
+                    raise ValueError(f"both sides should be one model: cosine {near}")
+            seconds = in_turn(sides, cfg.rounds)
+            if theirs:
+                rows.add(f"encoding {dtype}", ratios(seconds["theirs"], seconds["ours"]),
+                         texts_per_second=len(texts) / statistics.median(seconds["ours"]))
+            each = in_turn({q: lambda q=q: ours.encode([q]) is None for q in set(queries)}, 1)
+            times = [1000 * value for values in each.values() for value in values]
+            for share in (50, 99):
+                rows.add(f"latency {dtype}, p{share}", [float(np.percentile(times, share))])
 
 
-def cached(cfg, found, device="cpu"):
+# ---------------------------------------------------------------- parts of a step
+
+def training_step(model, ids, lengths, mask=FULL, chunks=1):
+    """Run forward, InfoNCE and backward of a batch of pairs; `chunks` > 1: in two passes."""
+    b, ends = len(lengths) // 2, np.cumsum([0, *lengths])
+    cuts = np.linspace(0, len(lengths), chunks + 1).astype(int)
+    parts = [(ids[ends[i]:ends[j]], lengths[i:j]) for i, j in zip(cuts, cuts[1:])]
+    with autocast(ids.device.type, "bfloat16"):
+        two_pass(lambda part: model(*part, mask), parts,
+                 lambda x: info_nce(x[:b], x[b:], temperature=0.05), contextlib.nullcontext)
+    model.zero_grad(set_to_none=True)
+
+
+def random_ids(lengths, model, device="cpu"):
+    """Return random flat ids of texts of these lengths."""
+    return torch.randint(0, model.config.vocab_size, (sum(lengths),), device=device)
+
+
+def soft_steps(cfg, rows, device="cpu"):
+    """Measure a step under the soft mask against the same step bidirectional."""
+    model = cfg.model(device, block_size=max(cfg.soft_lengths))
+    for t in cfg.soft_lengths:
+        lengths = [t] * max(2, 4096 // t)
+        ids = random_ids(lengths, model, device)
+        seconds = in_turn({name: partial(training_step, model, ids, lengths, mask) for name, mask
+                           in (("soft", MaskSpec(0.3)), ("full", FULL))}, cfg.rounds, device)
+        rows.add(f"soft step {t}", ratios(seconds["soft"], seconds["full"]))
+
+
+def dhnm(cfg, rows, n_negatives=7, n_queries=3000):
+    """Measure what the pool adds to a step: reading negatives and taking in their scores."""
+    stage, model, rng = cfg.stage(3), cfg.model(), np.random.default_rng(3)
+    pool = HardNegativePool([rng.permutation(n_queries)[:50].tolist() for _ in range(n_queries)],
+                            n_negatives)
+    lengths = [stage.passage_len] * (stage.batch_size * (2 + n_negatives))
+    ids = random_ids(lengths, model)
+
+    def work():
+        queries = rng.choice(n_queries, stage.batch_size, replace=False)
+        pool.negatives(queries)
+        pool.update(torch.from_numpy(queries), torch.rand(len(queries), n_negatives))
+
+    seconds = in_turn({"pool": work, "step": partial(training_step, model, ids, lengths)},
+                      cfg.rounds)
+    rows.add("DHNM step", [1 + x for x in ratios(seconds["pool"], seconds["step"])])
+
+
+def passes(cfg, rows, device="cpu"):
     """Measure the two-pass step over 16 chunks; in time against 16 passes of a chunk each."""
-    model = bench_model(cfg, device)
-    lengths = [64] * (2 * cfg.pairs)
-    many = lengths * 16
-    ids, all_ids = (random_ids(x, cfg.vocab_size, device) for x in (lengths, many))
-
-    def one():
-        training_step(model, ids, lengths)
-
-    def two_pass():
-        training_step(model, all_ids, many, chunks=16)
-
-    seconds = in_turn({"two": two_pass, "one": lambda: [one() for _ in range(16)] and None},
+    model, lengths = cfg.model(device), [64] * (2 * cfg.pairs)
+    ids, all_ids = (random_ids(x, model, device) for x in (lengths, lengths * 16))
+    one = partial(training_step, model, ids, lengths)
+    two = partial(training_step, model, all_ids, lengths * 16, chunks=16)
+    seconds = in_turn({"two": two, "one": lambda: [one() for _ in range(16)] and None},
                       cfg.rounds, device)
-    memory = [peak_memory(two_pass, device) / peak_memory(one, device) for _ in range(3)]
-    found.row("cached memory", statistics.median(memory))
-    found.row("cached time", ratio(seconds["two"], seconds["one"]))
+    rows.add("two-pass memory", [peak_memory(two, device) / peak_memory(one, device)])
+    rows.add("two-pass time", ratios(seconds["two"], seconds["one"]))
 
 
-def head(cfg, found, device="cpu"):
+def head(cfg, rows, device="cpu"):
     """Measure the chunked cross-entropy over a large vocabulary against all logits at once."""
-    d = cfg.n_embd if device == "cpu" else 3584
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    d, dtype = (cfg.stage().n_embd, torch.float32) if device == "cpu" else (3584, torch.bfloat16)
     hidden = torch.randn(cfg.head_tokens, d, device=device, dtype=dtype).requires_grad_()
-    weight = (torch.randn(cfg.head_vocab, d, device=device) * 0.02).requires_grad_()
+    weight = (torch.randn(cfg.head_vocab, d, device=device) * 0.02).to(dtype).requires_grad_()
     targets = torch.randint(0, cfg.head_vocab, (cfg.head_tokens,), device=device)
 
-    def run(loss):
-        loss.backward()
+    def work(loss):
+        loss(hidden, weight, targets).backward()
         hidden.grad = weight.grad = None
 
-    sides = {"chunked": lambda: run(lm_cross_entropy(hidden, weight, targets)),
-             "naive": lambda: run(F.cross_entropy((hidden @ weight.to(dtype).T).float(), targets))}
+    sides = {"chunked": partial(work, kernels.next_token_loss),
+             "plain": partial(work, next_token_loss)}
     seconds = in_turn(sides, cfg.rounds, device)
-    memory = {name: peak_memory(side, device) for name, side in sides.items()}
-    found.row("head time", ratio(seconds["chunked"], seconds["naive"]))
-    found.row("head memory", memory["chunked"] / memory["naive"],
-              megabytes=memory["chunked"] / 1e6, naive=memory["naive"] / 1e6)
+    rows.add("head time", ratios(seconds["chunked"], seconds["plain"]))
+    rows.add("head memory", [peak_memory(sides["chunked"], device)
+                             / peak_memory(sides["plain"], device)])
 
-
-# ---------------------------------------------------------------- the tokenizer
 
 def python_source(megabytes):
-    """Return installed Python source, about so much of it."""
+    """Return installed Python source, about so much of it, and how much it is."""
     texts, size = [], 0
     for path in sorted(Path(torch.__file__).parent.parent.rglob("*.py")):
         texts.append(path.read_text(encoding="utf-8", errors="replace"))
@@ -488,224 +469,150 @@ def python_source(megabytes):
     return texts, size / 1e6
 
 
-def their_tokenizer(texts, vocab_size):
-    """Train a Hugging Face tokenizer on the same words."""
-    from tokenizers import Regex, Tokenizer as Other, models, pre_tokenizers, trainers
-    other = Other(models.BPE())
-    other.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    other.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-
-
-def tokenizing(cfg, found):
-    """Measure training and encoding of the tokenizer."""
+def tokenizing(cfg, rows):
+    """Measure training and encoding of the tokenizer against Hugging Face's, on the same words."""
     if missing("tokenizers"):
         return
-    import warnings
-    from tokenizers import Tokenizer as Other
-    backend = "python" if missing("rustbpe") else "rustbpe"
+    from tokenizers import Regex, Tokenizer as Other, models, pre_tokenizers, trainers
     texts, megabytes = python_source(cfg.tokenizer_mb)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                # a corpus may have too few words
-        seconds = in_turn({
-            "ours": lambda: Tokenizer.train(texts, cfg.head_vocab, backend=backend) and None,
-            "theirs": lambda: their_tokenizer(texts, cfg.head_vocab)}, max(1, cfg.rounds // 2))
-        ours = Tokenizer.train(texts, cfg.head_vocab, backend=backend)
-    found.row("tokenizer training", ratio(seconds["theirs"], seconds["ours"]), backend=backend,
-              megabytes_per_second=megabytes / statistics.median(seconds["ours"]))
-    theirs = Other.from_str(json.dumps(export.tokenizer_json(ours)))
-    part = texts[:max(1, len(texts) // 10)]
-    if [x.ids for x in theirs.encode_batch(part[:5])] != ours.encode_batch(part[:5]):
-        raise ValueError("both sides should give the same ids")
-    seconds = in_turn({"ours": lambda: ours.encode_batch(part) and None,
-                       "theirs": lambda: theirs.encode_batch(part) and None}, cfg.rounds)
-    size = sum(len(text.encode()) for text in part) / 1e6
-    found.row("tokenizer encoding", ratio(seconds["theirs"], seconds["ours"]),
-              megabytes_per_second=size / statistics.median(seconds["ours"]))
+
+    def theirs():
+        other = Other(models.BPE())
+        other.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        other.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=cfg.head_vocab, show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+
+    seconds = in_turn({"ours": lambda: Tokenizer.train(texts, cfg.head_vocab) is None,
+                       "theirs": theirs}, max(1, cfg.rounds // 2))
+    rows.add("tokenizer training", ratios(seconds["theirs"], seconds["ours"]),
+             megabytes_per_second=megabytes / statistics.median(seconds["ours"]))
+    ours = Tokenizer.train(texts, cfg.head_vocab)
+    other, part = Other.from_str(json.dumps(export.tokenizer_json(ours))), texts[::10]
+    seconds = in_turn({"ours": lambda: ours.encode_batch(part) is None,
+                       "theirs": lambda: other.encode_batch(part) is None}, cfg.rounds)
+    rows.add("tokenizer encoding", ratios(seconds["theirs"], seconds["ours"]))
 
 
 # ---------------------------------------------------------------- the GPU
 
-def matmul_rate():
-    """Return the FLOP/s of a large bfloat16 matmul, the ceiling of this very card."""
+def full_size(cfg, rows):
+    """Measure whole steps of all stages at 1.4B: tokens/s, share of the matmul rate, memory."""
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
     seconds = in_turn({"": lambda: [a @ b for _ in range(10)] and None}, 5, "cuda")[""]
-    return 10 * 2 * 8192 ** 3 / statistics.median(seconds)
-
-
-def full_size(found):
-    """Return the 1.4B model of the paper on the card, with its optimizer."""
-    shape = ConanConfig()
+    rate = 10 * 2 * 8192 ** 3 / statistics.median(seconds)
+    stage = run.chain(TrainConfig, ["config/full/embed_sup.py"])[-1]
     with torch.device("cuda"):
-        model = Conan(shape).init_weights()
-    found.machine["parameters"] = model.count_params()
-    return model, train.build_optimizer(model, train.TrainConfig())
-
-
-def stages(cfg, found):
-    """Measure whole steps of all four stages at full size: tokens/s, FLOP/s, peak memory."""
-    model, optimizer = full_size(found)
-    rate, rng, table = matmul_rate(), np.random.default_rng(5), []
+        model = Conan(stage.model_config(), ops=kernels.pick(torch.device("cuda"))).init_weights()
+    rng, table = np.random.default_rng(5), []
     mixed = np.clip(rng.lognormal(np.log(512) - 0.32, 0.8, 64), 16, 4096).astype(int).tolist()
-    found.machine["matmul TFLOP/s"] = rate / 1e12
-    for name, lengths, mask, lm, checkpointing in (
-            ("LM 2048", [2048] * 16, CAUSAL, True, False),
-            ("LM 32768", [32_768], CAUSAL, True, False),
-            ("SFT", mixed, CAUSAL, True, False),
-            ("weak 512", mixed, MaskSpec(0.3), False, False),
-            ("weak 32768", [32_768] * 2, MaskSpec(0.3), False, True),
-            ("causal 32768", [32_768] * 2, CAUSAL, False, True),
-            ("embedding 512", mixed, FULL, False, False)):
-        model.checkpointing = checkpointing
-        ids = random_ids(lengths, model.config.vocab_size, "cuda")
+    for name, lengths, mask, is_lm in (
+            ("LM 2048", [2048] * 16, CAUSAL, True), ("LM 32768", [32_768], CAUSAL, True),
+            ("SFT", mixed, CAUSAL, True), ("weak 512", mixed, MaskSpec(0.3), False),
+            ("weak 32768", [32_768] * 2, MaskSpec(0.3), False), ("sup 512", mixed, FULL, False)):
+        model.checkpointing = name == "weak 32768"
+        ids = random_ids(lengths, model, "cuda")
 
-        def step():
-            with torch.autocast("cuda", torch.bfloat16):
-                if lm:
-                    model(ids, lengths, mask, ids.roll(-1)).backward()
-                else:
-                    x = model(ids, lengths, mask)
-                    info_nce(*x.chunk(2), temperature=0.05)[0].backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        def backward():
+            if is_lm:
+                return model(ids, lengths, mask, ids.roll(-1)).backward()
+            info_nce(*model(ids, lengths, mask).chunk(2), temperature=0.05)[0].backward()
 
-        seconds = statistics.median(in_turn({"": step}, cfg.rounds, "cuda")[""])
-        per_text = {t: lengths.count(t) for t in set(lengths)}
-        flops = budget.flops(model.config, per_text, head=lm, causal=mask.is_causal)
-        table.append({"step": name, "tokens": len(ids), "tokens/s": len(ids) / seconds,
-                      "TFLOP/s": flops / seconds / 1e12, "share": flops / seconds / rate,
+        step = step_of(model, stage, "bfloat16", backward)
+        seconds = in_turn({"": step}, cfg.rounds, "cuda")[""]
+        flops = budget.flops(model.config, {t: lengths.count(t) for t in set(lengths)}, head=is_lm,
+                             causal=mask.is_causal)
+        table.append({"step": name, "tokens/s": len(ids) / statistics.median(seconds),
+                      "share": flops / statistics.median(seconds) / rate,
                       "GB": peak_memory(step, "cuda") / 1e9})
-        if f"{name} share of matmul rate" in GOALS:
-            found.row(f"{name} share of matmul rate", flops / seconds / rate,
-                      tokens_per_second=len(ids) / seconds)
-    found.table("steps of the full model", table)
-    reviews(cfg, found, model)
+        rows.add(f"full {name}", [flops / s / rate for s in seconds])
+    rows.keep(steps=table)
 
 
-def reviews(cfg, found, model):
-    """Measure encoding short reviews of 60 tokens; the paper's card does 649 a second."""
-    lengths = [60] * 1024
-
-    @torch.no_grad()
-    def run():
-        ids = random_ids(lengths, model.config.vocab_size, "cuda")
-        with torch.autocast("cuda", torch.bfloat16):
-            model(ids, lengths)
-    seconds = statistics.median(in_turn({"": run}, cfg.rounds, "cuda")[""])
-    found.row("encoding reviews", len(lengths) / seconds / 649,
-              texts_per_second=len(lengths) / seconds)
-
-
-def soft_attention(cfg, found, t=32_768, h=32, k=8, e=112):
-    """Measure soft-mask attention at full length, by two calls and by Flex, beside the best kernel.
-
-    The best bidirectional one is whichever of cuDNN's and flash attention is faster here.
-    """
+def soft_attention(cfg, rows, t=32_768):
+    """Measure attention of one text at full length under the soft mask, forward and backward."""
+    config, ops = ConanConfig(), kernels.pick(torch.device("cuda"))
+    h, k, e = config.n_head, config.n_kv_head, config.n_embd // config.n_head
     leaf = torch.randn(t, h + 2 * k, e, device="cuda", dtype=torch.bfloat16).requires_grad_()
 
-    def run(kernel):
-        kernel(*leaf.split([h, k, k], dim=1)).sum().backward()
+    def work(mask):
+        ops.attention(*leaf.split([h, k, k], dim=1), ops.prepare([t], mask, leaf)).sum().backward()
         leaf.grad = None
 
-    at = torch.arange(t, device="cuda", dtype=torch.float32)
-    soft = {}
-    for axis in ("row", "col"):
-        soft[axis] = flash.Texts([t], "cuda")
-        soft[axis].weigh(future_weight(at, t, 0.3), axis)
-    sides = {"cuDNN": lambda: run(lambda q, k, v: flash.equal_lengths(q, k, v, 1, False)),
-             "flash": lambda: run(lambda q, k, v: flash.packed(q, k, v, soft["row"], "all"))}
-    for axis, texts in soft.items():
-        sides[f"two calls, {axis}"] = lambda x=texts: run(
-            lambda q, k, v: flash.packed(q, k, v, x, "soft"))
-        sides[f"flex, {axis}"] = lambda x=texts: run(
-            lambda q, k, v: flash.flex(q, k, v, x))
+    sides = {"soft": partial(work, MaskSpec(0.3)), "full": partial(work, FULL)}
     seconds = in_turn(sides, cfg.rounds, "cuda")
-    memory = {name: peak_memory(side, "cuda") for name, side in sides.items()}
-    found.table(f"attention of {t} tokens, forward and backward", [
-        {"kernel": name, "ms": 1000 * statistics.median(seconds[name]), "MB": memory[name] / 1e6}
-        for name in sides])
-    best = min(("cuDNN", "flash"), key=lambda name: statistics.median(seconds[name]))
-    found.row(f"soft attention {t} time", ratio(seconds["two calls, row"], seconds[best]))
-    found.row(f"soft attention {t} memory", memory["two calls, row"] / memory[best])
+    rows.add("soft attention time", ratios(seconds["soft"], seconds["full"]))
+    rows.add("soft attention memory", [peak_memory(sides["soft"], "cuda")
+                                       / peak_memory(sides["full"], "cuda")])
 
 
 # ---------------------------------------------------------------- what is printed and written
 
-MEASURES = {"fixed": partial(training, name="fixed", longest=64, fixed=80),
-            "real": partial(training, name="real", longest=256, fixed=None),
-            "encoding": encoding, "soft": soft_steps, "length": by_length,
-            "supervised": supervised, "padding": padding, "cached": cached, "head": head,
-            "tokenizer": tokenizing}
-ON_GPU = {"stages": stages, "attention": soft_attention, "soft": soft_steps, "length": by_length,
-          "padding": padding, "cached": cached, "head": head}
+ON_CPU = {"lm": lm, "growth": growth, "encoding": encoding, "soft": soft_steps, "dhnm": dhnm,
+          "fixed": partial(contrastive, name="fixed", longest=64, fixed=80),
+          "real": partial(contrastive, name="real", longest=256, fixed=None),
+          "passes": passes, "head": head, "tokenizer": tokenizing}
+ON_GPU = {"full": full_size, "attention": soft_attention,
+          **{name: partial(measure, device="cuda") for name, measure in (
+              ("soft", soft_steps), ("passes", passes), ("head", head))}}
 
 
-class Found:
-    """Rows and tables of one device; a measurement taken again replaces its rows alone."""
+class Rows:
+    """The rows of one device; a measurement that is taken again replaces its own alone."""
 
-    def __init__(self, path, device):
-        self.path, self.rows, self.tables = Path(path), {}, {}
-        name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-        self.machine = {"device": name, "cores": os.cpu_count(), "torch": torch.__version__}
-        if self.path.is_file():
-            before = json.loads(self.path.read_text())
-            self.rows, self.tables = before.get("rows", {}), before.get("tables", {})
-            self.machine = before.get("machine", {}) | self.machine
+    def __init__(self, folder, device):
+        self.folder, self.name = folder, f"bench_{'gpu' if device == 'cuda' else 'cpu'}"
+        path, info = Path(folder) / f"{self.name}.json", Path("/proc/cpuinfo")
+        self.content = json.loads(path.read_text("utf-8")) if path.is_file() else {"rows": {}}
+        text = info.read_text("utf-8") if info.is_file() else ""
+        chip = torch.cuda.get_device_name() if device == "cuda" else next(
+            iter(re.findall(r"model name\s*: (.*)", text)), platform.machine())
+        self.content |= {"title": f"Speed: {self.name}", "command": "python -m experiments.bench",
+                         "machine": {"device": chip, "cores": os.cpu_count(),
+                                     "threads": torch.get_num_threads(),
+                                     "torch": torch.__version__}}
 
-    def row(self, name, measured, **more):
-        """Keep and print one number beside its floor and its goal."""
-        floor, goal = GOALS.get(name, (None, None))
-        verdict = "" if floor is None else "goal" if (measured <= goal if goal < floor else
-                                                      measured >= goal) else \
-            "floor" if (measured <= floor if goal < floor else measured >= floor) else "MISSED"
-        meaning = next((text for key, text in sorted(MEANS.items(), key=lambda x: -len(x[0]))
-                        if name.startswith(key)), "")
-        self.rows[name] = {"measured": measured, "floor": floor, "goal": goal, "met": verdict,
-                           "what": meaning, "load": os.getloadavg()[0], **more}
+    def add(self, name, values, **more):
+        """Keep and print the median of some ratios beside its floor and its goal."""
+        start = max((key for key in GOALS if name.startswith(key)), key=len)
+        (floor, goal, what), measured = GOALS[start], float(statistics.median(values))
+        sign = -1 if floor is not None and goal < floor else 1     # -1: less is better
+        met = "" if floor is None else "goal" if sign * measured >= sign * goal else \
+            "floor" if sign * measured >= sign * floor else "MISSED"
+        low, high = np.percentile(values, (25, 75))
+        self.content["rows"][name] = {
+            "measured": measured, "spread": f"{low:.3g} to {high:.3g}", "floor": floor,
+            "goal": goal, "met": met, "what": what, "load": os.getloadavg()[0], **more}
         shown = "".join(f"{'' if x is None else format(x, '.3g'):>9}"
                         for x in (floor, goal, measured))
-        print(f"{name:<36}{shown}  {verdict:<7}{meaning}", flush=True)
-        self.write()
+        print(f"{name:<44}{shown}  {met:<7}{what}", flush=True)
+        self.keep()
 
-    def table(self, name, rows):
-        """Keep and print a table."""
-        self.tables[name] = rows
-        print(f"\n{name}\n" + "".join(f"{key:>16}" for key in rows[0]))
-        for row in rows:
-            print("".join(f"{value if isinstance(value, str) else format(value, '.4g'):>16}"
-                          for value in row.values()), flush=True)
-        print()
-        self.write()
-
-    def write(self):
+    def keep(self, **tables):
         """Write everything; what is measured before an interruption is not lost."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({"machine": self.machine, "rows": self.rows,
-                                         "tables": self.tables}, indent=1) + "\n")
+        self.content |= tables
+        write_result(self.folder, self.name, self.content)
 
 
 def main(argv=None):
     """Measure what this machine can, print each row beside its floor and goal, write the files."""
     cfg = load_config(BenchConfig, argv)
-    unknown = set(cfg.only) - set(MEASURES) - set(ON_GPU)
+    unknown = set(cfg.only) - {*ON_CPU, *ON_GPU}
     if unknown:
         sys.exit(f"no such measurement: {', '.join(sorted(unknown))}; there are "
-                 f"{', '.join({**MEASURES, **ON_GPU})}")
+                 f"{', '.join({**ON_CPU, **ON_GPU})}")
     devices = [d for d in ("cpu", "cuda") if cfg.device in ("auto", d)
                and (d == "cpu" or torch.cuda.is_available())]
     for device in devices:
-        distributed.start(device)
+        distributed.start(device)                  # its allocator settings serve both sides
         distributed.seed_everything(0)
-        found = Found(Path(cfg.out) / f"bench_{'cpu' if device == 'cpu' else 'gpu'}.json", device)
-        print(f"\n{found.machine}\n{'':<36}{'floor':>9}{'goal':>9}{'measured':>9}")
-        for name, measure in (MEASURES if device == "cpu" else ON_GPU).items():
+        rows = Rows(cfg.results, device)
+        print(f"\n{rows.content['machine']}\n{'':<44}{'floor':>9}{'goal':>9}{'measured':>9}")
+        for name, measure in (ON_CPU if device == "cpu" else ON_GPU).items():
             if not cfg.only or name in cfg.only:
-                extra = {"device": device} if device == "cuda" and name in MEASURES else {}
-                measure(cfg, found, **extra)
+                measure(cfg, rows)
 
 
 if __name__ == "__main__":

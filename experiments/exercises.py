@@ -1,163 +1,144 @@
-"""Do the README's five exercises and write down what was seen.
+"""Do the five exercises of docs/exercises.md and write down what was seen.
 
-    python -m experiments.exercises --mine=FOLDER --out=results/exercises.json   # some ten minutes
+    python -m experiments.exercises --mine=FOLDER       # results/exercises.json
 
-It needs a finished default run in out/ and, for the fourth, a folder of pairs of one's own:
-mine.jsonl (pairs), mine_text.jsonl (text) and the collection mine_test. The fifth, a language more,
-is done in a copy of the project. `--only=schedule,logits` does some again and keeps the others.
+It needs a finished default run in out/ and, for the fourth, a folder of one's own data. The fifth,
+a language more, trains all four stages in a copy of the project. `--only=schedule,logits` repeats
+some exercises and leaves the others as they are recorded.
 """
 import json
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from configurator import load_config
-from eval import evaluate_collection
-from tasks import LexicalBaseline
+from experiments.cells import STAGES, read_log, read_scores
+from experiments.results import write_result
 
 PROJECT = Path(__file__).resolve().parent.parent
-TEST, CLR_TEST = "out/installed_docs/test", "out/docs_xx/clr_test"
-COMMANDS = {
-    "schedule": "config/embed_weak.py --steps=80 --schedule=accelerating --out=out/acc",
-    "linear": "config/embed_weak.py --steps=80 --out=out/linear",
-    "logits": "config/embed_weak.py --steps=80 --mask_apply=logits --out=out/logits",
-    "fixed": "config/embed_sup.py --steps=100 --task_weights=retrieval:1 --dhnm=fixed "
-             "--log_every=2 --out=out/fixed",
-    "v2": "config/embed_sup.py --steps=100 --task_weights=retrieval:1 --dhnm=v2 --log_every=2 "
-          "--out=out/v2",
-    "pairs": "config/embed_weak.py --pairs=mine.jsonl --text=mine_text.jsonl --steps=60 "
-             "--batch_size=64 --evaluate=mine_test --out=out/mine",
-    "language": "config/embed_weak.py --docs=out/docs_xx --steps=150 --out=out/xx",
-}
+WEAK, SUP = STAGES[2:]
+NAMES = ("schedule", "logits", "dhnm", "pairs", "language")
 
 
 @dataclass(frozen=True)
 class ExercisesConfig:
     """The settings of `python -m experiments.exercises`."""
-    mine: str = ""                 # folder with mine.jsonl, mine_text.jsonl, mine_test
-    only: tuple[str, ...] = ()     # schedule, logits, dhnm, pairs, language; empty: all
-    out: str = "results/exercises.json"
+    mine: str = ""                 # folder with text.jsonl, pairs/ and test/, for "pairs"
+    only: tuple[str, ...] = ()     # of NAMES; empty: all
+    results: str = "results"
 
 
-def run(name, folder, *more, keep=("pretrain", "sft")):
-    """Run a command of `COMMANDS` in a project folder; return (its log, its scores)."""
-    words = shlex.split(COMMANDS[name])
-    out = folder / next(word for word in words if word.startswith("--out=")).removeprefix("--out=")
-    if keep:
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
-        shutil.copy(PROJECT / "out" / "tokenizer.tiktoken", out)
-        for stage in keep:
-            shutil.copytree(PROJECT / "out" / stage, out / stage)
-    print(f"python train.py {COMMANDS[name]}", flush=True)
-    subprocess.run([sys.executable, "train.py", *words, *more], cwd=folder, check=True)
-    stage = Path(words[0]).stem
-    log = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
-    return log, {s.name: json.loads((s / "eval.json").read_text())
-                 for s in out.iterdir() if (s / "eval.json").is_file()}
+def run(stage, out, *flags, copied=STAGES[:2], folder=PROJECT):
+    """Train a stage into OUT from stages of the default run; return the stage's folder."""
+    out = Path(folder) / out
+    shutil.rmtree(out, ignore_errors=True)
+    for name in copied:
+        shutil.copytree(PROJECT / "out" / name, out / name)
+    words = [sys.executable, "train.py", f"config/{stage}.py", *flags, f"--out={out}"]
+    print(" ".join(words), flush=True)
+    subprocess.run(words, cwd=folder, check=True)
+    return out / stage
 
 
-def ndcg(scores, place="installed_docs/test"):
-    """Return nDCG@10 of a collection."""
-    return scores[f"retrieval/{place}/ndcg@10"]
+def ndcg(folder, subset="test"):
+    """Return nDCG@10 of a stage on a collection, or on a pair of languages ("xx-en")."""
+    return next(value for key, value in read_scores(folder).items()
+                if key.startswith("retrieval/") and key.endswith(f"/{subset}/ndcg@10"))
 
 
-@cache
-def linear_run():
-    """Return the log and the scores of the short stage 3 that the first two are compared with."""
-    return run("linear", PROJECT, f"--evaluate={TEST}", "--log_every=2")
+def mean(log, key, first=0.0, last=1.0):
+    """Return the mean of a key of a log over a part of its rows, those that have it."""
+    rows = [row[key] for row in log if key in row]
+    part = rows[int(first * len(rows)):max(int(last * len(rows)), 1)]
+    return sum(part) / len(part)
 
 
-def masks(which):
-    """Exercises 1 and 2: what another schedule, or multiplied logits, do to a short stage 3."""
-    linear, linear_scores = linear_run()
-    log, scores = run(which, PROJECT, f"--evaluate={TEST}", "--log_every=2")
-    ours, before = ndcg(scores["embed_weak"]), ndcg(linear_scores["embed_weak"])
-    at = {row["step"]: row for row in log}
-    if which == "schedule":
-        return {"alpha_at_step_40": at[40]["alpha"], "ndcg@10": ours, "ndcg@10_linear": before}
-    losses = [sum(row["loss"] for row in rows if 41 <= row["step"] <= 60) / 10
-              for rows in (log, linear)]
-    return {"loss_of_steps_41_to_60": losses[0], "loss_of_steps_41_to_60_weights": losses[1],
-            "ndcg@10": ours, "ndcg@10_weights": before}
+def masks(cfg, flag):
+    """Exercises 1 and 2: another schedule, or multiplied logits, beside the default run."""
+    rows = []
+    for label, folder in (("default", PROJECT / "out" / WEAK), (flag, run(
+            WEAK, f"out/exercise{flag.partition('=')[0]}", flag))):
+        log = read_log(folder)
+        rows.append({"": label, "alpha half-way": log[len(log) // 2]["alpha"],
+                     "loss, first tenth": mean(log, "loss", 0, 0.1),
+                     "loss, last tenth": mean(log, "loss", 0.9), "nDCG@10": ndcg(folder)})
+    return rows
 
 
-def dhnm():
+def dhnm(cfg):
     """Exercise 3: hard negatives that stay, against hard negatives that are replaced."""
-    found = {key: {} for key in ("S_from_step_94", "S_0_from_step_94", "loss_from_step_90",
-                                 "replaced_in_steps_50_to_98", "ndcg@10")}
+    rows = []
     for policy in ("fixed", "v2"):
-        log, scores = run(policy, PROJECT, f"--evaluate={TEST}",
-                          keep=("pretrain", "sft", "embed_weak"))
-        late = [row for row in log if row["step"] >= 94]
-        replaced = [row["replaced"] for row in log if 50 <= row["step"] <= 98]
-        last = [row["loss"] for row in log if row["step"] >= 90]
-        for key, value in zip(found, (
-                sum(row["S"] for row in late) / len(late),
-                sum(row["S_0"] for row in late) / len(late), sum(last) / len(last),
-                [min(replaced), max(replaced)], ndcg(scores["embed_sup"]))):
-            found[key][policy] = value
-    return found
+        folder = run(SUP, f"out/exercise-{policy}", "--task_weights=retrieval:1",
+                     f"--dhnm={policy}", copied=STAGES[:3])
+        log = read_log(folder)
+        rows.append({"": policy, "S_0, last fifth": mean(log, "S_0", 0.8),
+                     "S, last fifth": mean(log, "S", 0.8), "loss, last fifth": mean(
+                         log, "loss", 0.8), "replaced a step": mean(log, "replaced", 0.2),
+                     "nDCG@10": ndcg(folder)})
+    return rows
 
 
-def pairs(mine):
+def pairs(cfg):
     """Exercise 4: pairs of one's own, from the first stage on."""
-    for name in ("mine.jsonl", "mine_text.jsonl", "mine_test"):
-        (PROJECT / name).unlink(missing_ok=True)
-        (PROJECT / name).symlink_to(Path(mine).resolve() / name)
-    shutil.rmtree(PROJECT / "out" / "mine", ignore_errors=True)
-    try:
-        scores = run("pairs", PROJECT, keep=())[1]
-        lexical = evaluate_collection(LexicalBaseline(), PROJECT / "mine_test")
-    finally:
-        for name in ("mine.jsonl", "mine_text.jsonl", "mine_test"):
-            (PROJECT / name).unlink()
-    return {"ndcg@10": {stage: ndcg(scores[stage], "mine_test/all") for stage in
-                        ("pretrain", "embed_weak")} | {"BM25": ndcg(lexical, "mine_test/all")}}
+    if not Path(cfg.mine, "pairs").is_dir():
+        raise ValueError(f"--mine={cfg.mine}: a folder with text.jsonl, pairs/ and test/ is needed")
+    folder = run(WEAK, "out/exercise-mine", f"--data={Path(cfg.mine).resolve()}", copied=())
+    summary = json.loads((folder.parent / "summary.json").read_text("utf-8"))
+    return [{"": label, "nDCG@10": next(v for k, v in scores.items()
+                                        if k.endswith("/test/ndcg@10"))}
+            for label, scores in summary.items() if label == "BM25" or label in STAGES]
 
 
-def language():
+def language(cfg):
     """Exercise 5: English backwards as a language of its own, in a copy of the project."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
-        shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns("out", ".git", "__pycache__"))
-        table = [line.split("\t") for line in (copy / "toy" / "lexicon.tsv").read_text("utf-8").split("\n")
-                 if line]
-        (copy / "toy" / "lexicon.tsv").write_text("\n".join("\t".join(
-            [*row, "xx" if i == 0 else row[0][::-1]]) for i, row in enumerate(table)) + "\n",
-            "utf-8")
-        with open(copy / "toy" / "phrasing.tsv", "a", encoding="utf-8") as file:
-            file.write("xx\t{} tahw\teht fo\t\t\n")
-        source = (copy / "clr.py").read_text("utf-8")
-        source = source.replace("LANGUAGES = {", 'LANGUAGES = {"xx": "Backwards", ', 1)
-        (copy / "clr.py").write_text(source.replace("TABLE_7 = {", 'TABLE_7 = {"xx": 12, ', 1),
-                                     "utf-8")
-        scores = run("language", copy)[1]["embed_weak"]
-        subprocess.run([sys.executable, "eval.py", "--checkpoint=out/xx/sft",
-                        f"--retrieval={CLR_TEST}", "--out=before.json"], cwd=copy, check=True)
-        before = json.loads((copy / "before.json").read_text())
-    return {key: {f"{lang}-en": ndcg(found, f"clr_test/{lang}-en") for lang in ("xx", "zh")}
-            for key, found in (("ndcg@10", scores), ("ndcg@10_before", before))}
+        ignored = shutil.ignore_patterns("out", ".git", "__pycache__")
+        shutil.copytree(PROJECT, copy, ignore=ignored)
+        add_language(copy)
+        sup = run(SUP, "out", copied=(), folder=copy)
+        return [{"": f"after {stage}", **{f"{lang}-en": ndcg(sup.parent / stage, f"{lang}-en")
+                                          for lang in ("xx", "zh")}} for stage in (WEAK, SUP)]
+
+
+def add_language(project):
+    """Add English backwards, "xx", to the lexicon and to Table 7 of a copy of the project."""
+    path = project / "toy" / "lexicon.tsv"
+    rows = [line.split("\t") for line in path.read_text("utf-8").split("\n") if line]
+    rows = [[*row, "xx" if i == 0 else row[0][::-1]] for i, row in enumerate(rows)]
+    path.write_text("\n".join("\t".join(row) for row in rows) + "\n", "utf-8")
+    with open(project / "toy" / "phrasing.tsv", "a", encoding="utf-8") as file:
+        file.write("xx\t{} tahw\teht fo\t\t\n")
+    source = (project / "clr.py").read_text("utf-8")
+    for name, entry in (("LANGUAGES", '"xx": "Backwards"'), ("TABLE_7", '"xx": 12')):
+        if f"\n{name} = {{" not in source:
+            raise ValueError(f"clr.py has no line \"{name} = {{\" to add a language to")
+        source = source.replace(f"\n{name} = {{", f"\n{name} = {{{entry}, ", 1)
+    (project / "clr.py").write_text(source, "utf-8")
 
 
 def main(argv=None):
     """Do the exercises that are asked for, and write the file after each."""
     cfg = load_config(ExercisesConfig, argv)
-    path = Path(cfg.out)
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    for name, work in {"schedule": lambda: masks("schedule"), "logits": lambda: masks("logits"),
-                       "dhnm": dhnm, "pairs": lambda: pairs(cfg.mine),
-                       "language": language}.items():
-        if not cfg.only or name in cfg.only:
-            command = COMMANDS["fixed" if name == "dhnm" else name]
-            found[name] = {"command": f"python train.py {command}", **work()}
-            path.write_text(json.dumps(found, indent=1) + "\n")
+    if set(cfg.only) - set(NAMES):
+        raise ValueError(f"only {cfg.only}: the exercises are {', '.join(NAMES)}")
+    path = Path(cfg.results) / "exercises.json"
+    tables = json.loads(path.read_text("utf-8"))["tables"] if path.is_file() else {}
+    work = {"schedule": lambda: masks(cfg, "--schedule=accelerating"),
+            "logits": lambda: masks(cfg, "--mask_apply=logits"), "dhnm": lambda: dhnm(cfg),
+            "pairs": lambda: pairs(cfg), "language": lambda: language(cfg)}
+    for name in cfg.only or NAMES:
+        tables[name] = work[name]()
+        write_result(cfg.results, "exercises", {"title": "Exercises", "tables": tables,
+                                                "notes": ["One seed: a direction at most."]})
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"experiments.exercises: error: {error}")

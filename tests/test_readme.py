@@ -1,97 +1,146 @@
-"""README.md: its numbers come from results/, its commands and paths exist, and it stays short."""
-import json
+"""README and docs: links and files exist, lengths are true, sentences are short, numbers move in.
+
+The tables between `<!-- results:NAME -->` and `<!-- /results -->` come from results/, by a command
+of experiments. They are checked where they are made.
+"""
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOMS = r"(?:config|docs|engine|experiments|results|tests|toy|tools)"
 
 
-def test_the_table_of_the_default_run_is_the_recorded_one():
-    found = json.loads((ROOT / "results" / "default_run.json").read_text())
-    name = "retrieval/installed_docs/test"
-    rows = re.findall(r"^\| (BM25|pretrain|sft|embed_weak|embed_sup)(?:, first (\d+) dims)? \| "
-                      r"([\d.]+) \| ([\d.]+) \| ([\d.]+) \|",
-                      README.split("## The four stages")[0], re.M)
-    assert {row[0] for row in rows} == {"BM25", "pretrain", "sft", "embed_weak", "embed_sup"}
-    for stage, dim, *shown in rows:
-        cut = f":{dim}" if dim else ""
-        for metric, value in zip(("ndcg@10", "recall@1", "recall@10"), shown):
-            assert value == f"{found[stage][f'{name}/{metric}{cut}']:.3f}", (stage, dim, metric)
-    dims, shown = re.search(r"first ([\d, ]+) dims of stage 4 alone \(Matryoshka\): ([\d., ]+)\.",
-                            README).groups()
-    assert shown.split(", ") == [f"{found['embed_sup'][f'{name}/ndcg@10:{dim}']:.3f}"
-                                 for dim in dims.split(", ")]
-    minutes = re.search(r"([\d.]+) minutes on two cores", README).group(1)
-    assert float(minutes) == round(found["minutes"], 1) <= 10
-    mean = re.search(r"mean over 26 query languages: ([\d.]+) after stage 3, ([\d.]+) after",
-                     README)
-    for stage, value in zip(("embed_weak", "embed_sup"), mean.groups()):
-        assert value == f"{found[stage]['retrieval/clr_test/mean/ndcg@10']:.3f}"
-    assert f"(BM25: {found['BM25']['retrieval/clr_test/mean/ndcg@10']:.3f}," in README
+def each_page(test):
+    return pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])(test)
 
 
-def test_limits_quote_what_was_measured():
-    rows = json.loads((ROOT / "results" / "bench_cpu.json").read_text())["rows"]
-    section = README.split("- Speed has been measured")[1].split("\n- ")[0]
-    quoted = [("training real float32", 1), ("training real bfloat16", 1),
-              ("training real defaults", 1), ("encoding float32", 2), ("encoding bfloat16", 2),
-              ("padded step over packed", 1), ("soft step 512", 2), ("cached time", 2)]
-    assert re.findall(r"\d+\.\d+", section) == [f"{rows[name]['measured']:.{places}f}"
-                                                for name, places in quoted]
-    questions = json.loads((ROOT / "results" / "questions.json").read_text())
-    assert f"top-10 accuracy {questions['model']['mean']:.2f} (BM25 " \
-        f"{questions['bm25']['mean']:.2f})" in README
+def current(page):
+    """Return a page without the log of the first edition, whose files are gone."""
+    return page.read_text(encoding="utf-8").split("## The first edition")[0]
 
 
-def test_real_text_shows_what_was_scored():
-    table = json.loads((ROOT / "results" / "real.json").read_text())["table"]
-    section = README.split("## Real text, from random weights")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (BM25|all-MiniLM-L6-v2|nanoConan) \| (.+) \|$", section, re.M)
-    assert [name for name, _ in rows] == ["BM25", "all-MiniLM-L6-v2", "nanoConan"]
-    for name, shown in rows:
-        row = table[name]
-        keys = [*(f"retrieval {lang}-en" for lang in ("ar", "de", "es", "hi", "vi", "zh")),
-                "retrieval, other languages to English", "retrieval en-en"]
-        assert shown.split(" | ") == [f"{row[f'{key}, nDCG@10']:.3f}" for key in keys]
-    more = re.findall(r"^\| ((?:bitext|STS) .+?) \| (\S+) \| (\S+) \|$", section, re.M)
-    assert len(more) > 2
-    for name, *shown in more:
-        assert shown == [f"{table[model][name]:.3f}" for model in ("all-MiniLM-L6-v2", "nanoConan")]
+def prose(text):
+    """Return the paragraphs, list items and captions: no code, no tables, no comments."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    lines = ["" if line.startswith(("#", "|", "!")) else re.sub(r"^\s*- ", "\n", line)
+             for line in text.splitlines()]
+    return [" ".join(block.split()) for block in "\n".join(lines).split("\n\n") if block.strip()]
 
 
-def test_results_are_those_of_the_tables():
-    section = README.split("## Results: the paper")[1].split("\n## ")[0]
-    recorded = "\n".join(path.read_text(encoding="utf-8") for path in
-                         sorted((ROOT / "results").glob("*.md")))
-    rows = [line for line in section.splitlines() if line.startswith("| ")]
-    assert len(rows) > 20 and all(row in recorded for row in rows)
-    numbers = re.findall(r"\d+\.\d+", section)
-    assert not [number for number in numbers if number not in recorded]
-    assert all(name in section for name in ("table4", "Table 6", "Table 12"))
+def sentences(text):
+    """Return the sentences of the prose; `Sec. 3.2`, `Eq. 4` and `et al.` end none."""
+    for block in prose(text):
+        block = re.sub(r"\b(Sec|Eq|App|Fig|al)\. ", r"\1.", block)
+        yield from re.split(r"(?<=[.?!])[*)]* ", block)
 
 
-def test_equivalences_show_the_error_that_was_measured():
-    found = json.loads((ROOT / "results" / "equivalences.json").read_text())
-    section = README.split("| equal | output | gradient |")[1].split("\n\n")[0]
-    shown = dict(re.findall(r"^\| (.+?) \| (\S+ \| \S+) \|$", section, re.M))
-    shown.pop("---", None)
-    assert shown == {name: " | ".join(f"{errors[side]:.0e}" if errors[side] else "0" for side in
-                                      ("output", "gradient")) for name, errors in found.items()}
+def anchors(text):
+    """Return the link targets of the headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.lower()).strip().replace(" ", "-") for head in heads}
 
 
-def test_files_that_are_named_exist():
-    for path in re.findall(r"`((?:config|tests|results|engine|experiments)/[\w./]+)`", README):
-        assert (ROOT / path).exists(), path
-    for path in re.findall(r"\b(?:python|train\.py|torchrun) ([\w/]+\.py)", README):
-        assert (ROOT / path).is_file(), path
-    for module, name in re.findall(r"`(\w+)\.(\w+)`", README):
-        path = ROOT / f"{module}.py"
-        if path.is_file() and name != "py":
-            assert re.search(rf"\b{name}\b", path.read_text(encoding="utf-8")), f"{module}.{name}"
-    for path in re.findall(r"\]\((results/[^)]+)\)", README):
-        assert (ROOT / path).is_file(), path
+def test_the_reader_of_sentences_by_hand():
+    text = "# A head\nOne, by Sec. 3.2. Two\nends.\n\n- Three?\n\n| a. | b. |\n```\ncode. x\n```\n"
+    assert list(sentences(text)) == ["One, by Sec.3.2.", "Two ends.", "Three?"]
+    assert anchors("## The paper's contradictions\n") == {"the-papers-contradictions"}
+
+
+# ---------------------------------------------------------------- what is named exists
+
+@each_page
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://")):
+            path, _, anchor = target.partition("#")
+            other = page.parent / path if path else page
+            assert other.is_file(), target
+            assert not anchor or anchor in anchors(other.read_text(encoding="utf-8")), target
+
+
+@each_page
+def test_files_that_are_named_exist(page):
+    """Files and folders of the project in backticks, and whatever a command starts."""
+    text = current(page)
+    names = re.findall(rf"`({ROOMS}/[\w./-]*|[\w-]+\.py)`", text)
+    names += re.findall(r"\b(?:python|pytest|torchrun)\b[^`\n]*? ((?:\w+/)*\w+\.py)", text)
+    names += [f"{module.replace('.', '/')}.py" for module in
+              re.findall(r"python -m ((?:toy|tools|experiments)\.\w+)", text)]
+    assert len(names) > 2 or page.name in ("log.md", "data.md", "serving.md", "results.md")
+    assert not [name for name in names if not (ROOT / name).exists()]
+
+
+@each_page
+def test_functions_that_are_named_exist(page):
+    text = current(page)
+    missing = []
+    for module, name in re.findall(r"`((?:\w+\.)?\w+)\.(\w+)(?:\([^`]*\))?`", text):
+        path = ROOT / f"{module.replace('.', '/')}.py"
+        if path.is_file() and name != "py" and name not in path.read_text(encoding="utf-8"):
+            missing.append(f"{module}.{name}")
+    assert not missing
+
+
+def test_settings_that_are_named_exist():
+    train = (ROOT / "train.py").read_text(encoding="utf-8")
+    for page in PAGES:
+        text = current(page)
+        for line in re.findall(r"train\.py config/\S+ +(--.+)", text):
+            for name in re.findall(r"--(\w+)", line.split("#")[0]):
+                assert re.search(rf"^    {name}:", train, re.MULTILINE), f"{page.name}: --{name}"
+
+
+@each_page
+def test_no_path_of_a_machine(page):
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"(?<![\w.:/])/(?:home|work|root|tmp|mnt|Users|data)/\S*", text)
+    assert "shared/" not in text
+
+
+# ---------------------------------------------------------------- what is said is true
+
+def test_lengths_are_true_within_20_percent():
+    rows = dict(re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", README, re.MULTILINE))
+    assert set(rows) == {path.name for path in ROOT.glob("*.py")}
+    lengths = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in rows}
+    wrong = {name: lengths[name] for name, shown in rows.items()
+             if abs(int(shown) - lengths[name]) > 0.2 * lengths[name]}
+    assert not wrong, f"these are the lengths now: {wrong}"
+
+
+def test_the_memory_table_is_what_a_dry_run_prints():
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    command, rows = re.search(r"^\$ python (train\.py .*--dry_run.*)\n([^`]+)```", text,
+                              re.MULTILINE).groups()
+    output = subprocess.run([sys.executable, *command.split()], cwd=ROOT, text=True, check=True,
+                            capture_output=True).stdout
+    assert [row for row in rows.splitlines() if row and row not in output.splitlines()] == []
+
+
+# ---------------------------------------------------------------- it can be read
+
+def test_sentences_are_short():
+    long = [sentence for sentence in sentences(README) if len(sentence.split()) > 25]
+    assert not long
+
+
+def test_tables_of_results_have_their_places():
+    opened = re.findall(r"^<!-- results:(\w+) -->$", README, re.MULTILINE)
+    assert opened == ["default_run", "ideas"]
+    assert len(re.findall(r"^<!-- /results -->$", README, re.MULTILINE)) == len(opened)
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("<!-- results:") == text.count("<!-- /results -->"), page.name
 
 
 def test_it_can_be_read_in_one_go():
-    assert len(README.splitlines()) <= 350
+    assert len(README.splitlines()) <= 200
+    assert len((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()) <= 60

@@ -54,6 +54,35 @@ def test_a_stage_starts_from_the_weights_and_the_tokenizer_before_it(rows, whole
         state_of(whole, "pretrain", "tokenizer.tiktoken")
 
 
+def test_the_tokenizer_learns_from_a_seeded_sample_of_the_documents(rows, tmp_path, monkeypatch):
+    texts, real = {}, Tokenizer.train
+    monkeypatch.setattr(train, "TOKENIZER_TEXTS", 5)
+    monkeypatch.setattr(Tokenizer, "train", lambda sample, size, **more: real(
+        texts.setdefault(len(texts), list(sample)), size, **more))
+    for seed in (0, 0, 1):                         # the second time the first one's file is taken
+        cfg = config(arguments(rows, "pretrain", tmp_path, f"--seed={seed}", "--vocab_size=260"))
+        train.train_tokenizer(cfg)
+    assert sorted(texts) == [0, 1] and [len(set(t)) for t in texts.values()] == [5, 5]
+    assert texts[0] != texts[1]
+    everything = [json.loads(line)["text"] for line in open(rows / "text.jsonl")]
+    assert set(texts[0] + texts[1]) <= set(everything)
+
+
+def test_an_lm_stage_is_measured_on_held_out_text(rows, tmp_path):
+    folder = tmp_path / "mine"
+    (folder / "pairs").mkdir(parents=True)
+    (folder / "text.jsonl").write_bytes((rows / "text.jsonl").read_bytes())
+    (folder / "text_dev.jsonl").write_text('{"text": "sort a list. tree a node."}\n')
+    argv = [arg for arg in arguments(rows, "pretrain", tmp_path / "out", "--steps=60",
+                                     "--learning_rate=0.01") if not arg.startswith("--text")]
+    train.main([*argv, f"--data={folder}"])
+    scores = json.loads((tmp_path / "out/pretrain/eval.json").read_text())
+    before, after = (scores[f"lm/mine/dev/loss{end}"] for end in ("_before", ""))
+    assert before == pytest.approx(math.log(400), abs=0.3) and after < before - 1
+    assert log(tmp_path / "out", "pretrain")[1]["validation"] == before
+    assert log(tmp_path / "out", "pretrain")[60]["validation"] < before
+
+
 def test_the_mask_opens_in_the_weak_stage_only(whole):
     alphas = {s: [line["alpha"] for line in log(whole, s).values()] for s in train.STAGES}
     assert set(alphas["pretrain"]) == set(alphas["sft"]) == {0.0}

@@ -366,7 +366,8 @@ def model_card(embedder, name, lm):
         "layout": f"llama: {c.n_layer} layers, {c.n_head} heads, {c.n_kv_head} key/value heads"}
     if not lm:
         facts |= {"pooling": c.pooling + ("" if c.pool_prompt else ", without the prompt"),
-                  "prompts": ", ".join(f"{key} `{text!r}`" for key, text in prompts.items() if text)}
+                  "prompts": ", ".join(f"{key} `{text!r}`" for key, text in prompts.items()
+                                       if text)}
     code = LM_CODE.format(name=name, text=format_sft(None, GOLDEN[0])) if lm else \
         "import json\nimport numpy as np\n" + EMBED_CODE.format(name=name, prompt=prompts["query"])
     notes = "" if lm else (f"Needs {NEEDS}: older ones take the model for a causal one without a "

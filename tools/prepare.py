@@ -254,8 +254,10 @@ SETS |= {name: PublicSet(f"mteb/{hub}", "labels", from_labels, licence, size, co
               "11.5k rows, 60 intents, 51 languages", "{lang}"),
              ("massive_scenario", "amazon_massive_scenario", "Apache 2.0",
               "11.5k rows, 18 scenarios, 51 languages", "{lang}"),
-             ("mtop_intent", "MTOPIntentClassification", "not stated", "16k rows, 113 intents", "{lang}"),
-             ("mtop_domain", "MTOPDomainClassification", "not stated", "16k rows, 11 domains", "{lang}"))}
+             ("mtop_intent", "MTOPIntentClassification", "not stated", "16k rows, 113 intents",
+              "{lang}"),
+             ("mtop_domain", "MTOPDomainClassification", "not stated", "16k rows, 11 domains",
+              "{lang}"))}
 
 
 class Stream:

@@ -237,7 +237,7 @@ def _share(name):
 
 
 def make_splits(entries):
-    """Split entries into {"train" | "dev" | "test": [row]}; row = {name, text, summary, body}.
+    """Split entries into {"train" | "dev" | "test": [row]}; row: name, text, summary, body, keys.
 
     Dev and test hold the `DEV_SIZE` and `TEST_SIZE` pairs with the smallest hashes of their names,
     without equal summaries. A training row that repeats any of their texts is left out.
@@ -245,17 +245,17 @@ def make_splits(entries):
     pairs, rest = [], []
     for name, text in entries:
         summary, body = split_summary(text)
-        row = {"name": name, "text": text, "summary": summary, "body": body}
-        good = 15 <= len(summary) <= 300 and len(body) >= 40
-        (pairs if good else rest).append(row)
-    times = Counter(key_of(row["summary"]) for row in pairs)
+        row = {"name": name, "text": text, "summary": summary, "body": body,
+               "keys": [key_of(part) for part in (summary, body, text)]}
+        (pairs if is_pair(row) else rest).append(row)
+    times = Counter(row["keys"][0] for row in pairs)
     pairs.sort(key=lambda row: _share(row["name"]))
-    single = [row for row in pairs if times[key_of(row["summary"])] == 1]
+    single = [row for row in pairs if times[row["keys"][0]] == 1]
     dev, test = single[:DEV_SIZE], single[DEV_SIZE:DEV_SIZE + TEST_SIZE]
     held_out = {row["name"] for row in dev + test}
-    seen = {key_of(row[part]) for row in dev + test for part in ("summary", "body", "text")}
-    train = [row for row in pairs + rest if row["name"] not in held_out and
-             not {key_of(row["summary"]), key_of(row["body"]), key_of(row["text"])} & seen]
+    seen = {key for row in dev + test for key in row["keys"]}
+    train = [row for row in pairs + rest
+             if row["name"] not in held_out and not seen.intersection(row["keys"])]
     return {"train": sorted(train, key=lambda row: row["name"]), "dev": dev, "test": test}
 
 
@@ -313,8 +313,7 @@ def sts_rows(rows, n=6000, seed=0):
 def held_out_keys(splits):
     """Return the keys of all texts of dev and test, and of their sentences."""
     rows = splits["dev"] + splits["test"]
-    texts = [row[part] for row in rows for part in ("summary", "body", "text")]
-    return {key_of(text) for text in texts} | {
+    return {key for row in rows for key in row["keys"]} | {
         key_of(sentence) for row in rows for sentence in sentences_of(row["text"])}
 
 

@@ -1,4 +1,4 @@
-"""Stage 3 on a folder of public sets: (title, content) pairs, InfoNCE under the soft mask (PAPER Sec. 3.2).
+"""Stage 3 on public sets: (title, content) pairs, InfoNCE, soft mask (PAPER Sec. 3.2).
 
     python train.py config/real/embed_weak.py
 """

@@ -1,4 +1,4 @@
-"""Stage 2 on a folder of public sets: the pairs as instruction, input and output (PAPER Sec. 3.1.1).
+"""Stage 2 on public sets: the pairs as instruction, input and output (PAPER Sec. 3.1.1).
 
     python train.py config/real/sft.py
 """

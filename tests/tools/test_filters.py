@@ -9,8 +9,8 @@ import pytest
 
 from engine.jsonl import read_jsonl
 from tools import filters
-from tools.filters import (Decontaminator, by_score, exact_duplicates, join_names, load_scorer, main,
-                           mteb_rows, texts_of, words_of)
+from tools.filters import (Decontaminator, by_score, exact_duplicates, join_names, load_scorer,
+                           main, mteb_rows, texts_of, words_of)
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 

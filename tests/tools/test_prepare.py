@@ -62,8 +62,8 @@ ROWS = {
                   "positive_passages": [{"docid": "1", "text": "域是一个集合"}],
                   "negative_passages": [{"docid": "2", "text": "牛在草地上"}]},
                  [{"query": "什么是域", "pos": ["域是一个集合"], "neg": ["牛在草地上"]}]),
-    "t2ranking": ({"query": "什么是域", "pos": ["域是一个集合"], "neg": ["牛"], "pos_scores": [90.7],
-                   "neg_scores": [80.1], "prompt": "theirs"},
+    "t2ranking": ({"query": "什么是域", "pos": ["域是一个集合"], "neg": ["牛"],
+                   "pos_scores": [90.7], "neg_scores": [80.1], "prompt": "theirs"},
                   [{"query": "什么是域", "pos": ["域是一个集合"], "neg": ["牛"]}]),
     "miracl": (TRIPLET, [{"query": "what is a field", "pos": ["A field is a set."],
                           "neg": ["Cows."]}]),
@@ -254,7 +254,8 @@ def test_one_command_takes_out_what_mteb_evaluates_on(tmp_path, monkeypatch, cap
     task = SimpleNamespace(
         metadata=SimpleNamespace(eval_splits=["test"]), load_data=lambda: None,
         unload_data=lambda: None, dataset={"test": [{"sentence1": "The QUESTION 1!"}]})
-    monkeypatch.setattr("engine.mteb_bridge.mteb_tasks", lambda name: asked.append(name) or ([task], True))
+    monkeypatch.setattr("engine.mteb_bridge.mteb_tasks",
+                        lambda name: asked.append(name) or ([task], True))
     rows = [{"query": f"{start} question {i}", "answer": "yes"} for i in range(5)
             for start in ("the", "this is")]
     monkeypatch.setattr(prepare, "Stream", FakeStream(rows))

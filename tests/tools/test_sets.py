@@ -91,7 +91,8 @@ def test_a_passage_may_be_a_string_or_a_list(tmp_path, pos):
     sets.ensure(tmp_path / "root", tmp_path / "sets")
     rows = [row for path in (tmp_path / "sets").rglob("pairs/*.jsonl") for row in read_jsonl(path)]
     rows += [{"query": row["query"], "pos": [row["pos"]]}
-             for path in (tmp_path / "sets").rglob("held_out/*/*.jsonl") for row in read_jsonl(path)]
+             for path in (tmp_path / "sets").rglob("held_out/*/*.jsonl")
+             for row in read_jsonl(path)]
     assert len(rows) == 4
     assert all({row["query"][:4], row["pos"][0][:4]} == {"Satz", "Sent"} for row in rows)
 

@@ -297,8 +297,8 @@ def test_chinese_titles_through_a_table(tmp_path):
     write_rows(tmp_path / "t.jsonl", [
         {"text": f"标题{i}", "lang": "en", "translation": f"title {i}"} for i in (0, 2)])
     module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}",
-                 "--key=text", "--translator=table", f"--table={tmp_path / 't.jsonl'}", "--source_lang=zh",
-                 "--shares=en:1,zh:5"])
+                 "--key=text", "--translator=table", f"--table={tmp_path / 't.jsonl'}",
+                 "--source_lang=zh", "--shares=en:1,zh:5"])
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(row["text"], row["lang"], row["source_id"]) for row in rows] == [
         ("title 0", "en", "0"), ("title 2", "en", "2")]

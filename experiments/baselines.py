@@ -1,0 +1,237 @@
+"""What the method has to beat: BM25, bags of words, the untrained transformer; one scoring code.
+
+    python -m experiments.baselines --data=out/installed_docs --out=results/baselines.json
+    python -m experiments.baselines --data=out/real/sets      # with bitext: also the aligned bag
+
+An IDF bag of random vectors needs no training: each token is a random vector times its IDF, a text
+their mean. It finds words that a query and a document share. IBM model 1 (Brown et al. 1993) learns
+from bitext which tokens translate each other, and mixes their vectors: the bag becomes bilingual.
+DEVIATES: none of this is the paper's. It stands beside the method, not inside it.
+"""
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configurator import load_config
+from data import Rows, sources
+from embed import Embedder
+from engine import kernels
+from engine.jsonl import read_jsonl
+from engine.run import chain
+from eval import LexicalBaseline, evaluate
+from experiments.results import markdown, write_result
+from mask import FULL
+from model import Conan
+from tokenizer import Tokenizer
+from train import TrainConfig
+
+SENTENCE_TOKENS = 64               # read of each side of bitext: a cut sentence lacks translations
+
+
+@dataclass(frozen=True)
+class BaselinesConfig:
+    """The settings of `python -m experiments.baselines`."""
+    data: str = "out/installed_docs"       # a folder in the layout of train.py's `data`
+    config: str = "config/embed_sup.py"    # the recipe whose shape the transformer has
+    vocab_size: int = 24_576       # of the bags' tokenizer
+    dim: int = 768                 # of the bags' vectors
+    weight: float = 3.0            # of a token's translations, its own vector having 1
+    seed: int = 0
+    out: str = "results/baselines.json"
+
+
+# ---------------------------------------------------------------- a bag of random vectors
+
+class BagOfVectors:
+    """An encoder: the mean of its tokens' vectors. It ignores instructions.
+
+    tokenizer: of V entries; table: (V, D) float32, each row a token's vector times its weight.
+    """
+
+    def __init__(self, tokenizer, table):
+        self.tokenizer, self.table = tokenizer, np.asarray(table, dtype=np.float32)
+
+    def encode(self, texts, batch_size=32, prompt=None, truncate_dim=None, normalize=True, **_):
+        """Return (N, D) float32, as `Embedder.encode` does; a text without tokens gives zeros."""
+        width = truncate_dim or self.table.shape[1]
+        out = np.zeros((len(texts), width), dtype=np.float32)
+        for row, ids in zip(out, self.tokenizer.encode_batch(list(texts))):
+            if ids:
+                row[:] = self.table[ids, :width].mean(0)
+        if normalize:
+            out /= np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
+        return out
+
+
+def idf(tokenizer, texts, vocab_size):
+    """Return log(N / (1 + documents with the token)), (V,) float64, at least 0."""
+    counts, n = np.zeros(vocab_size), 0
+    for ids in tokenizer.encode_batch(texts):
+        counts[np.unique(np.array(ids, dtype=np.int64))] += 1
+        n += 1
+    return np.log(n / (1 + counts)).clip(min=0)
+
+
+def random_table(weights, dim, seed=0):
+    """Return (V, D): random directions from N(0, 1 / D), times the tokens' weights (V,)."""
+    vectors = np.random.default_rng(seed).standard_normal((len(weights), dim)) / dim ** 0.5
+    return (vectors * weights[:, None]).astype(np.float32)
+
+
+# ---------------------------------------------------------------- IBM model 1
+
+def model_1(pairs, vocab_size, rounds=5):
+    """Return the token pairs that share a sentence pair, and their translation probabilities.
+
+    pairs: [(left ids, right ids)], each a sorted int64 array of the distinct tokens of a sentence.
+    Returns arrays of one length: left id, right id, t(right | left), t(left | right), and the
+    expected count of left being translated by right.
+    """
+    sizes = [(len(left), len(right)) for left, right in pairs]
+    left = np.concatenate([np.repeat(a, n) for (a, _), (_, n) in zip(pairs, sizes)])
+    right = np.concatenate([np.tile(b, n) for (_, b), (n, _) in zip(pairs, sizes)])
+    sentence = np.repeat(np.arange(len(pairs)), [a * b for a, b in sizes])
+    kinds, kind = np.unique(left * vocab_size + right, return_inverse=True)
+    a, b = np.divmod(kinds, vocab_size)
+
+    def maximise(source, target):
+        """Share each target token of a sentence out among its source tokens, by t."""
+        _, place = np.unique(sentence * vocab_size + target, return_inverse=True)
+        t = np.ones(len(kinds))
+        for _ in range(rounds):
+            share = t[kind]
+            share /= np.bincount(place, share)[place]                       # E step
+            count = np.bincount(kind, share, minlength=len(kinds))
+            t = count / np.bincount(source, count)[source]                  # M step
+        return t, count
+
+    forward, count = maximise(a, right)
+    return a, b, forward, maximise(b, left)[0], count
+
+
+def translation_matrix(bitext, vocab_size, least=0.01, smallest=500):
+    """Return (V, V) sparse float32: row i holds what token i translates to, summing to 1.
+
+    bitext: {(language, language): [(ids, ids)]}. Every language pair counts by itself, since one
+    string means different things in two languages. Pairs of fewer than `smallest` sentences are
+    left out, and entries whose two directions multiply to less than `least`. English gets no rows:
+    the others are drawn to it.
+    """
+    rows, columns, counts = [], [], []
+    for (left, right), pairs in bitext.items():
+        if len(pairs) < smallest:
+            continue
+        a, b, forward, backward, count = model_1(pairs, vocab_size)
+        likely = forward * backward >= least
+        for source, target, language in ((a, b, left), (b, a, right)):
+            if language != "en":
+                rows.append(source[likely])
+                columns.append(target[likely])
+                counts.append(count[likely])
+    if not rows:
+        return torch.zeros(vocab_size, vocab_size, layout=torch.sparse_coo)
+    place = np.stack([np.concatenate(rows), np.concatenate(columns)])
+    count = np.concatenate(counts)
+    share = count / np.bincount(place[0], count, minlength=vocab_size)[place[0]]
+    return torch.sparse_coo_tensor(place, share, (vocab_size, vocab_size), dtype=torch.float32,
+                                   check_invariants=True).coalesce()
+
+
+def aligned(vectors, matrix, weight, rounds=2):
+    """Return (V, D) float32 `vectors`, each mixed with those of its translations.
+
+    weight: of the translations. Two rounds, as a token may reach English through a third language.
+    A length, which is the token's IDF, falls to the mean of its translations' if that is less: a
+    question word is rare where its language is, and no keyword there.
+    """
+    own = vectors.norm(dim=1, keepdim=True)
+    mixed, length = vectors, own
+    has_translation = torch.sparse.mm(matrix, torch.ones_like(own)) > 0
+    for _ in range(rounds):
+        mean = torch.sparse.mm(matrix, length)
+        length = torch.where(has_translation, torch.minimum(own, mean), own)
+        mixed = vectors + weight * torch.sparse.mm(matrix, mixed)
+        mixed = mixed * (length / mixed.norm(dim=1, keepdim=True).clamp(min=1e-12))
+    return mixed
+
+
+def read_bitext(files, tokenizer):
+    """Return {(language, language): [(ids, ids)]} of the pairs that are translations.
+
+    A translation names two languages, lang_q and lang_p, and carries no instruction.
+    """
+    bitext = defaultdict(list)
+    for row in (row for file in files for row in read_jsonl(file)):
+        if row.get("prompt") or row.get("lang_q") == row.get("lang_p"):
+            continue
+        passage = row["pos"] if isinstance(row["pos"], str) else row["pos"][0]
+        sides = sorted([(row["lang_q"], row["query"]), (row["lang_p"], passage)])
+        ids = [np.unique(tokenizer.encode(text)[:SENTENCE_TOKENS]) for _, text in sides]
+        if all(map(len, ids)):
+            bitext[sides[0][0], sides[1][0]].append(tuple(ids))
+    return bitext
+
+
+# ---------------------------------------------------------------- all of them, scored
+
+def encoders(cfg):
+    """Yield (label, encoder) of each baseline that the data allows."""
+    yield "BM25", LexicalBaseline()
+    base = TrainConfig(data=cfg.data)
+    rows = Rows(sources(base, "text"), "text")
+    texts = [rows[i] for i in range(len(rows))]
+    tokenizer = Tokenizer.train(texts, cfg.vocab_size)
+    table = random_table(idf(tokenizer, texts, cfg.vocab_size), cfg.dim, cfg.seed)
+    yield "IDF bag of random vectors", BagOfVectors(tokenizer, table)
+    bitext = read_bitext(sources(base, "pairs"), tokenizer)
+    if bitext:
+        matrix = translation_matrix(bitext, cfg.vocab_size)
+        yield "the same, aligned by IBM model 1", BagOfVectors(
+            tokenizer, aligned(torch.from_numpy(table), matrix, cfg.weight))
+    recipe = chain(TrainConfig, [cfg.config])[-1]
+    model = Conan(recipe.model_config(), ops=kernels.pick(torch.device("cpu")))
+    model.init_weights(torch.Generator().manual_seed(cfg.seed))
+    yield "untrained transformer", Embedder.of(
+        model.eval(), Tokenizer.train(texts, recipe.vocab_size), "cpu", "float32", FULL,
+        recipe.passage_len)
+
+
+def collections(data):
+    """Return the folders of `data` that are scored: all collections but dev and search."""
+    folders = sorted(path.parent for path in Path(data).rglob("corpus.jsonl*"))
+    folders = [folder for folder in folders if folder.name not in ("dev", "search")]
+    if not folders:
+        raise ValueError(f"{data}: no collection (corpus.jsonl, queries.jsonl, qrels.tsv) in it")
+    return folders
+
+
+def headline(scores):
+    """Return {"SET SUBSET": nDCG@10} of flat scores: whole sets, and means over languages."""
+    return {" ".join(key.split("/")[1:3]): value for key, value in scores.items()
+            if key.endswith("/ndcg@10") and "-" not in key.split("/")[2]}
+
+
+def main(argv=None):
+    """Score every baseline on every collection, print the table, write the file."""
+    cfg = load_config(BaselinesConfig, argv)
+    folders, rows, results = collections(cfg.data), [], {}
+    for label, encoder in encoders(cfg):
+        results[label] = {key: value for folder in folders
+                          for key, value in evaluate(encoder, "retrieval", folder).items()}
+        rows.append({"nDCG@10": label, **headline(results[label])})
+        print(f"{label}: {headline(results[label])}", flush=True)
+    print("\n".join(["", *markdown(rows)]))
+    return write_result(Path(cfg.out).parent, Path(cfg.out).stem, {
+        "title": "Baselines", "tables": {"nDCG@10": rows}, "scores": results,
+        "command": f"python -m experiments.baselines --data={cfg.data}"})
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"experiments.baselines: error: {error}")

@@ -1,0 +1,248 @@
+"""The figures, from what runs have left behind; nothing is trained here.
+
+    python -m experiments.figures                          # the run in out/ -> results/figures
+    python -m experiments.figures --only=soft_mask         # PAPER Sec. 3.2: M, and its rank
+    python -m experiments.figures --out=out,out/w128       # more runs: more points in Figure 1
+    python -m experiments.figures --only=figure3 --before=CELL/embed_sup --after=CELL/embed_sup
+
+soft_mask, loss (all stages), dhnm (Sec. 3.4), mrl, figure1 (score against size), figure3 (languages
+before and after CLR), curve (soft minus hard against LM tokens); each a PNG. A figure whose data
+does not exist says which file is missing. Needs matplotlib.
+DEVIATES: Figure 3 shows principal components, as the paper names no projection.
+"""
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configurator import load_config
+from embed import Embedder
+from engine.jsonl import read_jsonl
+from eval import evaluate
+from experiments.cells import Missing, read_log, read_meta, read_scores
+from experiments.results import interval, mean_of, paired
+from mask import KINDS, alpha, mask_rank, soft_mask
+from model import Conan, ConanConfig
+from train import STAGES
+
+WEAK, SUP = STAGES[2:]
+LANGUAGES = ("en", "zh", "ja", "de", "fr", "es")   # the six of the paper's Figure 3
+
+
+@dataclass(frozen=True)
+class FiguresConfig:
+    """The settings of `python -m experiments.figures`."""
+    out: tuple[str, ...] = ("out",)    # folders of train.py; all but Figure 1 show the first
+    figures: str = "results/figures"   # folder of the pictures
+    results: str = "results"           # folder of baselines.json and curve.json
+    only: tuple[str, ...] = ()         # names of figures; empty: all
+    before: str = ""                   # Figure 3: a stage's folder; empty: OUT/embed_weak
+    after: str = ""                    # Figure 3: empty: OUT/embed_sup
+    texts: str = "out/installed_docs/clr_test/queries.jsonl"   # Figure 3: rows {text, lang}
+
+
+def canvas(columns, width=4.2, height=3.2, **more):
+    """Return (an empty matplotlib figure, its `columns` plots in a row)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    plots = figure.subplots(1, columns, squeeze=False, **more)[0]
+    for plot in plots:
+        plot.spines[["top", "right"]].set_visible(False)
+    return figure, plots
+
+
+def by_task(rows, key):
+    """Return {task: ([step ..], [value ..])} of the rows of a log that have `key`."""
+    curves = {}
+    for row in rows:
+        if row.get(key) is not None:
+            steps, values = curves.setdefault(row["task"], ([], []))
+            steps.append(row["step"])
+            values.append(row[key])
+    return curves
+
+
+def draw_soft_mask(cfg, n=64):
+    """Draw the mask at five alphas, and rank against step for the three schedules."""
+    figure, plots = canvas(6, width=2.5, height=2.9, width_ratios=[1] * 5 + [1.5])
+    for plot, a in zip(plots, (0.0, 0.1, 0.25, 0.5, 1.0)):
+        m = soft_mask(n, a)
+        plot.imshow(m.numpy(), vmin=0, vmax=1, cmap="viridis")
+        plot.set(xticks=[], yticks=[], title=f"alpha {a:g}, rank {mask_rank(m)}")
+    plots[0].set(xlabel="key token j", ylabel="query token i")
+    for kind, style in zip(KINDS, ("-", "--", ":")):
+        ranks = [mask_rank(soft_mask(n, alpha(t, n, kind))) for t in range(n + 1)]
+        plots[-1].plot(range(n + 1), ranks, style, label=kind)
+    plots[-1].set(xlabel="step", ylabel=f"rank of M (N = {n})")
+    plots[-1].legend(frameon=False)
+    return figure
+
+
+def draw_loss(cfg):
+    """Draw each stage's loss; stage 4 a curve for each task, as they differ in scale."""
+    figure, plots = canvas(len(STAGES), width=3.2, height=2.8)
+    for plot, stage in zip(plots, STAGES):
+        for task, (steps, losses) in by_task(read_log(Path(cfg.out[0]) / stage), "loss").items():
+            plot.plot(steps, losses, marker=".", markersize=3, linewidth=1, label=task)
+        plot.set(title=stage, xlabel="step")
+    plots[-1].set_yscale("log")
+    plots[0].set(ylabel="loss")
+    plots[-1].legend(frameon=False, fontsize="small")
+    return figure
+
+
+def draw_dhnm(cfg):
+    """Draw what DHNM did: replacements in a step, queries without a pool left, S beside S_0."""
+    rows = read_log(Path(cfg.out[0]) / SUP)
+    if not by_task(rows, "replaced"):
+        raise Missing(f"no step of {Path(cfg.out[0]) / SUP / 'log.jsonl'} has hard negatives")
+    figure, plots = canvas(3, width=3.8)
+    for plot, keys, title in zip(plots, (("replaced",), ("exhausted",), ("S", "S_0")), (
+            "negatives replaced in the step", "queries whose pool is exhausted",
+            "mean cosine: now (S), at first use (S_0, dashed)")):
+        for key in keys:
+            for i, (task, (steps, values)) in enumerate(by_task(rows, key).items()):
+                plot.plot(steps, values, "--" if key == "S_0" else "-", color=f"C{i}", linewidth=1,
+                          label=task if key == keys[0] else None)
+        plot.set(xlabel="step", ylim=(0, None))
+        plot.set_title(title, fontsize="medium")
+    plots[0].legend(frameon=False, fontsize="small")
+    return figure
+
+
+def draw_mrl(cfg):
+    """Draw nDCG@10 of the first dims of an embedding against their number."""
+    curve = {}
+    for key, value in read_scores(Path(cfg.out[0]) / SUP).items():
+        name, _, dim = key.partition(":")
+        if dim and name.startswith("retrieval/") and name.endswith("/test/ndcg@10"):
+            curve[int(dim)] = value
+    if not curve:
+        raise Missing(f"{Path(cfg.out[0]) / SUP / 'eval.json'} has no scores of single dims")
+    figure, (plot,) = canvas(1, width=5)
+    dims = sorted(curve)
+    plot.plot(dims, [curve[dim] for dim in dims], marker="o")
+    plot.set_xscale("log", base=2)
+    plot.set_xticks(dims, labels=map(str, dims))
+    plot.set(xlabel="first dims of the embedding", ylabel="nDCG@10", ylim=(0, None))
+    return figure
+
+
+def test_score(scores):
+    """Return nDCG@10 on the test collection, None without it."""
+    return next((value for key, value in scores.items()
+                 if key.startswith("retrieval/") and key.endswith("/test/ndcg@10")), None)
+
+
+def draw_figure1(cfg):
+    """Draw Figure 1: score against parameters, stages 3 and 4; baselines are dotted lines."""
+    figure, (plot,) = canvas(1, width=5.6)
+    for stage, marker in ((WEAK, "o"), (SUP, "s")):
+        points = []
+        for out in cfg.out:
+            with torch.device("meta"):             # shapes without memory
+                config = ConanConfig(**read_meta(Path(out) / stage)["model"])
+                size = Conan(config).count_params()
+            points.append((size, test_score(read_scores(Path(out) / stage))))
+        plot.plot(*zip(*sorted(points)), marker=marker, label=stage)
+    path = Path(cfg.results) / "baselines.json"
+    baselines = json.loads(path.read_text("utf-8"))["scores"] if path.is_file() else {}
+    for i, (label, scores) in enumerate(baselines.items(), 2):
+        plot.axhline(test_score(scores), color=f"C{i}", linestyle=":", label=label)
+    plot.set_xscale("log")
+    plot.set(xlabel="parameters", ylabel="nDCG@10, test", ylim=(0, None))
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    return figure
+
+
+def components(vectors):
+    """Return (N, 2) coordinates of vectors (N, D) along their first two principal components."""
+    centred = vectors - vectors.mean(0)
+    return centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+
+
+def draw_figure3(cfg):
+    """Draw Figure 3: texts of six languages before CLR and after it, with the language probe."""
+    if not Path(cfg.texts).is_file():
+        raise Missing(f"{cfg.texts} is missing; name rows {{text, lang}} by --texts=FILE")
+    rows = [row for row in read_jsonl(cfg.texts, {"text": str, "lang": str})
+            if row["lang"] in LANGUAGES]
+    figure, plots = canvas(2, width=4.4, height=4.6)
+    for plot, title, folder in zip(plots, ("before CLR", "after CLR"), (
+            cfg.before or Path(cfg.out[0]) / WEAK, cfg.after or Path(cfg.out[0]) / SUP)):
+        read_meta(folder)                          # raises Missing
+        encoder = Embedder(folder)
+        points = components(encoder.encode([row["text"] for row in rows]))
+        for i, lang in enumerate(LANGUAGES):
+            own = [row["lang"] == lang for row in rows]
+            plot.scatter(*points[own].T, s=4, alpha=0.5, color=f"C{i}", label=lang)
+        probe = next(value for key, value in evaluate(encoder, "figure3", cfg.texts).items()
+                     if key.endswith("/language_accuracy"))
+        plot.set_title(f"{title}: a linear probe names\n{probe:.0%} of the languages",
+                       fontsize="medium")
+        plot.set(xticks=[], yticks=[])
+    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=len(LANGUAGES), markerscale=3, frameon=False)
+    return figure
+
+
+def draw_curve(cfg):
+    """Draw soft minus hard, and both scores, against LM tokens seen before stage 3."""
+    path = Path(cfg.results) / "curve.json"
+    if not path.is_file():
+        raise Missing(f"{path} is missing; make it by: python -m experiments.ablation curve")
+    table = json.loads(path.read_text("utf-8"))
+    tokens = list(table["points"].values())
+    figure, plots = canvas(2)
+    values = {mask: [mean_of(table, [f"{name}, {mask}"], "Eng") for name in table["points"]]
+              for mask in ("hard", "soft")}
+    for mask, points in values.items():
+        means, halves = zip(*(interval(point.values()) for point in points))
+        plots[0].errorbar(tokens, means, halves, marker="o", capsize=3, label=mask)
+    means, halves = zip(*(paired(*pair) for pair in zip(values["soft"], values["hard"])))
+    plots[1].errorbar(tokens, means, halves, marker="o", capsize=3, color="C2")
+    plots[1].axhline(0, color="grey", linewidth=0.8)
+    plots[0].legend(frameon=False)
+    for plot, title in zip(plots, ("nDCG@10 after stage 3, percent", "soft minus hard")):
+        plot.set_xscale("symlog", linthresh=2e5)
+        plot.set(xlabel="LM tokens before stage 3", title=title)
+    return figure
+
+
+FIGURES = {"soft_mask": draw_soft_mask, "loss": draw_loss, "dhnm": draw_dhnm, "mrl": draw_mrl,
+           "figure1": draw_figure1, "figure3": draw_figure3, "curve": draw_curve}
+
+
+def main(argv=None):
+    """Draw every figure whose data exists; return the paths. ValueError without matplotlib."""
+    cfg = load_config(FiguresConfig, argv)
+    unknown = set(cfg.only) - FIGURES.keys()
+    if unknown:
+        raise ValueError(f"no such figure: {', '.join(sorted(unknown))}; there are "
+                         f"{', '.join(FIGURES)}")
+    written = []
+    for name in cfg.only or FIGURES:
+        path = Path(cfg.figures) / f"{name}.png"
+        try:
+            figure = FIGURES[name](cfg)
+        except ImportError:
+            raise ValueError("figures need matplotlib: pip install matplotlib") from None
+        except Missing as missing:
+            print(f"{path}: not drawn. {missing}")
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+        print(path)
+        written.append(path)
+    return written
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"experiments.figures: error: {error}")
