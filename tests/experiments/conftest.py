@@ -1,7 +1,6 @@
 """One tiny data folder, a recipe for it, and a finished run of all four stages."""
 import contextlib
 import io
-import os
 import random
 from types import SimpleNamespace
 
@@ -72,11 +71,8 @@ def home(tmp_path_factory):
         (config / f"{stage}.py").write_text(
             f"stage = {stage!r}\nprevious = {previous!r}\n{SHAPE}{settings}")
         previous = str(config / f"{stage}.py")
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            train.main([previous, f"--data={data}", f"--out={folder / 'out'}"])
-    finally:
-        os.chdir(before)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.chdir(folder)
+        patch.setenv("OMP_NUM_THREADS", "1")           # else train.py takes every core
+        train.main([previous, f"--data={data}", f"--out={folder / 'out'}"])
     return SimpleNamespace(data=data, config=config, out=folder / "out")
