@@ -12,10 +12,6 @@ PAPER Sec. 3.1, App. A, Table 11. The examples of a step depend only on the seed
 number (engine/order.py). That is why resuming needs no reader state.
 UNSPECIFIED: the instruction template; `format_query` is the one place that knows it.
 """
-import hashlib
-import math
-import unicodedata
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -27,9 +23,11 @@ from tqdm import tqdm
 
 from dhnm import HardNegativePool, should_replace
 from engine.bm25 import BM25
-from engine.jsonl import JsonlFiles, atomic, is_json, lines_of, read_jsonl
+from engine.collection import (Collection, document_text, find_packed,  # noqa: F401
+                               load_collection, read_with_ids)
+from engine.jsonl import JsonlFiles, atomic, is_json
+from engine.mining import Passages, mine, text_id
 from engine.order import choice, mix, shuffled
-from engine.splits import HELD_OUT
 
 PROMPTS = {                        # a query's instruction by task, unless its row has one
     "retrieval": "Find",
@@ -56,6 +54,17 @@ def format_sft(instruction, text):
 def prompt_length(tokenizer, instruction):
     """Return how many tokens an instruction takes in front of a text."""
     return len(tokenizer.encode(format_query("", instruction))) if instruction else 0
+
+
+def end_text(ids, limit, eos_id):
+    """Return the ids of a text to embed: at most `limit`, and the last one is the end of text.
+
+    UNSPECIFIED: the paper does not say how a text ends. With this end no text is empty.
+
+    >>> end_text([5, 6, 7], 3, eos_id=0), end_text([], 3, eos_id=0)
+    ([5, 6, 0], [0])
+    """
+    return ids[:limit - 1] + [eos_id]
 
 
 # ---------------------------------------------------------------- rows
@@ -130,171 +139,6 @@ def Rows(paths, kind, cache_dir="out/cache", skip_bad=False):
     return JsonlFiles(paths, PARSERS[kind], cache_dir, skip_bad)
 
 
-def text_id(text):
-    """Hash a text to a non-negative int64; equal ids mean equal texts, composed or not (NFC)."""
-    text = text if text.isascii() else unicodedata.normalize("NFC", text)
-    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-# ---------------------------------------------------------------- collections
-
-@dataclass
-class Collection:
-    """A retrieval collection: rows with ids, and qrels {query id: {document id: relevance}}.
-
-    split: the name of the qrels, None where rows name it. without_self: a ranking leaves out the
-    document whose id is the query's own.
-    """
-    name: str
-    corpus: list
-    queries: list
-    qrels: dict
-    split: str | None = None
-    without_self: bool = False
-
-
-def document_text(row):
-    """Return a document as it is embedded: its title, one space and its text, as mteb joins them.
-
-    >>> document_text({"title": "Cats", "text": "They purr."}), document_text({"text": "No title."})
-    ('Cats They purr.', 'No title.')
-    """
-    return f"{row.get('title') or ''} {row['text']}".strip()
-
-
-def read_with_ids(path):
-    """Yield the rows of a corpus.jsonl or queries.jsonl; BEIR's `_id` is taken for `id`.
-
-    Raises ValueError by file and line for an id that is missing, no string, or there twice.
-    """
-    seen = set()
-    for number, row in enumerate(read_jsonl(path, {"text": str}), 1):
-        name = next((name for name in ("id", "_id") if name in row), None)
-        if name is None:
-            raise ValueError(f"{path}:{number}: no id or _id; the keys are {sorted(row)[:8]}")
-        key = row[name]
-        if not isinstance(key, str):
-            raise ValueError(f"{path}:{number}: {name} {key!r} must be a string, not "
-                             f"{type(key).__name__}")
-        if key in seen:
-            raise ValueError(f"{path}:{number}: id {key!r} comes twice")
-        seen.add(key)
-        yield {**row, "id": key}
-
-
-def find_packed(path):
-    """Return a file or its .gz, whichever is there; FileNotFoundError by name without either."""
-    for found in (Path(path), Path(f"{path}.gz")):
-        if found.is_file():
-            return found
-    raise FileNotFoundError(f"{path}: no such file (nor {Path(path).name}.gz)")
-
-
-def find_qrels(directory, split=None):
-    """Return (file, split or None) of a folder's qrels.tsv or, as in BEIR, qrels/SPLIT.tsv.
-
-    Of several splits, the one that is named or the first of HELD_OUT.
-    """
-    files = {path.name.removesuffix(".gz").removesuffix(".tsv"): path
-             for path in sorted((directory / "qrels").glob("*"))
-             if path.name.endswith((".tsv", ".tsv.gz"))}
-    whole = next((path for path in (directory / "qrels.tsv", directory / "qrels.tsv.gz")
-                  if path.is_file()), None)
-    if whole and split not in files:
-        return whole, None
-    name = split or next((name for name in HELD_OUT if name in files), None)
-    if name not in files:
-        raise FileNotFoundError(f"{directory / 'qrels.tsv'}: no such file, nor qrels/"
-                                f"{name or 'test'}.tsv; the splits in qrels/ are {sorted(files)}")
-    return files[name], name
-
-
-def read_qrels(path):
-    """Yield (line number, query id, document id, score) of a qrels file, plain or .gz.
-
-    Three columns and a header or none, or TREC's four; blank lines at the end are passed over.
-    """
-    for number, line in lines_of(path):
-        try:
-            cells = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
-        if number == 1 and cells[-1].strip() == "score":
-            continue
-        try:
-            query, *_, document, score = cells             # _: TREC's second column
-            score = float(score)
-        except ValueError:
-            raise ValueError(f"{path}:{number}: query-id, corpus-id and a number are needed, not "
-                             f"{str(line[:80])[2:-1]}") from None
-        if not math.isfinite(score):
-            raise ValueError(f"{path}:{number}: the score {score} is not finite")
-        yield number, query, document, score
-
-
-def join_qrels(path, queries, documents, dangling):
-    """Return {query id: {document id: relevance}} of a file; `queries`, `documents` are known ids.
-
-    dangling, for a line that names a missing one: "refuse", "skip", or "count" (a missing document
-    stays judged, as in mteb: no ranking ever has it). Skipped and counted lines give a warning.
-    """
-    qrels, missing = {}, []
-    for number, query, document, score in read_qrels(path):
-        unknown = [f"unknown {kind} {key!r}" for kind, key, known in (
-            ("query", query, queries), ("document", document, documents)) if key not in known]
-        if unknown:
-            missing.append(f"line {number}: {' and '.join(unknown)}")
-            if dangling == "refuse":
-                raise ValueError(f"{path}:{number}: {' and '.join(unknown)}; dangling=skip leaves "
-                                 "such lines out, dangling=count takes them as never found")
-            if dangling == "skip" or query not in queries:
-                continue
-        if qrels.setdefault(query, {}).setdefault(document, score) != score:
-            raise ValueError(f"{path}:{number}: query {query!r} and document {document!r} have "
-                             f"two scores, {qrels[query][document]} and {score}")
-    if missing:
-        done = "left out" if dangling == "skip" else "counted as never found"
-        warnings.warn(f"{path}: {len(missing)} lines {done}; {missing[0]}", stacklevel=3)
-    return qrels
-
-
-def load_collection(directory, split=None, dangling="refuse", ignore_identical_ids=None):
-    """Read the corpus.jsonl, queries.jsonl and qrels of a folder, each plain or .gz.
-
-    split: one of qrels/SPLIT.tsv, or the queries whose row says `"split": split`. Queries without a
-    judged document are left out, unless their row has `answers`. dangling: see `join_qrels`.
-    ignore_identical_ids: leave the document with a query's own id out of its ranking; None: if such
-    a pair has equal texts and is not judged relevant, as in ArguAna. Raises ValueError by file and
-    line.
-    """
-    if dangling not in ("refuse", "skip", "count"):
-        raise ValueError(f"dangling {dangling!r} is unknown; choose refuse, skip or count")
-    directory = Path(directory)
-    corpus = list(read_with_ids(find_packed(directory / "corpus.jsonl")))
-    queries = list(read_with_ids(find_packed(directory / "queries.jsonl")))
-    texts, qrels, of_file = {row["id"]: row["text"] for row in corpus}, {}, None
-    try:
-        path, of_file = find_qrels(directory, split)
-        qrels = join_qrels(path, {row["id"] for row in queries}, texts, dangling)
-    except FileNotFoundError:
-        if not any(row.get("answers") for row in queries):
-            raise
-    queries = [row for row in queries if (qrels.get(row["id"]) or row.get("answers"))
-               and (of_file or not split or row.get("split") == split)]
-    if not queries:
-        raise ValueError(f"{directory}: no query{f' of split {split!r}' if split else ''} has a "
-                         "judged document")
-    if ignore_identical_ids is None:
-        same = [row["id"] for row in queries if texts.get(row["id"]) == row["text"]
-                and qrels.get(row["id"], {}).get(row["id"], 0) <= 0]
-        if ignore_identical_ids := bool(same):
-            warnings.warn(f"{directory}: {len(same)} queries are documents too, {same[0]!r} first; "
-                          "each is left out of its own ranking (ignore_identical_ids=false keeps "
-                          "them)", stacklevel=2)
-    return Collection(directory.name, corpus, queries, qrels, of_file, ignore_identical_ids)
-
-
 # ---------------------------------------------------------------- pretraining: a token stream
 
 class TokenStream:
@@ -323,80 +167,6 @@ class TokenStream:
         shift = mix(np.asarray(positions, dtype=np.uint64) // np.uint64(n), self.seed + 1)
         starts = place * block + (shift % np.uint64(block)).astype(np.int64)
         return np.stack([self.ids[s:s + block + 1] for s in starts]).astype(np.int64)
-
-
-# ---------------------------------------------------------------- passages and hard negatives
-
-class Passages:
-    """Every distinct passage of some rows by number; texts stay in the files.
-
-    `positives[q]` lists the passage numbers that answer row q: its own, then those of rows with the
-    same query. `given[q]` lists the negatives that its row carries. `ids[p]` is a text id.
-    """
-
-    def __init__(self, rows):
-        self.rows, self.where, self.ids = rows, [], []
-        self.positives, self.given = [], []
-        self.number, same = {}, {}
-        for q in range(len(rows)):
-            row = rows[q]
-            self.positives.append(self._add(row, q, "pos"))
-            self.given.append(self._add(row, q, "neg"))
-            same.setdefault(text_id(row["query"]), []).append(q)
-        for group in same.values():
-            shared = [p for q in group for p in self.positives[q]]
-            for q in group:
-                self.positives[q] = list(dict.fromkeys(self.positives[q] + shared))
-                self.given[q] = [p for p in dict.fromkeys(self.given[q])
-                                 if p not in self.positives[q]]
-
-    def _add(self, row, q, part):
-        numbers = []
-        for place, text in enumerate(row[part]):
-            key = text_id(text)
-            if key not in self.number:
-                self.number[key] = len(self.where)
-                self.where.append((q, part, place))
-                self.ids.append(key)
-            numbers.append(self.number[key])
-        return numbers
-
-    def __len__(self):
-        return len(self.where)
-
-    def text(self, number):
-        """Return the text of a passage."""
-        q, part, place = self.where[number]
-        return self.rows[q][part][place]
-
-
-def mine(queries, passages, positives, depth=50, *, given=None, n_given=0, extra=None, chunk=256):
-    """Return (candidates, scores), each (Q, depth): hard negatives of each query, hardest first.
-
-    queries (Q, D), passages (P, D): normalised float32 embeddings. Candidates are int64 passage
-    numbers padded with -1, scores float32 cosines. A query's `positives` are left out. Its `given`
-    negatives come first; passages are searched for only if there are fewer than `n_given` of them.
-    extra: (Q, X) further candidates (BM25's), ranked by the same cosine. Never holds Q x P scores.
-    """
-    pool = np.full((len(queries), depth), -1, dtype=np.int64)
-    cosines = np.zeros((len(queries), depth), dtype=np.float32)
-    k = min(len(passages), depth + max((len(p) for p in positives), default=0))
-    embedded = torch.from_numpy(passages)
-    for start in range(0, len(queries), chunk):
-        scores = torch.from_numpy(queries[start:start + chunk]) @ embedded.T    # (chunk, P)
-        nearest = scores.topk(k, dim=1).indices.numpy()
-        for row, score in enumerate(scores.numpy()):
-            q = start + row
-            own = np.array(given[q] if given else [], dtype=np.int64)
-            own = own[np.argsort(-score[own], kind="stable")]
-            near = nearest[row] if len(own) < max(n_given, 1) else own[:0]
-            if extra is not None and len(near):
-                near = np.union1d(near, extra[q][extra[q] >= 0])
-            near = near[~np.isin(near, [*positives[q], *own])]
-            near = near[np.argsort(-score[near], kind="stable")]
-            chosen = np.concatenate([own, near])[:depth]
-            pool[q, :len(chosen)], cosines[q, :len(chosen)] = chosen, score[chosen]
-    return pool, cosines
 
 
 # ---------------------------------------------------------------- batches
@@ -450,12 +220,12 @@ class Batch:
 
     @classmethod
     def of(cls, task, texts, limits, tokenizer, rows, **rest):
-        """Tokenise `texts`, cut each at its limit (counted), and lay them out flat."""
+        """Tokenise `texts`, cut (counted) and end each by `end_text`, and lay them out flat."""
         encoded = tokenizer.encode_batch(texts)
-        cut = [ids[:limit] or [tokenizer.eos_id] for ids, limit in zip(encoded, limits)]
-        truncated = sum(len(ids) > limit for ids, limit in zip(encoded, limits))
-        flat = np.fromiter((i for ids in cut for i in ids), dtype=np.int64)
-        return cls(task, torch.from_numpy(flat), [len(ids) for ids in cut], rows,
+        ended = [end_text(ids, limit, tokenizer.eos_id) for ids, limit in zip(encoded, limits)]
+        truncated = sum(len(ids) >= limit for ids, limit in zip(encoded, limits))
+        flat = np.fromiter((i for ids in ended for i in ids), dtype=np.int64)
+        return cls(task, torch.from_numpy(flat), [len(ids) for ids in ended], rows,
                    truncated=truncated, **rest)
 
 

@@ -5,7 +5,7 @@
 y = (W + alpha / r B A) x. B starts at zero, so step 0 is the base model.
 UNSPECIFIED: alpha and which matrices. Here alpha = 2 r, on all seven projections of a block, never
 on the embeddings or the norms.
-An adapter is a parametrisation: whoever reads `layer.weight` gets the sum, formed in float32. So
+An adapter parametrises the weight: whoever reads `layer.weight` gets the sum, formed in float32. So
 kernels, bfloat16 and torch.compile need not know of it. It saves the memory of gradients and
 optimizer, not time.
 
@@ -13,53 +13,52 @@ r rank; a projection has `in` columns and `out` rows.
 """
 import torch
 import torch.nn as nn
-from torch.nn.utils import parametrize
 
 
-class LowRank(nn.Module):
-    """W (out, in) -> W + alpha / r B A, with A (r, in) and B (out, r)."""
+class LoRALinear(nn.Linear):
+    """A linear layer whose `weight` is W + alpha / r B A; the parameter of that name is still W.
 
-    def __init__(self, weight, rank, alpha, generator):
-        super().__init__()
-        a = torch.randn(rank, weight.shape[1], generator=generator, device="cpu")
-        self.a = nn.Parameter((a * weight.shape[1] ** -0.5).to(weight))
-        self.b = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
-        self.scale = alpha / rank
+    One class for all layers: torch.nn.utils.parametrize makes one for each, and torch.compile would
+    then compile every block by itself.
+    """
 
-    def forward(self, weight):
-        with torch.autocast(weight.device.type, enabled=False):
-            return torch.addmm(weight, self.b, self.a, alpha=self.scale)
+    @property
+    def weight(self):
+        """Return W + alpha / r B A, (out, in), in the dtype of W, under autocast too."""
+        w, scale = self._parameters["weight"], self.lora_alpha / len(self.lora_a)
+        with torch.autocast(w.device.type, enabled=False):
+            return torch.addmm(w, self.lora_b, self.lora_a, alpha=scale)
 
 
 def add_lora(model, rank, alpha=None, generator=None):
     """Give every linear layer of a model an adapter and freeze all else; return the model.
 
-    A is drawn from N(0, 1 / in), so that A x is about as large as x; B is zero. alpha: None takes
-    2 * rank. Raises ValueError for a rank below 1 or a model that has adapters already.
+    A: (rank, in), from N(0, 1 / in), so that A x is about as large as x. B: (out, rank), zero.
+    alpha: None takes 2 * rank. Raises ValueError for a rank below 1, or if there are adapters.
     """
     if rank < 1:
         raise ValueError(f"rank {rank} must be at least 1")
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if any(map(parametrize.is_parametrized, layers)):
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    if any(isinstance(layer, LoRALinear) for layer in layers):
         raise ValueError("the model has adapters already")
     model.requires_grad_(False)
     for layer in layers:
-        adapter = LowRank(layer.weight, rank, 2 * rank if alpha is None else alpha, generator)
-        parametrize.register_parametrization(layer, "weight", adapter)
+        w = layer.weight
+        a = torch.randn(rank, w.shape[1], generator=generator, device="cpu") * w.shape[1] ** -0.5
+        layer.lora_a = nn.Parameter(a.to(w))
+        layer.lora_b = nn.Parameter(w.new_zeros(w.shape[0], rank))
+        layer.lora_alpha = float(2 * rank if alpha is None else alpha)
+        layer.__class__ = LoRALinear
     return model
 
 
 @torch.no_grad()
 def merged_state_dict(model):
-    """Return the state dict of the plain model with the same outputs, on the CPU.
+    """Return the state dict of the plain model with the same outputs; the model stays as it is.
 
-    The model stays as it is.
+    All tensors are on the CPU.
     """
-    state = {}
-    for name, value in model.state_dict().items():
-        layer, is_adapted, part = name.partition(".parametrizations.weight.")
-        if not is_adapted:
-            state[name] = value.cpu()
-        elif part == "original":
-            state[f"{layer}.weight"] = model.get_submodule(layer).weight.cpu()
-    return state
+    state = {name: value.cpu() for name, value in model.state_dict().items()
+             if not name.endswith((".lora_a", ".lora_b"))}
+    return state | {f"{name}.weight": layer.weight.cpu() for name, layer in model.named_modules()
+                    if isinstance(layer, LoRALinear)}

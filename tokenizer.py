@@ -119,7 +119,7 @@ class Tokenizer:
         return self.encoding.encode_ordinary(compose(text))
 
     def encode_batch(self, texts):
-        """Encode many texts, long ones on all cores; equal to `[encode(text) for text in texts]`."""
+        """Encode many texts, long ones on all cores; equal to `encode` of each."""
         if isinstance(texts, str):
             raise TypeError("texts is one str, expected a list of str")
         for index, text in enumerate(texts):

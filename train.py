@@ -17,6 +17,7 @@ An interrupted stage resumes exactly where it stopped.
 """
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -38,8 +39,8 @@ from embed import Embedder
 from engine import budget, checkpoint, distributed, kernels, memory, report, run
 from engine.jsonl import atomic, read_jsonl
 from engine.microbatch import two_pass
-from engine.order import task_of_step
-from eval import LexicalBaseline, evaluate_collection
+from engine.order import shuffled, task_of_step
+from eval import LexicalBaseline, evaluate, evaluate_collection
 from lora import add_lora, merged_state_dict
 from losses import cosent_loss, info_nce, matryoshka
 from mask import CAUSAL, FULL, MaskSpec, alpha
@@ -57,9 +58,12 @@ LIMITS = {                         # of settings; the others may be anything of 
     "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "vocab_size": (258, 2 ** 31),
     "seed": (0, 2 ** 62)}
 TASKS = ("retrieval", "clr", "classification", "sts")
+TEST_FILES = {"sts": "sts_test.jsonl", "classification": "labels_test.jsonl"}   # of DATA
 GRAD_CLIP = 1.0                    # UNSPECIFIED: the norm that gradients are cut to
-VALIDATION_TEXTS = 200             # held-out examples that an LM stage is measured on,
-VALIDATE_EVERY = 50                # steps
+TOKENIZER_TEXTS = 400_000          # documents that the tokenizer learns from
+PYTHON_BPE_TEXTS = 100_000         # of more documents, rustbpe learns the same tokens faster
+VALIDATION_TEXTS = 200             # held-out examples that an LM stage is measured on
+VALIDATE_EVERY = 50                # steps between two such measurements
 
 
 @dataclass(frozen=True)
@@ -282,17 +286,23 @@ def build_model(state, weights):
 
 
 def train_tokenizer(cfg):
-    """Return a tokenizer of the pretraining text; one that was trained on it before is taken."""
+    """Return a tokenizer of the pretraining text; one that was trained on it before is taken.
+
+    PAPER Sec. 3.1.1: it learns from about 400,000 documents, here a seeded sample of as many.
+    """
     kind = "text" if data.sources(cfg, "text") else "pairs"
     rows = data.Rows(data.sources(cfg, kind), kind, skip_bad=cfg.skip_bad_lines)
-    made_of = " ".join([*rows.hashes().values(), str(cfg.vocab_size), Tokenizer.VERSION])
+    made_of = " ".join([*rows.hashes().values(), str(cfg.vocab_size), Tokenizer.VERSION,
+                        str(cfg.seed if len(rows) > TOKENIZER_TEXTS else "all")])
     path = Path(cfg.out) / f"tokenizer-{data.text_id(made_of):016x}.tiktoken"
     if not path.is_file():
-        all_rows = (rows[i] for i in range(len(rows)))
+        chosen = shuffled(np.arange(min(len(rows), TOKENIZER_TEXTS)), len(rows), cfg.seed)
+        sample = (rows[int(i)] for i in np.sort(chosen))
         texts = (row if isinstance(row, str) else f"{row['query']}\n{row['pos'][0]}"
-                 for row in all_rows)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Tokenizer.train(texts, cfg.vocab_size).save(path)
+                 for row in sample)
+        is_large = len(chosen) > PYTHON_BPE_TEXTS and importlib.util.find_spec("rustbpe")
+        Tokenizer.train(texts, cfg.vocab_size, backend="rustbpe" if is_large else "python"
+                        ).save(path)
     return Tokenizer.load(path)
 
 
@@ -457,9 +467,16 @@ def score(state):
                 data.format_sft(state.prompts["retrieval"], "Return the sum of two numbers.")
             text = generate(state.model, state.tokenizer, prompt)
             print(f"\n{cfg.stage} writes: {prompt!r} -> {text!r}\n")
+    dims = cfg.dims if cfg.stage == "embed_sup" else ()
     for name in collections(cfg):
-        dims = cfg.dims if cfg.stage == "embed_sup" else ()
         results |= evaluate_collection(state.embedder, name, dims)
+    for task, name in TEST_FILES.items():
+        path = Path(cfg.data) / name
+        if cfg.stage.startswith("embed") and data.uses_folder(cfg) and path.is_file():
+            try:
+                results |= evaluate(state.embedder, task, path)
+            except ImportError as error:           # scikit-learn is optional
+                print(f"{path} is not scored: {error}")
     for task, _ in state.tasks:
         if task.pool:
             results |= {f"dhnm/{task.kind}/queries_changed_{changes}_times": queries

@@ -120,25 +120,32 @@ def open_binary(path):
     return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")
 
 
-def lines_of(path):
-    """Yield (number, line as bytes) of a file, without blank lines at its end.
-
-    Raises ValueError "path:line: reason" where a .gz file is damaged or cut.
-    """
-    number, blank = 0, []
+def _lines(path):
+    """Yield (number, line as bytes); ValueError "path:line: reason" for a damaged or cut .gz."""
+    number = 0
     try:
         with open_binary(path) as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
-                    blank.append((number, line))       # bad only if another line follows
-                    continue
-                yield from blank
-                blank = []
                 yield number, line
     except FileNotFoundError:
         raise
     except (EOFError, zlib.error, OSError) as error:
         raise ValueError(f"{path}:{number + 1}: cannot be read to the end: {error}") from error
+
+
+def lines_of(path):
+    """Yield (number, line as bytes) of a file, without blank lines at its end.
+
+    Raises ValueError "path:line: reason" where a .gz file is damaged or cut.
+    """
+    blank = []
+    for number, line in _lines(path):
+        if line.strip():
+            yield from blank
+            yield number, line
+            blank = []
+        else:
+            blank.append((number, line))               # bad only if another line follows
 
 
 def read_jsonl(path, required=None, skip_bad=False, on_bad=None):
@@ -164,16 +171,15 @@ def read_texts(path):
     if is_json(path):
         return [row["text"] for row in read_jsonl(path, {"text": str})]
     texts = []
-    with open_binary(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason} at byte "
-                                 f"{error.start})") from None
-            if "\x00" in text:
-                raise ValueError(f"{path}:{number}: holds a zero byte: UTF-16, or no text")
-            texts.append(text.rstrip("\r\n"))
+    for number, line in _lines(path):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason} at byte "
+                             f"{error.start})") from None
+        if "\x00" in text:
+            raise ValueError(f"{path}:{number}: holds a zero byte: UTF-16, or no text")
+        texts.append(text.rstrip("\r\n"))
     return texts
 
 

@@ -212,13 +212,16 @@ def explicit_attention(q, k, v, bias=None, is_causal=False, weights=None):
 # ---------------------------------------------------------------- gradients written by hand
 
 def fused_rms_norm(x, weight, eps):
-    """Return `model.rms_norm` by torch's own kernel."""
-    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
+    """Return `model.rms_norm` in the dtype of matmuls, by torch's own kernel.
+
+    The matmuls that follow then share one rounded tensor, where autocast makes one for each.
+    """
+    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(matmul_dtype(x))
 
 
 def rms_norm(x, weight, eps):
-    """Return `model.rms_norm`; on a CPU the gradient of torch's own takes ten times as long."""
-    return _RMSNorm.apply(x.float(), weight.float(), eps).to(x.dtype)
+    """Return `fused_rms_norm`; on a CPU the gradient of torch's own takes ten times as long."""
+    return _RMSNorm.apply(x.float(), weight.float(), eps).to(matmul_dtype(x))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -282,7 +285,7 @@ class _SwiGLU(torch.autograd.Function):
 def next_token_loss(hidden, weight, targets, chunk=None):
     """Return `model.next_token_loss` without ever holding all logits.
 
-    The gradient is formed chunk by chunk in the forward pass, so peak memory is chunk * V, not S * V
+    The gradient is formed chunk by chunk in the forward pass. Peak memory is chunk * V, not S * V
     (at V = 150,000 and S = 32,768: 20 GB in float32). The matmuls run in 16 bits under autocast,
     softmax and the sums in float32. chunk: in tokens; None: see `logits_chunk`.
     """
@@ -299,8 +302,8 @@ def next_token_loss(hidden, weight, targets, chunk=None):
 def logits_chunk(vocab_size, kind):
     """Return the tokens whose logits exist at a time: 64 MB of float32 on a CPU, 2 GB on a card.
 
-    kind: the device's type. Fewer tokens would starve the matmuls. For a small vocabulary more would
-    not make them faster.
+    kind: the device's type. Fewer tokens would starve the matmuls. More would not make those of a
+    small vocabulary faster.
     """
     least, most, numbers = (128, 1024, 2 ** 24) if kind == "cpu" else (1024, 16_384, 2 ** 29)
     return min(max(numbers // vocab_size, least), most)

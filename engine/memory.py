@@ -11,10 +11,8 @@ import os
 def keep_freed_memory():
     """Tell glibc to keep freed blocks instead of handing them back to the kernel.
 
-    A CPU step frees and asks for the same hundreds of MB each time; paging them in anew costs a
-    quarter of a small model's step and more than half of a wide one's (docs/log.md). -1 and 0 are
-    glibc's ways to say never; a number of bytes would have to fit an int, and a step frees more.
-    Does nothing where there is no glibc.
+    -1 and 0 are glibc's ways to say never. A number of bytes would have to fit an int, and a step
+    frees more.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")     # torch asks for pages of 2 MB, not 4 kB
     for parameter, value in ((-4, 0), (-1, -1), (-2, 2 ** 26)):
@@ -25,9 +23,9 @@ def keep_freed_memory():
 def release_memory(share=0.5):
     """Hand the pages of freed blocks back to the kernel, once this machine's ranks hold `share`.
 
-    Blocks that change their size with every batch leave holes: kept for ever they grow to ten times
-    what is in use, and the kernel kills the run. But a wide model's step frees gigabytes
-    that the next one needs: handed back at every step, paging them in takes longer than the step.
+    Blocks that change their size with every batch leave holes. Kept for ever they grow to ten times
+    what is in use, and the kernel kills the run (docs/log.md). Handed back at every step they would
+    have to be paged in anew.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if _glibc() and ranks * _resident_pages() > share * os.sysconf("SC_PHYS_PAGES"):

@@ -27,8 +27,8 @@ MACHINE = {"device", "dtype", "checkpointing", "compile", "parallel"}
 SHARED_BY_STAGES = MODEL | DATA | MACHINE | {"out", "evaluate", "skip_bad_lines", "seed",
                                           "log_every"}
 SHARED_BY_EMBEDDING = {"lora_rank", "schedule", "mask_axis", "mask_apply"}     # stages 3 and 4
-MAY_CHANGE_ON_RESUME = PATHS | (MACHINE - {"dtype"}) | {
-    "resume", "log_every", "save_every", "micro_batch_size", "dry_run"}    # data: by content
+MAY_CHANGE_ON_RESUME = PATHS | (MACHINE - {"dtype"}) | {       # data is compared by content
+    "resume", "log_every", "save_every", "micro_batch_size", "dry_run"}
 SLOW_SAVE = 20.0                   # seconds; a save that takes longer warns
 KEEP_CHECKPOINTS = 2
 

@@ -25,6 +25,7 @@ SMALL = ["--n_embd=32", "--n_head=4", "--n_kv_head=2", "--n_layer=2", "--ffn_dim
          "--vocab_size=350", "--block_size=64", "--log_every=1", "--device=cpu",
          "--dtype=float32"]
 STAGE = f"""steps = {STEPS}
+seed = 1
 batch_size = 12
 passage_len = 32
 query_len = 16
@@ -58,7 +59,9 @@ def write_rows(folder):
     write_lines(folder / "text.jsonl", [{"text": f"{q}. {p}"} for q, p in rows])
     write_lines(folder / "pairs.jsonl",
                 [{"instruction": "Find", "input": q, "output": p} for q, p in rows])
-    write_lines(folder / "retrieval.jsonl", [{"query": q, "pos": [p]} for q, p in rows])
+    write_lines(folder / "retrieval.jsonl",            # two easy negatives each: DHNM acts on them
+                [{"query": q, "pos": [p], "neg": [f"{i} 98 76", f"54 {i} 32"]}
+                 for i, (q, p) in enumerate(rows[:24])])
     write_lines(folder / "classification.jsonl",
                 [{"query": p, "pos": q.split()[0],
                   "neg": [w for w in WORDS if w != q.split()[0]][:5]} for q, p in rows])

@@ -116,7 +116,8 @@ def test_dropped_rows_are_counted_by_reason():
     ("ar", "مصفوفة", 1), ("he", "מטריצה", 1), ("hi", "सारणिक", 1), ("bn", "নির্ণায়ক", 1),
     ("th", "ดีเทอร์มิแนนต์", 1), ("km", "ម៉ាទ្រីស", 1), ("ru", "определитель", 1),
     ("vi", "định thức", 1), ("tr", "sıralı dizi", 1), ("pl", "łańcuch", 1),
-    ("ru", "det матрицы", 7 / 10), ("zh", "numpy 数组", 2 / 7), ("de", "行列", 0), ("en", "12 !", 0)])
+    ("ru", "det матрицы", 7 / 10), ("zh", "numpy 数组", 2 / 7), ("de", "行列", 0),
+    ("en", "12 !", 0)])
 def test_script_share(lang, text, share):
     assert script_share(text, lang) == pytest.approx(share)
 

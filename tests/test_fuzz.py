@@ -22,7 +22,8 @@ import data  # noqa: E402
 import embed  # noqa: E402
 from configurator import ConfigError, load_config, split_args  # noqa: E402
 from engine import checkpoint  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from engine.jsonl import JsonlFile, read_jsonl, read_texts  # noqa: E402
+from tokenizer import Tokenizer, compose  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
 pytestmark = pytest.mark.extras
@@ -92,19 +93,18 @@ def test_any_file_gives_right_rows_or_a_clear_error(folder, kind, lines):
     path = where / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
     try:
-        rows = data.JsonlFile(path, kind, where)
+        rows = JsonlFile(path, data.PARSERS[kind], where)
     except Exception as error:
         assert is_clear(error, path)
     else:
         assert all(is_right(kind, rows[i]) for i in range(len(rows))) and rows.bad == 0
     try:
-        rows = data.JsonlFile(path, kind, where, skip_bad=True)
+        rows = JsonlFile(path, data.PARSERS[kind], where, skip_bad=True)
     except ValueError as error:
         assert "no usable line" in str(error)
     else:
         assert all(is_right(kind, rows[i]) for i in range(len(rows)))
-        assert len(rows) + rows.bad == len(path.read_bytes().splitlines(keepends=True)) \
-            or b"\r" in path.read_bytes()
+        assert len(rows) + rows.bad == len(path.read_bytes().rstrip().split(b"\n"))
 
 
 @given(raw=damaged([gzip.compress(b"\n".join(GOOD * 50)), gzip.compress(b"")])
@@ -114,11 +114,25 @@ def test_any_gz_gives_right_rows_or_a_clear_error(folder, raw):
     where = folder()
     path = where / "rows.jsonl.gz"
     path.write_bytes(raw)
-    for read in (lambda: data.JsonlFile(path, "text", where), lambda: list(data.read_jsonl(path))):
+    for read in (lambda: JsonlFile(path, data.parse_text, where), lambda: list(read_jsonl(path))):
         try:
             read()
         except Exception as error:
             assert is_clear(error, path)
+
+
+@given(raw=st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-16"))
+       | damaged(GOOD), name=st.sampled_from(["a.txt", "a.json", "a.txt.gz"]))
+@fuzz
+def test_any_file_of_texts_is_read_or_refused(folder, raw, name):
+    path = folder() / name
+    path.write_bytes(raw)
+    try:
+        texts = read_texts(path)
+    except Exception as error:
+        assert is_clear(error, path)
+    else:
+        assert all(isinstance(text, str) and text.encode() is not None for text in texts)
 
 
 @given(corpus=st.lists(LINES, max_size=3), queries=st.lists(LINES, max_size=3),
@@ -151,7 +165,7 @@ def tokenizer(tmp_path_factory):
 @fuzz
 def test_any_text_survives_the_tokenizer(tokenizer, text):
     ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text and ids == tokenizer.encode_batch([text])[0]
+    assert tokenizer.decode(ids) == compose(text) and ids == tokenizer.encode_batch([text])[0]
     assert tokenizer.eos_id not in ids and tokenizer.pad_id not in ids
 
 
@@ -159,7 +173,7 @@ def test_any_text_survives_the_tokenizer(tokenizer, text):
 @fuzz
 def test_lone_surrogates_become_u_fffd(tokenizer, text):
     clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    assert tokenizer.decode(tokenizer.encode(text)) == clean
+    assert tokenizer.decode(tokenizer.encode(text)) == compose(clean)
 
 
 @given(change=st.data())

@@ -304,7 +304,8 @@ def share_of(rows):
     batch = [torch.randn(6, *shape, generator=generator) for shape in ((5,), (5,), (2, 5))]
     ids = {"query_ids": torch.tensor([0, 1, 2, 3, 1, 5]),           # 1 and 4 are equal
            "positive_ids": torch.tensor([10, 11, 12, 13, 14, 10]),
-           "negative_ids": torch.tensor([[20, 13], [21, 22], [-1, 23], [24, 25], [26, 15], [10, 27]]),
+           "negative_ids": torch.tensor([[20, 13], [21, 22], [-1, 23], [24, 25], [26, 15],
+                                         [10, 27]]),
            "known_ids": torch.tensor([[10, 15], [11, -1], [12, 24], [13, -1], [14, 20], [10, -1]])}
     return ([x[rows].requires_grad_() for x in batch], {k: v[rows] for k, v in ids.items()},
             torch.tensor([2, 2, 2, 0, 5, 2])[rows])

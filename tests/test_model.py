@@ -1,7 +1,8 @@
 """The decoder: operations by hand, against torch, and the field's commonest bug.
 
-That bug is a bidirectional model that is silently causal. Here the last token changes and the first
-token's state is looked at: for every mask, batch layout, dtype, with plain and with fast operations.
+That bug is a bidirectional model that is silently causal. Here the last token changes, and the
+first token's state must change with it: for every mask, batch layout, dtype, by plain and by fast
+operations.
 """
 
 import dataclasses

@@ -4,9 +4,6 @@ import math
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ from embed import Embedder
 from engine import checkpoint
 from engine import run as runs
 from losses import cosent_loss
-from ranks import (ROOT, STEPS, arguments, assert_equal, assert_same_run, chain_arguments, config,
+from ranks import (STEPS, arguments, assert_equal, assert_same_run, chain_arguments, config,
                    die_at, log, meta_of, stages_before, state_of, step_loss_replaced, tiny_config,
                    tiny_model, write_lines)
 from tokenizer import Tokenizer
@@ -57,6 +54,35 @@ def test_a_stage_starts_from_the_weights_and_the_tokenizer_before_it(rows, whole
         state_of(whole, "pretrain", "tokenizer.tiktoken")
 
 
+def test_the_tokenizer_learns_from_a_seeded_sample_of_the_documents(rows, tmp_path, monkeypatch):
+    texts, real = {}, Tokenizer.train
+    monkeypatch.setattr(train, "TOKENIZER_TEXTS", 5)
+    monkeypatch.setattr(Tokenizer, "train", lambda sample, size, **more: real(
+        texts.setdefault(len(texts), list(sample)), size, **more))
+    for seed in (0, 0, 1):                         # the second time the first one's file is taken
+        cfg = config(arguments(rows, "pretrain", tmp_path, f"--seed={seed}", "--vocab_size=260"))
+        train.train_tokenizer(cfg)
+    assert sorted(texts) == [0, 1] and [len(set(t)) for t in texts.values()] == [5, 5]
+    assert texts[0] != texts[1]
+    everything = [json.loads(line)["text"] for line in open(rows / "text.jsonl")]
+    assert set(texts[0] + texts[1]) <= set(everything)
+
+
+def test_an_lm_stage_is_measured_on_held_out_text(rows, tmp_path):
+    folder = tmp_path / "mine"
+    (folder / "pairs").mkdir(parents=True)
+    (folder / "text.jsonl").write_bytes((rows / "text.jsonl").read_bytes())
+    (folder / "text_dev.jsonl").write_text('{"text": "sort a list. tree a node."}\n')
+    argv = [arg for arg in arguments(rows, "pretrain", tmp_path / "out", "--steps=60",
+                                     "--learning_rate=0.01") if not arg.startswith("--text")]
+    train.main([*argv, f"--data={folder}"])
+    scores = json.loads((tmp_path / "out/pretrain/eval.json").read_text())
+    before, after = (scores[f"lm/mine/dev/loss{end}"] for end in ("_before", ""))
+    assert before == pytest.approx(math.log(400), abs=0.3) and after < before - 1
+    assert log(tmp_path / "out", "pretrain")[1]["validation"] == before
+    assert log(tmp_path / "out", "pretrain")[60]["validation"] < before
+
+
 def test_the_mask_opens_in_the_weak_stage_only(whole):
     alphas = {s: [line["alpha"] for line in log(whole, s).values()] for s in train.STAGES}
     assert set(alphas["pretrain"]) == set(alphas["sft"]) == {0.0}
@@ -76,6 +102,9 @@ def test_a_run_killed_and_resumed_equals_the_undisturbed_one(rows, whole, tmp_pa
     torch.manual_seed(12345)                       # whatever happens in between must not matter
     train.main(argv)
     assert_same_run(out, whole, stage)
+    if stage == "embed_sup":                       # negatives were replaced before and after
+        replaced = [line.get("replaced", 0) > 0 for line in log(out, stage).values()]
+        assert any(replaced[:2]) and any(replaced[2:])
 
 
 def test_a_run_killed_in_its_evaluation_is_scored_when_it_resumes(rows, tmp_path, monkeypatch):
@@ -94,18 +123,22 @@ def test_a_run_killed_in_its_evaluation_is_scored_when_it_resumes(rows, tmp_path
     assert "retrieval/little/test/ndcg@10" in (tmp_path / "pretrain/eval.json").read_text()
 
 
-def test_sigterm_saves_and_says_so(rows, tmp_path):
-    argv = arguments(rows, "pretrain", tmp_path, "--steps=100000", "--save_every=100000")
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv], cwd=rows, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    path, deadline = tmp_path / "pretrain" / "log.jsonl", time.time() + 60
-    while time.time() < deadline and not (path.is_file() and path.read_text().count("\n") > 3):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM and "the same command resumes" in out
-    step = int(checkpoint.latest(tmp_path / "pretrain").name.split("_")[1])
-    assert step == max(log(tmp_path, "pretrain"))
+def test_sigterm_saves_and_says_so(rows, whole, tmp_path, capsys):
+    def asked_to_stop(real, model, batch, cfg, step, *no_sync):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(model, batch, cfg, step, *no_sync)
+    argv = chain_arguments(rows, "pretrain", tmp_path)
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    with step_loss_replaced(asked_to_stop), pytest.raises(SystemExit) as caught:
+        train.main(argv)
+    for number, handler in before.items():         # the process would have ended
+        signal.signal(number, handler)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert "the same command resumes" in capsys.readouterr().out
+    assert checkpoint.latest(tmp_path / "pretrain").name == "step_000004"
+    train.main(argv)
+    assert_same_run(tmp_path, whole, "pretrain")
 
 
 # ---------------------------------------------------------------- the loss of a step
@@ -223,7 +256,7 @@ def test_a_save_that_takes_long_warns(rows, tmp_path, capsys, monkeypatch):
     (["--task_weights=retrieval:1,cls:2"], "tasks are retrieval, clr, classification, sts"),
     (["--task_weights=clr:1"], "embed_sup needs data: --retrieval="),
     (["--retrieval=nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    (["--batch_size=97"], "96 rows are too few for a batch of 97"),
+    (["--batch_size=25"], "24 rows are too few for a batch of 25"),
     (["--parallel=fsdp", "--lora_rank=4"], "needs parallel ddp or zero1"),
     (["--evaluate=nowhere"], "nowhere/corpus.jsonl: no such file"),
     (["--vocab_size=260", "--text=words.jsonl"], "too few for blocks of 32"),
@@ -393,6 +426,7 @@ def test_the_embedder_reads_what_training_wrote(whole):
     assert torch.allclose(vectors.norm(dim=1), torch.ones(4))
     saved = train.Conan(train.ConanConfig(**meta_of(whole, "embed_sup")["model"]))
     saved.load_state_dict(state_of(whole, "embed_sup"))
-    ids = torch.tensor(embedder.tokenizer.encode("sort a list"))
+    tokenizer = embedder.tokenizer
+    ids = torch.tensor(tokenizer.encode("sort a list") + [tokenizer.eos_id])
     right = F.normalize(saved(ids, [len(ids)]), dim=1)[0].detach()
     assert torch.allclose(right, vectors[0], atol=1e-6)

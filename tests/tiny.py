@@ -8,9 +8,9 @@ from model import Conan, ConanConfig
 
 CONFIG = ConanConfig(vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=40,
                      block_size=512)
-MASKS = {"causal": CAUSAL, "full": FULL, "soft-row": MaskSpec(0.3), "soft-col": MaskSpec(0.3, "col"),
-         "nearly-full": MaskSpec(0.9), "logits": MaskSpec(0.3, apply="logits"),
-         "logits-0": MaskSpec(0.0, apply="logits")}
+MASKS = {"causal": CAUSAL, "full": FULL, "soft-row": MaskSpec(0.3),
+         "soft-col": MaskSpec(0.3, "col"), "nearly-full": MaskSpec(0.9),
+         "logits": MaskSpec(0.3, apply="logits"), "logits-0": MaskSpec(0.0, apply="logits")}
 
 
 def tiny(ops=None, **changes):

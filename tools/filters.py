@@ -214,7 +214,7 @@ def mteb_rows(name):
     Of retrieval the queries only, as of a collection. Raises ValueError for an unknown name,
     ImportError without mteb.
     """
-    from eval import mteb_tasks
+    from engine.mteb_bridge import mteb_tasks
     for task in tqdm(mteb_tasks(name)[0], desc=name, unit="task", disable=None):
         task.load_data()
         yield from _held_out(task.dataset, set(task.metadata.eval_splits))

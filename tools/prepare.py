@@ -183,6 +183,8 @@ SETS = {
                          config="v2.1"),
     "nq": PublicSet("sentence-transformers/natural-questions", "pairs", from_pair,
                     "CC BY-SA 3.0", "100k rows, 44 MB", FIND),
+    "triviaqa": PublicSet("sentence-transformers/trivia-qa", "pairs", from_pair,
+                          "not stated: research", "73k rows, 30 MB", FIND, config="pair"),
     "hotpotqa": PublicSet("hotpotqa/hotpot_qa", "retrieval", from_hotpotqa, "CC BY-SA 4.0",
                           "90k rows, 0.3 GB", "Find the passages that together answer the question",
                           config="distractor"),
@@ -246,12 +248,16 @@ SETS |= {name: PublicSet(f"mteb/{hub}", "labels", from_labels, licence, size, co
              ("imdb", "imdb", "not stated", "25k rows, 2 labels", None),
              ("toxic", "toxic_conversations_50k", "CC BY 4.0", "50k rows, 2 labels", None),
              ("tweets", "tweet_sentiment_extraction", "CC BY 4.0", "27k rows, 3 labels", None),
+             ("amazon_counterfactual", "amazon_counterfactual", "CC BY 4.0",
+              "4k rows, 2 labels: de en ja", "{lang}"),
              ("massive_intent", "amazon_massive_intent", "Apache 2.0",
               "11.5k rows, 60 intents, 51 languages", "{lang}"),
              ("massive_scenario", "amazon_massive_scenario", "Apache 2.0",
               "11.5k rows, 18 scenarios, 51 languages", "{lang}"),
-             ("mtop_intent", "mtop_intent", "not stated", "16k rows, 113 intents", "{lang}"),
-             ("mtop_domain", "mtop_domain", "not stated", "16k rows, 11 domains", "{lang}"))}
+             ("mtop_intent", "MTOPIntentClassification", "not stated", "16k rows, 113 intents",
+              "{lang}"),
+             ("mtop_domain", "MTOPDomainClassification", "not stated", "16k rows, 11 domains",
+              "{lang}"))}
 
 
 class Stream:

@@ -73,10 +73,15 @@ class Builder:
             self.files[kind].append({"query": query, "pos": [passage[:MAX_CHARS]], **rest})
 
     def bitext(self, left, right, lang_l, lang_r):
-        """Take a pair of translations, asked in a direction drawn by chance; no instruction."""
+        """Take a pair of translations, asked in a direction drawn by chance; no instruction.
+
+        PAPER abstract: pretraining reads multilingual pairs. So a pair is a document as well.
+        """
         if self.rng.random() < 0.5:
             left, right, lang_l, lang_r = right, left, lang_r, lang_l
         self.add("pairs", left, right, prompt="", lang_q=lang_l, lang_p=lang_r)
+        if lang_l != lang_r:
+            self.files["text"].append({"text": f"{left}\n{right}"})
 
     def crop(self, text, lang):
         """Take a sentence of a passage and what is left of it: the pair that any text gives."""

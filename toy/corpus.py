@@ -39,7 +39,7 @@ PACKAGES = ("torch", "numpy", "sympy", "mpmath", "networkx", "jinja2", "markupsa
             "pytest", "_pytest", "pluggy", "packaging", "pygments")
 SKIP_PARTS = {"test", "tests", "testing", "_vendor", "__pycache__", "site-packages", "idlelib",
               "lib2to3", "ensurepip", "turtledemo", "benchmarks"}
-VERSION = 5                       # raise it when the files below change: old ones are rebuilt
+VERSION = 6                       # raise it when the files below change: old ones are rebuilt
 DEV_SIZE = TEST_SIZE = 1000       # documents of the dev and the test collection
 SUPERVISED_SIZE = 3000            # pairs of stage 4: few enough to come back while DHNM watches
 MAX_BODY_CHARS = 4000
@@ -237,7 +237,7 @@ def _share(name):
 
 
 def make_splits(entries):
-    """Split entries into {"train" | "dev" | "test": [row]}; row = {name, text, summary, body}.
+    """Split entries into {"train" | "dev" | "test": [row]}; row: name, text, summary, body, keys.
 
     Dev and test hold the `DEV_SIZE` and `TEST_SIZE` pairs with the smallest hashes of their names,
     without equal summaries. A training row that repeats any of their texts is left out.
@@ -245,17 +245,17 @@ def make_splits(entries):
     pairs, rest = [], []
     for name, text in entries:
         summary, body = split_summary(text)
-        row = {"name": name, "text": text, "summary": summary, "body": body}
-        good = 15 <= len(summary) <= 300 and len(body) >= 40
-        (pairs if good else rest).append(row)
-    times = Counter(key_of(row["summary"]) for row in pairs)
+        row = {"name": name, "text": text, "summary": summary, "body": body,
+               "keys": [key_of(part) for part in (summary, body, text)]}
+        (pairs if is_pair(row) else rest).append(row)
+    times = Counter(row["keys"][0] for row in pairs)
     pairs.sort(key=lambda row: _share(row["name"]))
-    single = [row for row in pairs if times[key_of(row["summary"])] == 1]
+    single = [row for row in pairs if times[row["keys"][0]] == 1]
     dev, test = single[:DEV_SIZE], single[DEV_SIZE:DEV_SIZE + TEST_SIZE]
     held_out = {row["name"] for row in dev + test}
-    seen = {key_of(row[part]) for row in dev + test for part in ("summary", "body", "text")}
-    train = [row for row in pairs + rest if row["name"] not in held_out and
-             not {key_of(row["summary"]), key_of(row["body"]), key_of(row["text"])} & seen]
+    seen = {key for row in dev + test for key in row["keys"]}
+    train = [row for row in pairs + rest
+             if row["name"] not in held_out and not seen.intersection(row["keys"])]
     return {"train": sorted(train, key=lambda row: row["name"]), "dev": dev, "test": test}
 
 
@@ -310,11 +310,21 @@ def sts_rows(rows, n=6000, seed=0):
                    "score": round(relatedness(a["name"], b["name"]), 4)}
 
 
+def labelled_rows(rows, least=16):
+    """Yield {text, label, split} of labels with enough rows; every second row is "train"."""
+    count, seen = Counter(label_of(row["name"]) for row in rows), Counter()
+    for row in rows:
+        label = label_of(row["name"])
+        if count[label] >= least:
+            seen[label] += 1
+            yield {"text": row["text"][:400], "label": label,
+                   "split": "train" if seen[label] % 2 else "test"}
+
+
 def held_out_keys(splits):
     """Return the keys of all texts of dev and test, and of their sentences."""
     rows = splits["dev"] + splits["test"]
-    texts = [row[part] for row in rows for part in ("summary", "body", "text")]
-    return {key_of(text) for text in texts} | {
+    return {key for row in rows for key in row["keys"]} | {
         key_of(sentence) for row in rows for sentence in sentences_of(row["text"])}
 
 
@@ -348,13 +358,14 @@ def build(out):
     output, name}, pairs/sentences.jsonl, names.jsonl, parameters.jsonl {query, pos, name};
     retrieval.jsonl {query, pos}, classification.jsonl {query, pos, neg}, sts.jsonl {sentence1,
     sentence2, score}; dev/ and test/ {corpus, queries, qrels}; search/corpus.jsonl with everything,
-    for `embed.py --query`; labelled_test.jsonl {text, label}. The manifest is written last.
+    for `embed.py --query`; sts_test.jsonl and labels_test.jsonl {text, label, split} of test
+    documents. The manifest is written last.
     """
     out = Path(out)
     (out / "manifest.json").unlink(missing_ok=True)
     entries = read_all()
     splits = make_splits(entries)
-    train, held = splits["train"], splits["test"] + splits["dev"]
+    train = splits["train"]
     pairs, banned = [row for row in train if is_pair(row)], held_out_keys(splits)
     write_jsonl(out / "text.jsonl", ({"text": row["text"]} for row in train))
     write_jsonl(out / "text_dev.jsonl", ({"text": row["text"]} for row in splits["dev"]))
@@ -368,8 +379,9 @@ def build(out):
                                            "id": row["name"]} for row in supervised))
     write_jsonl(out / "classification.jsonl", classification_rows(train))
     write_jsonl(out / "sts.jsonl", sts_rows(pairs))
-    write_jsonl(out / "labelled_test.jsonl", ({"text": row["text"][:400],
-                                               "label": label_of(row["name"])} for row in held))
+    test = sorted(splits["test"], key=lambda row: row["name"])
+    write_jsonl(out / "sts_test.jsonl", sts_rows(test, n=1000))
+    write_jsonl(out / "labels_test.jsonl", labelled_rows(test))
     for split in ("dev", "test"):
         write_collection(out / split, splits[split])
     write_jsonl(out / "search" / "corpus.jsonl",

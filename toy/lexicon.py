@@ -10,7 +10,6 @@ stands for all. Word order follows the language in three rules; `Phrasing` adds 
 around and onto the words. Offline, it gives stage 1 text in many languages and stage 4 its CLR rows
 (PAPER Sec. 3.3; DEVIATES from the paper's LLM, which translates).
 """
-import random
 import re
 from pathlib import Path
 

@@ -9,15 +9,18 @@ yields {"query", "pos", "name"}. `banned` holds the keys (`key_of`) of held-out 
 sentences: no query and no passage is one of them.
 """
 import random
+import re
 
 import regex
 
 MAX_CHARS = 2000                   # of a passage: more than any passage_len here reads
 SENTENCES = 2                      # sentences of a document that become queries, at most
+GAP, ASCII_GAP = regex.compile(r"[^\p{L}\p{M}\p{N}_]+"), re.compile(r"[^A-Za-z0-9_]+")
 SENTENCE = regex.compile(r"(?<=[.!?])\s+(?=[A-Z`\"])|\n\s*\n")
 PROSE = regex.compile(r"[A-Z`][\w\s,;:'`\"()/.*=<>+-]{38,240}[.!?:]", regex.DOTALL)
 WORD = regex.compile(r"\p{Lu}+(?!\p{Ll})|\p{Lu}?\p{Ll}+|\d+")      # HTTP|Server, read|csv
-NUMPY = regex.compile(r"^Parameters\n-{3,}\n(.*?)(?=^\S[^\n]*\n-{3,}$|\Z)", regex.M | regex.DOTALL)
+NUMPY = regex.compile(r"^Parameters\n[-=]{3,}\n(.*?)(?=^\S[^\n]*\n[-=]{3,}$|\Z)",
+                      regex.M | regex.DOTALL)
 NUMPY_ITEM = regex.compile(r"^\*{0,2}(\w+)(?: ?:.*)?\n((?:[ \t]+\S.*(?:\n|\Z))+)", regex.M)
 GOOGLE = regex.compile(r"^(?:Args|Arguments|Parameters):\n((?:[ \t]+\S.*(?:\n|\Z)|\n)+)", regex.M)
 GOOGLE_ITEM = regex.compile(r"^([ \t]+)\*{0,2}(\w+)(?: ?\([^\n]*?\))?: (.*(?:\n\1[ \t]+\S.*)*)",
@@ -26,7 +29,8 @@ GOOGLE_ITEM = regex.compile(r"^([ \t]+)\*{0,2}(\w+)(?: ?\([^\n]*?\))?: (.*(?:\n\
 
 def key_of(text):
     """Return a text without case, spacing and punctuation: equal keys say the same."""
-    return regex.sub(r"[^\p{L}\p{M}\p{N}_]+", " ", text).strip().lower()
+    gaps = ASCII_GAP if text.isascii() else GAP        # the former is faster
+    return gaps.sub(" ", text).strip().lower()
 
 
 def sentences_of(text):
@@ -56,8 +60,9 @@ def sentence_rows(rows, banned, seed=0):
     """
     rng = random.Random(seed)
     for row in rows:
-        good = [s for s in sentences_of(row["text"])
-                if key_of(s) not in banned and key_of(s) != key_of(row["summary"])]
+        summary = key_of(row["summary"])
+        good = [sentence for sentence in sentences_of(row["text"])
+                if (key := key_of(sentence)) != summary and key not in banned]
         for sentence in rng.sample(good, min(SENTENCES, len(good))):
             rest = row["text"].replace(sentence, "", 1).strip()[:MAX_CHARS]
             if len(rest) >= 60 and key_of(rest) not in banned:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import train
-from engine import budget
+from engine import budget, kernels
 from model import Conan, ConanConfig
 
 FULL = ConanConfig()                       # PAPER Sec. 4.2
@@ -60,7 +60,7 @@ def test_flops_are_those_that_torch_counts():
 
 def kept(checkpointing, texts, length=320):
     """Return the bytes that autograd keeps of a forward pass, parameters apart."""
-    model = Conan(TINY).init_weights()
+    model = Conan(TINY, ops=kernels.pick("cpu")).init_weights()
     model.checkpointing = checkpointing
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages, alive = {}, []
@@ -93,7 +93,7 @@ def test_a_dry_run_prints_and_allocates_nothing(capsys, monkeypatch, tmp_path):
     train.main([str(config), "--dry_run", f"--out={tmp_path / 'x'}"])
     shown = capsys.readouterr().out
     assert "1,499,205,120 parameters (1,499.2M)" in shown and "128 texts" in shown
-    assert f"{64 * (512 + 32_768):,} tokens" in shown
+    assert f"{64 * (32_768 + 32_768):,} tokens" in shown
     rows = [line.split() for line in shown.splitlines() if line.startswith(budget.MODES)]
     assert [(r[0], r[1]) for r in rows] == [(m, str(w)) for m in budget.MODES
                                             for w in budget.WORLDS]

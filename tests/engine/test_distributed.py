@@ -12,31 +12,21 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from engine import distributed
 from engine.distributed import World
-from losses import cached_backward, cosent_loss, gather_with_grad, info_nce, matryoshka
+from engine.microbatch import two_pass
+from losses import cosent_loss, gather_with_grad, info_nce, matryoshka
 from mask import FULL, MaskSpec
-from model import Conan, ConanConfig
-from ranks import free_port
+from ranks import on_ranks, tiny_model
 
 RANKS, B, N = 2, 8, 2              # processes, queries on all of them, hard negatives of each
-CASES = ("hard negatives", "false negatives", "matryoshka", "in-batch only", "soft mask", "cosent")
+CASES = ("hard negatives", "false negatives", "known positives", "matryoshka", "in-batch only", "soft mask", "cosent")
 
 
 # ---------------------------------------------------------------- one step, on any number of ranks
-
-def tiny_model():
-    model = Conan(ConanConfig(vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32,
-                              ffn_dim=48, block_size=32))
-    generator = torch.Generator().manual_seed(7)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2, mean=1.0 if p.dim() == 1 else 0.0, generator=generator)
-    return model
-
 
 def share(case, rows):
     """Return (texts, loss function) of a share of the batch; `rows` are its queries."""
@@ -56,19 +46,24 @@ def share(case, rows):
         negative_ids[0, 1], negative_ids[7, 0], negative_ids[2, 0] = 17, 10, -1
         ids = {"query_ids": query_ids[rows], "positive_ids": positive_ids[rows],
                "negative_ids": negative_ids[rows]}
+    if case == "known positives":      # of one rank's queries, drawn or hard negatives on another
+        known = torch.full((B, 2), -1)
+        known[0, 1], known[5, 0], known[6, 1] = 15, 12, 20
+        ids = {"known_ids": known[rows], "positive_ids": torch.arange(10, 10 + B)[rows],
+               "negative_ids": torch.arange(20, 20 + B * N).view(B, N)[rows]}
     if case == "cosent":               # rank 0 alone has no order, and rank 1 hardly any
         score = torch.tensor([2.0, 2, 2, 2, 0, 5, 2, 5])[rows]
 
         def loss_fn(x):
             a, b = F.normalize(x).chunk(2)
-            return cosent_loss((a * b).sum(1), score, temperature=0.1), torch.zeros(b.shape[0], 0)
+            return cosent_loss((a * b).sum(1), score, temperature=0.1), x.new_zeros(len(a), 0)
         return chosen[:2 * len(rows)], loss_fn
 
     def loss_fn(x):
         query, positive, rest = x.split([b, b, b * n])
         nce = partial(info_nce, temperature=0.1, **ids)
         dims = [8, 32] if case == "matryoshka" else [32]
-        return matryoshka(nce, (query, positive, rest.view(b, n, -1) if n else None), dims)
+        return matryoshka(nce, (query, positive, rest.view(b, n, x.shape[1])), dims)
     return chosen, loss_fn
 
 
@@ -78,7 +73,7 @@ def step(model, case, rows, micro, no_sync=None):
     chunks = [texts[i:i + micro] for i in range(0, len(texts), micro)]
     mask = MaskSpec(0.4) if case == "soft mask" else FULL
     model.zero_grad()
-    out = cached_backward(lambda c: model(torch.cat(c), [len(t) for t in c], mask), chunks,
+    out = two_pass(lambda c: model(torch.cat(c), [len(t) for t in c], mask), chunks,
                           loss_fn, *([no_sync] if no_sync else []))
     return {"loss": float(out[0]), "scores": out[1],
             "grads": {name.removeprefix("module."): p.grad.clone()
@@ -87,13 +82,10 @@ def step(model, case, rows, micro, no_sync=None):
 
 # ---------------------------------------------------------------- what each of the processes does
 
-def worker(rank, folder, port):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), OMP_NUM_THREADS="1",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    found = work(distributed.start("cpu"), folder)
+def worker(world, folder):
+    parts = work(world, folder)
     distributed.stop()
-    torch.save(found | {"threads": threads()}, f"{folder}/rank{rank}.pt")
+    torch.save(parts | {"threads": threads()}, f"{folder}/rank{world.rank}.pt")
 
 
 def threads():
@@ -112,7 +104,7 @@ def work(world, folder):
         syncs.append(bucket.is_last())
         return allreduce_hook(None, bucket)
 
-    model = distributed.parallelize(tiny_model(), world)
+    model = distributed.parallelize(tiny_model(std=0.2), world)
     model.register_comm_hook(None, count)
     optimizer = torch.optim.AdamW(model.parameters())          # imports what held the group
     rows = list(range(rank * B // RANKS, (rank + 1) * B // RANKS))
@@ -142,7 +134,6 @@ def world_calls(world, folder):
         "is": (world.rank, world.size, str(world.device), world.is_main),
         "mean": world.mean({"a": rank + 1, "b": 10.0 * rank, "c": True}),
         "nan": world.mean({"a": float("nan") if rank else 1.0}),
-        "any": [world.any(False), world.any(rank == 1), world.any(True)],
         "ints": world.gather(torch.arange(3) + 10 * rank),
         "floats": world.gather(torch.full((1, 2), rank + 0.5)),
         "strided": world.gather(torch.arange(6).view(2, 3).T + 10 * rank),
@@ -166,7 +157,7 @@ def gather_calls(rank):
 def found(tmp_path_factory):
     """Run the two processes; return what each of them has found."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (str(folder), free_port()), nprocs=RANKS)
+    on_ranks(RANKS, worker, str(folder))
     return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(RANKS)]
 
 
@@ -175,7 +166,7 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("micro", [100, 5], ids=["one pass", "two passes"])
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_give_the_gradient_of_one_big_batch(found, case, micro):
-    want = step(tiny_model(), case, list(range(B)), micro=100)
+    want = step(tiny_model(std=0.2), case, list(range(B)), micro=100)
     ranks = [f[case, micro] for f in found]
     assert sum(r["loss"] for r in ranks) / RANKS == pytest.approx(want["loss"], rel=1e-6)
     assert torch.allclose(torch.cat([r["scores"] for r in ranks]), want["scores"], atol=1e-6)
@@ -188,10 +179,10 @@ def test_two_ranks_give_the_gradient_of_one_big_batch(found, case, micro):
 
 def test_the_cases_are_different(found):
     """Else the test above would hold for a loss that ignores negatives, ids, dims or mask."""
-    losses = [round(step(tiny_model(), case, list(range(B)), 100)["loss"], 4) for case in CASES]
+    losses = [round(step(tiny_model(std=0.2), case, list(range(B)), 100)["loss"], 4) for case in CASES]
     assert len(set(losses)) == len(CASES)
     # and half the batch is not the whole one
-    assert abs(step(tiny_model(), CASES[0], [0, 1, 2, 3], 100)["loss"] - losses[0]) > 0.05
+    assert abs(step(tiny_model(std=0.2), CASES[0], [0, 1, 2, 3], 100)["loss"] - losses[0]) > 0.05
 
 
 @pytest.mark.parametrize("micro", [100, 5], ids=["one pass", "two passes"])
@@ -227,7 +218,6 @@ def test_what_ranks_tell_each_other(found):
         assert world["is"] == (rank, 2, "cpu", rank == 0)
         assert world["mean"] == {"a": 1.5, "b": 5.0, "c": 1.0}
         assert np.isnan(world["nan"]["a"])
-        assert world["any"] == [False, True, True]
         assert world["ints"].tolist() == [0, 1, 2, 10, 11, 12]
         assert world["floats"].tolist() == [[0.5, 0.5], [1.5, 1.5]]
         assert world["strided"].tolist() == [[0, 3], [1, 4], [2, 5], [10, 13], [11, 14], [12, 15]]
@@ -237,10 +227,10 @@ def test_what_ranks_tell_each_other(found):
 
 def test_one_process_needs_nobody():
     world = World(0, 1, torch.device("cpu"))
-    tensor, model = torch.arange(3), tiny_model()
+    tensor, model = torch.arange(3), tiny_model(std=0.2)
     assert world.is_main and world.mean({"a": 2}) == {"a": 2}
     assert world.gather(tensor) is tensor and world.gather_objects("x") == ["x"]
-    assert world.any(True) and not world.any(False) and world.barrier() is None
+    assert world.barrier() is None
     assert world.main_first(lambda: 5) == 5
     assert distributed.parallelize(model, world) is model
 
@@ -296,7 +286,7 @@ def test_fast_bf16_on_a_cpu(monkeypatch, flags, fast):
     assert distributed.has_fast_bf16("cpu") is fast
 
 
-def test_random_numbers_go_on_where_they_were(tmp_path):
+def test_random_numbers_continue_where_they_were(tmp_path):
     world = World(0, 1, torch.device("cpu"))
 
     def draw():

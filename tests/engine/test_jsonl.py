@@ -148,6 +148,8 @@ def test_a_broken_file_is_named_and_leaves_no_half_of_an_index(tmp_path, name):
     if "unpacked" in reason:
         with pytest.raises(ValueError, match=rf"{name}:\d+: (cannot be read to the end|not JSON)"):
             list(read_jsonl(path))
+        with pytest.raises(ValueError, match=rf"{name}:\d+: (cannot be read to the end|not JSON)"):
+            read_texts(path)
 
 
 def test_paths_that_are_no_files(tmp_path):

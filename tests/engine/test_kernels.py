@@ -1,4 +1,4 @@
-"""The fast operations against the plain ones of model.py, forward and backward; then their parts."""
+"""The fast operations against the plain ones of model.py, forward and backward; their parts."""
 
 import pytest
 import torch

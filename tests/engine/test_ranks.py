@@ -8,43 +8,34 @@ import torch
 
 import train
 from engine import checkpoint
-from ranks import arguments, on_ranks, run, write_rows
+from ranks import arguments, on_ranks, run, step_loss_replaced
 
 SIZES, EACH = (1, 2, 3, 4), 3                      # steps between two moves
 STEPS = EACH * len(SIZES)
 ORDERS = list(itertools.permutations(SIZES))
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def watched(world, argv, stop_at, seen):
     """Train up to `stop_at`, where the run falls over; note whose examples each rank gets."""
-    real = train.stage_loss
-
-    def noted(model, batch, cfg, step, no_sync):
+    def noted(real, model, batch, cfg, step, *no_sync):
         if step == stop_at:
             raise KeyboardInterrupt
         (seen / f"{step}_{world.rank}.json").write_text(json.dumps(
             [batch.task, *batch.rows.tolist()]))
-        return real(model, batch, cfg, step, no_sync)
-    train.stage_loss = noted
-    try:
-        run(world, argv)
-    except KeyboardInterrupt:
-        assert stop_at < STEPS
-    finally:
-        train.stage_loss = real
+        return real(model, batch, cfg, step, *no_sync)
+    with step_loss_replaced(noted):
+        try:
+            run(world, argv)
+        except KeyboardInterrupt:
+            assert stop_at < STEPS
 
 
-def travel(folder, files, stage, sizes, modes=("ddp",)):
+def travel(folder, rows, stage, sizes, modes=("ddp",)):
     """Train a stage on one number of ranks after the other; return (examples, losses) by step."""
     seen = folder / "seen"
     seen.mkdir(parents=True)
     for i, size in enumerate(sizes):
-        argv = arguments(files, stage, folder / "out", f"--steps={STEPS}", f"--save_every={EACH}",
+        argv = arguments(rows, stage, folder / "out", f"--steps={STEPS}", f"--save_every={EACH}",
                          f"--parallel={modes[i % len(modes)]}")
         stop_at = STEPS // len(sizes) * (i + 1)
         on_ranks(size, watched, argv, stop_at, seen)
@@ -60,13 +51,13 @@ def travel(folder, files, stage, sizes, modes=("ddp",)):
 
 
 @pytest.fixture(scope="module")
-def alone(files, tmp_path_factory):
+def alone(rows, tmp_path_factory):
     """Return what a stage does on one rank that nobody disturbs."""
     found = {}
 
     def of(stage):
         if stage not in found:
-            found[stage] = travel(tmp_path_factory.mktemp("alone"), files, stage, [1])
+            found[stage] = travel(tmp_path_factory.mktemp("alone"), rows, stage, [1])
         return found[stage]
     return of
 
@@ -79,21 +70,21 @@ def assert_same(found, alone, record, name):
     assert worst < 1e-6, (losses - right).tolist()
 
 
-def test_a_run_moves_between_numbers_of_ranks_and_modes(files, alone, tmp_path, record):
-    found = travel(tmp_path, files, "embed_sup", (1, 3, 2, 4), ("ddp", "zero1", "fsdp", "ddp"))
+def test_a_run_moves_between_numbers_of_ranks_and_modes(rows, alone, tmp_path, record):
+    found = travel(tmp_path, rows, "embed_sup", (1, 3, 2, 4), ("ddp", "zero1", "fsdp", "ddp"))
     assert_same(found, alone("embed_sup"), record, "1, 3, 2, 4 ranks, changing modes")
-    assert {task for task, *_ in found[0]} == {"retrieval", "sts"}
+    assert {task for task, *_ in found[0]} == {"retrieval", "classification", "sts"}
     assert len(set(alone("embed_sup")[1].tolist())) == STEPS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "zero1", "fsdp"])
 @pytest.mark.parametrize("stage", train.STAGES)
-def test_numbers_of_ranks_in_any_order(files, alone, tmp_path, record, stage, mode):
+def test_numbers_of_ranks_in_any_order(rows, alone, tmp_path, record, stage, mode):
     """Each mode and stage in two of the 24 orders, so that all 24 are there."""
     first = 2 * (3 * train.STAGES.index(stage) + ["ddp", "zero1", "fsdp"].index(mode))
     for sizes in ORDERS[first:first + 2]:
-        found = travel(tmp_path / "_".join(map(str, sizes)), files, stage, sizes, (mode,))
+        found = travel(tmp_path / "_".join(map(str, sizes)), rows, stage, sizes, (mode,))
         assert_same(found, alone(stage), record, f"{stage}, {mode}, {sizes}")
 
 
@@ -101,26 +92,26 @@ def test_numbers_of_ranks_in_any_order(files, alone, tmp_path, record, stage, mo
 
 def poisoned(world, argv, losses, gradients, folder):
     """Train with a loss, and a gradient, that are NaN in some steps, on rank 1 alone."""
-    real, seen = train.stage_loss, []
+    seen, end = [], ""
 
-    def bad(model, batch, cfg, step, no_sync):
+    def bad(real, model, batch, cfg, step, *no_sync):
         weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
         seen.append(hashlib.sha256(weights).hexdigest())
-        loss, *rest = real(model, batch, cfg, step, no_sync)
+        loss, scores = real(model, batch, cfg, step, *no_sync)
         if world.rank == 1 and step in gradients:              # after the ranks have summed it
             next(model.parameters()).grad.view(-1)[3] = float("nan")
-        return (loss * float("nan") if world.rank == 1 and step in losses else loss, *rest)
-    train.stage_loss, end = bad, ""
-    try:
-        run(world, argv)
-    except FloatingPointError as error:
-        end = str(error)
+        return (loss * float("nan") if world.rank == 1 and step in losses else loss), scores
+    with step_loss_replaced(bad):
+        try:
+            run(world, argv)
+        except FloatingPointError as error:
+            end = str(error)
     (folder / f"{world.rank}.json").write_text(json.dumps([seen, end]))
 
 
 @pytest.mark.parametrize("mode", ["ddp", "zero1"])
-def test_nan_on_one_rank_skips_the_step_on_all(files, tmp_path, mode):
-    argv = arguments(files, "embed_sup", tmp_path / "out", "--steps=20", f"--parallel={mode}")
+def test_nan_on_one_rank_skips_the_step_on_all(rows, tmp_path, mode):
+    argv = arguments(rows, "embed_sup", tmp_path / "out", "--steps=20", f"--parallel={mode}")
     on_ranks(2, poisoned, argv, {2, *range(7, 20)}, {4}, tmp_path)
     (here, end), (there, other) = (json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1))
     assert here == there and len(here) == 17                   # weights at the start of each step

@@ -1,6 +1,6 @@
-"""Public sets: every converter on a row of the set's true schema, runs that stop and go on.
+"""Public sets: every converter on a row of the set's true schema, runs that fail, a stand-in hub.
 
-The last part runs `prepare.py` against tests/hub.py, laid out as the hub has these sets.
+The last part runs `tools.prepare` against tests/tools/hub.py, laid out as the hub has these sets.
 """
 import builtins
 import gzip
@@ -17,8 +17,9 @@ from types import SimpleNamespace
 import hub
 import pytest
 
+from data import PARSERS
+from engine.jsonl import read_jsonl
 from tools import prepare
-from data import PARSERS, read_jsonl
 from tools.prepare import SETS, PrepareConfig, Stream, convert
 
 PASSAGES = [{"docid": "1#0", "title": "Field", "text": "A field is a set."},
@@ -43,31 +44,33 @@ ROWS = {
         [{"query": "what is rba", "pos": ["b"], "neg": ["a", "c"]}]),
     "nq": ({"query": "when did it start", "answer": "It started in 1999."},
            [{"query": "when did it start", "pos": ["It started in 1999."]}]),
+    "triviaqa": ({"query": "who wrote it", "answer": "A novel by X."},
+                 [{"query": "who wrote it", "pos": ["A novel by X."]}]),
     "hotpotqa": (
         {"id": "5a7a", "question": "Which came first?", "answer": "Arthur's", "type": "comparison",
          "level": "medium", "supporting_facts": {"title": ["A", "B"], "sent_id": [0, 0]},
          "context": {"title": ["X", "A", "B"], "sentences": [["x."], ["a.", " b."], ["c."]]}},
-        [{"query": "Which came first?", "pos": ["A\na. b.", "B\nc."], "neg": ["X\nx."]}]),
+        [{"query": "Which came first?", "pos": ["A a. b.", "B c."], "neg": ["X x."]}]),
     "fever": ({"query": "Nikolaj worked with Fox.", "positive": ["He was in Fox's New Amsterdam."],
                "negative": ["Cows.", "Grass."]},
               [{"query": "Nikolaj worked with Fox.", "pos": ["He was in Fox's New Amsterdam."],
                 "neg": ["Cows.", "Grass."]}]),
     "squad": ({"id": "5733", "title": "Notre_Dame", "context": "A school in Indiana.",
                "question": "Where is it?", "answers": {"text": ["Indiana"], "answer_start": [12]}},
-              [{"query": "Where is it?", "pos": ["Notre Dame\nA school in Indiana."]}]),
+              [{"query": "Where is it?", "pos": ["Notre Dame A school in Indiana."]}]),
     "dureader": ({"query_id": "q1", "query": "什么是域",
                   "positive_passages": [{"docid": "1", "text": "域是一个集合"}],
                   "negative_passages": [{"docid": "2", "text": "牛在草地上"}]},
                  [{"query": "什么是域", "pos": ["域是一个集合"], "neg": ["牛在草地上"]}]),
-    "t2ranking": ({"query": "什么是域", "pos": ["域是一个集合"], "neg": ["牛"], "pos_scores": [90.7],
-                   "neg_scores": [80.1], "prompt": "theirs"},
+    "t2ranking": ({"query": "什么是域", "pos": ["域是一个集合"], "neg": ["牛"],
+                   "pos_scores": [90.7], "neg_scores": [80.1], "prompt": "theirs"},
                   [{"query": "什么是域", "pos": ["域是一个集合"], "neg": ["牛"]}]),
     "miracl": (TRIPLET, [{"query": "what is a field", "pos": ["A field is a set."],
                           "neg": ["Cows."]}]),
     "mrtydi": ({"query_id": "1", "query": "what is a field", "positive_passages": PASSAGES,
                 "negative_passages": NEGATIVES},
-               [{"query": "what is a field", "neg": ["Meadow\nCows stand there."],
-                 "pos": ["Field\nA field is a set.", "A ring has two operations."]}]),
+               [{"query": "what is a field", "neg": ["Meadow Cows stand there."],
+                 "pos": ["Field A field is a set.", "A ring has two operations."]}]),
     "stsb": ({"sentence1": "A man plays.", "sentence2": "A man is playing.", "score": 0.76},
              [{"sentence1": "A man plays.", "sentence2": "A man is playing.", "score": 0.76}]),
     "afqmc": ({"sentence1": "花呗分期", "sentence2": "花呗怎么分期", "score": 1, "idx": 0},
@@ -83,12 +86,20 @@ ROWS = {
     "amazon_reviews": ({"text": "Broke after a day", "label": 0},
                        [{"query": "Broke after a day", "pos": ["1 star"],
                          "neg": ["2 stars", "3 stars", "4 stars", "5 stars"]}]),
-    "cc_news": (NEWS, [{"text": "Rain in May\nIt rained for a week."}]),
+    "cc_news": (NEWS, [{"text": "Rain in May It rained for a week."}]),
     "cc_news_pairs": (NEWS, [{"query": "Rain in May", "pos": ["It rained for a week."]}]),
-    "wikipedia": (PAGE, [{"text": "Anarchism\nA political philosophy."}]),
+    "wikipedia": (PAGE, [{"text": "Anarchism A political philosophy."}]),
+    "wikipedia_pairs": (PAGE, [{"query": "Anarchism", "pos": ["A political philosophy."]}]),
     "mc4": ({"text": "Some page.", "timestamp": "2018-12-10T05:06:03Z", "url": "https://y"},
             [{"text": "Some page."}]),
 }
+for year in (12, 13, 14, 15, 16, 22):
+    ROWS[f"sts{year}"] = ({"sentence1": "a b", "sentence2": "c d", "score": 3.8},
+                          [{"sentence1": "a b", "sentence2": "c d", "score": 3.8}])
+for name in ("banking77", "emotion", "imdb", "toxic", "tweets", "amazon_counterfactual",
+             "massive_intent", "massive_scenario", "mtop_intent", "mtop_domain"):
+    ROWS[name] = ({"text": "wake me at nine", "label": 4, "label_text": "alarm_set"},
+                  [{"text": "wake me at nine", "label": "alarm_set"}])
 
 
 def expected(name):
@@ -107,22 +118,16 @@ class FakeStream:
     """A hub with `rows`, that breaks once row `breaks_at` is reached."""
 
     def __init__(self, rows, breaks_at=None):
-        self.all, self.breaks_at, self.opened = rows, breaks_at, []
+        self.rows, self.breaks_at = rows, breaks_at
 
-    def __call__(self, entry, lang, local=(), state=None):
-        self.at = state or 0
-        self.opened.append(self.at)
+    def __call__(self, entry, lang, local=()):
         return self
 
     def __iter__(self):
-        while self.at < len(self.all):
-            if self.at == self.breaks_at:
+        for number, row in enumerate(self.rows):
+            if number == self.breaks_at:
                 raise ConnectionError("the hub is gone")
-            self.at += 1
-            yield self.all[self.at - 1]
-
-    def state(self):
-        return self.at
+            yield row
 
 
 # ---------------------------------------------------------------- converters
@@ -135,7 +140,7 @@ def test_every_set_has_a_row_here():
 def test_a_row_becomes_what_train_reads(name):
     made, unusable = convert(SETS[name], ROWS[name][0], 0)
     assert made == expected(name) and unusable == 0
-    if SETS[name].kind != "queries":
+    if SETS[name].kind in PARSERS:
         for row in made:
             PARSERS[SETS[name].kind](row)
 
@@ -160,6 +165,15 @@ def test_a_row_without_a_positive_is_counted_not_written():
     assert convert(SETS["msmarco"], row, 0) == ([], 1)
     assert convert(SETS["stsb"], ROWS["stsb"][0] | {"sentence2": " "}, 0) == ([], 1)
     assert convert(SETS["nq"], {"query": "q", "answer": None}, 0) == ([], 1)
+    assert convert(SETS["imdb"], {"text": " ", "label_text": "pos"}, 0) == ([], 1)
+
+
+@pytest.mark.parametrize("name, keys", [("fever", ("positive", "negative")),
+                                        ("t2ranking", ("pos", "neg"))])
+def test_a_single_passage_may_be_a_string(name, keys):
+    row = {"query": "q", keys[0]: "A field is a set.", keys[1]: "Cows."}
+    rows, _ = convert(SETS[name], row, 0)
+    assert (rows[0]["pos"], rows[0]["neg"]) == (["A field is a set."], ["Cows."])
 
 
 def test_all_numbered_negatives_are_taken_and_a_positive_is_none_of_them():
@@ -191,41 +205,15 @@ def test_a_run_writes_data_and_report(tmp_path, monkeypatch, capsys):
     assert "already" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("breaks_at", [0, 9, 10, 25, 29])
-@pytest.mark.parametrize("tear", [b"", b'{"query": "questio', b"\xff\n\n"])
-def test_a_stopped_run_goes_on_to_the_same_file(tmp_path, monkeypatch, breaks_at, tear):
-    monkeypatch.setattr(prepare, "SAVE_EVERY", 10)
-    bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "this is question 4"}, {"text": "Answer 4"},
-                                               {"text": "the answer 26"}])
-    whole = [*questions(30)]
-    whole[26] = {"query": "The ANSWER, 26", "answer": "something else"}
-    monkeypatch.setattr(prepare, "Stream", FakeStream(whole))
-    clean = prepare.prepare(config(tmp_path / "clean", decontaminate=(bad,)))
-    stream = FakeStream(whole, breaks_at)
+@pytest.mark.parametrize("breaks_at", [0, 25])
+def test_a_broken_run_leaves_nothing_and_the_next_one_is_whole(tmp_path, monkeypatch, breaks_at):
+    stream = FakeStream(questions(30), breaks_at)
     monkeypatch.setattr(prepare, "Stream", stream)
     with pytest.raises(ConnectionError):
-        prepare.prepare(config(tmp_path, decontaminate=(bad,)))
-    path = tmp_path / "out" / "nq.jsonl"
-    assert not path.exists()
-    for part in (f"{path}.part", path.with_suffix(".removed.jsonl")):      # a torn last line
-        with open(part, "ab") as file:
-            file.write(tear)
-    stream.breaks_at = None
-    prepare.prepare(config(tmp_path, decontaminate=(bad,)))
-    assert stream.opened == [0, breaks_at // 10 * 10]
-    for name in ("nq.jsonl", "nq.removed.jsonl"):
-        assert (path.parent / name).read_bytes() == (clean.parent / name).read_bytes()
-    a, b = (json.loads(p.with_suffix(".json").read_text()) for p in (path, clean))
-    assert a == b and a["counts"] == {"written": 29, "equal to an evaluation text": 1}
-
-
-def test_a_cursor_of_other_settings_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "SAVE_EVERY", 1)
-    monkeypatch.setattr(prepare, "Stream", FakeStream(questions(5), breaks_at=3))
-    with pytest.raises(ConnectionError):
         prepare.prepare(config(tmp_path))
-    with pytest.raises(ValueError, match="delete it to start anew"):
-        prepare.prepare(config(tmp_path, local=("x.json",)))
+    assert list((tmp_path / "out").iterdir()) == []
+    stream.breaks_at = None
+    assert len(list(read_jsonl(prepare.prepare(config(tmp_path))))) == 30
 
 
 def test_limit_counts_rows_of_ours(tmp_path, monkeypatch):
@@ -266,7 +254,8 @@ def test_one_command_takes_out_what_mteb_evaluates_on(tmp_path, monkeypatch, cap
     task = SimpleNamespace(
         metadata=SimpleNamespace(eval_splits=["test"]), load_data=lambda: None,
         unload_data=lambda: None, dataset={"test": [{"sentence1": "The QUESTION 1!"}]})
-    monkeypatch.setattr("eval.mteb_tasks", lambda name: asked.append(name) or ([task], True))
+    monkeypatch.setattr("engine.mteb_bridge.mteb_tasks",
+                        lambda name: asked.append(name) or ([task], True))
     rows = [{"query": f"{start} question {i}", "answer": "yes"} for i in range(5)
             for start in ("the", "this is")]
     monkeypatch.setattr(prepare, "Stream", FakeStream(rows))
@@ -338,24 +327,6 @@ def packed(path, rows):
 
 
 @pytest.mark.extras
-@pytest.mark.parametrize("form", ["json", "jsonl.gz", "parquet"])
-def test_a_stream_goes_on_after_the_row_its_state_was_taken_at(tmp_path, form):
-    pytest.importorskip("datasets")
-    files = tuple(str(tmp_path / f"{k}.{form}") for k in range(3))
-    for k, file in enumerate(files):
-        Path(file).write_bytes(packed(file, questions(25)[8 * k:8 * k + 8]))
-    rows = list(Stream(SETS["nq"], None, files))
-    assert [row["query"] for row in rows] == [f"question {i}" for i in range(24)]
-    for stop in (1, 8, 13, 24):
-        stream = Stream(SETS["nq"], None, files)
-        for i, _ in enumerate(stream, 1):
-            if i == stop:
-                break
-        state = json.loads(json.dumps(stream.state()))
-        assert list(Stream(SETS["nq"], None, files, state)) == rows[stop:]
-
-
-@pytest.mark.extras
 def test_an_unreachable_hub_is_said_so(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
 
@@ -384,12 +355,19 @@ FILES = {                                    # set -> its first file, by the nam
     "cc_news": "plain_text/train-00000-of-00005.parquet",
     "cc_news_pairs": "plain_text/train-00000-of-00005.parquet",
     "wikipedia": "20231101.en/train-00000-of-00041.parquet",
-    "mc4": "en/c4-train.00000-of-01024.json.gz"}
+    "wikipedia_pairs": "20231101.en/train-00000-of-00041.parquet",
+    "mc4": "en/c4-train.00000-of-01024.json.gz",
+    "triviaqa": "pair/train-00000-of-00001.parquet",
+    **{f"sts{year}": "data/test-00000-of-00001.parquet" for year in (13, 14, 15, 16)},
+    **{name: "train.jsonl.gz" for name in ("sts12", "banking77", "emotion", "imdb", "toxic",
+                                           "tweets")},
+    **{name: "en/train.jsonl.gz" for name in (
+        "sts22", "amazon_counterfactual", "massive_intent", "massive_scenario", "mtop_intent",
+        "mtop_domain")}}
 RUN = """
 import json, sys, datasets
 from tools import prepare
 datasets.config.USE_PARQUET_EXPORT = False               # another host, that is not there
-prepare.SAVE_EVERY = 10
 for argv in json.loads(sys.argv[1]):
     prepare.main(argv)
 """
@@ -412,7 +390,8 @@ def on_hub(name, *parts):
     files = {path: packed(path, rows) for path, rows in files.items()}
     if entry.files:
         return {entry.hub: {"main": files | script}}
-    card = "".join(f"- config_name: {one}\n  data_files:\n  - split: train\n    path: {path}\n"
+    card = "".join(f"- config_name: {one}\n  data_files:\n  - split: {entry.split}\n"
+                   f"    path: {path}\n"
                    for one, path in wanted.items())
     card = {"README.md": f"---\nconfigs:\n{card}---\n".encode()}
     return {entry.hub: {"main": script, entry.revision or "main": files | card}}
@@ -423,8 +402,8 @@ def from_hub(address, home, *command):
     env = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
     env |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-    return subprocess.run([sys.executable, *command], cwd=Path(prepare.__file__).parent.parent, env=env,
-                          capture_output=True, text=True, timeout=280)
+    return subprocess.run([sys.executable, *command], cwd=Path(prepare.__file__).parent.parent,
+                          env=env, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.extras
@@ -445,30 +424,24 @@ def test_every_set_comes_from_where_the_hub_has_it(tmp_path):
 
 @pytest.mark.extras
 @pytest.mark.parametrize("name, key", [("hotpotqa", "question"), ("mc4", "text")])
-def test_a_run_that_lost_the_hub_between_two_files_goes_on(tmp_path, name, key):
+def test_a_run_that_lost_the_hub_between_two_files_leaves_nothing(tmp_path, name, key):
     pytest.importorskip("datasets")
     rows = [ROWS[name][0] | {key: f"this is number {i}"} for i in range(40)]
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": f"This is number {i}!"} for i in (7, 30)])
 
-    def run(folder):
-        argv = [name, f"--out={tmp_path / folder}", f"--decontaminate={bad}"]
+    def run():
+        argv = [name, f"--out={tmp_path / 'out'}", f"--decontaminate={bad}"]
         return from_hub(server.address, tmp_path / "home", "-c", RUN, json.dumps([argv]))
 
-    stem = name + (f"-{SETS[name].lang}" if SETS[name].lang else "")
     with hub.serve(on_hub(name, rows[:25], rows[25:])) as server:
-        whole = run("whole")
-        assert whole.returncode == 0, whole.stderr[-3000:]
         server.gone.add(FILES[name].replace("00000", "00001", 1))
-        lost = run("out")
-        assert lost.returncode == 1 and "goes on where this one stopped" in lost.stderr
-        cursor = json.loads((tmp_path / "out" / f"{stem}.cursor.json").read_text())
-        assert cursor["read"] == 20 and not (tmp_path / "out" / f"{stem}.jsonl").exists()
+        lost = run()
+        assert lost.returncode == 1 and "cannot be read" in lost.stderr
+        assert list((tmp_path / "out").iterdir()) == []
         server.gone.clear()
-        again = run("out")
+        again = run()
         assert again.returncode == 0, again.stderr[-3000:]
-    for end in (".jsonl", ".removed.jsonl", ".json"):
-        assert (tmp_path / "out" / f"{stem}{end}").read_bytes() == (
-            tmp_path / "whole" / f"{stem}{end}").read_bytes()
+    stem = name + (f"-{SETS[name].lang}" if SETS[name].lang else "")
     report = json.loads((tmp_path / "out" / f"{stem}.json").read_text())
     assert report["read"] == 40
     assert report["counts"] == {"written": 38, "equal to an evaluation text": 2}

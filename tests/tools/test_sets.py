@@ -1,19 +1,13 @@
 """A folder of sets becomes the files of the four stages: every form by a set of a few rows."""
 
-import dataclasses
 import gzip
 import json
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-import mixture
+from data import PARSERS, load_collection
+from engine.jsonl import read_jsonl
 from tools import sets
-from data import Rows, read_jsonl
-from engine.distributed import World
-from tokenizer import Tokenizer
-from train import TrainConfig
 
 
 def write(path, rows):
@@ -59,6 +53,9 @@ def root(tmp_path):
         {"id": "x", "lang": lang, "title": f"{lang} title", "summary": "short",
          "text": f"{lang} long text."} for lang in ("en", "ko")])
     write(root / "plain" / "data.jsonl", [{"text": "One. Two. Three. Four.", "lang": "en"}])
+    write(root / "asked" / "data.jsonl", [
+        {"query": "Why?", "pos": "Because.", "neg": ["No."], "prompt": "Answer"},
+        {"query": "How?", "pos": ["So.", "Thus."]}])
     return root
 
 
@@ -73,11 +70,58 @@ def built(root, tmp_path):
     return files
 
 
-def test_everything_is_used_and_readable(built, tmp_path):
+def test_everything_is_used_and_readable(built):
     assert {"text", "retrieval", "clr", "classification", "sts"} <= built.keys()
-    for kind in ("text", "retrieval", "clr", "classification", "sts"):
-        rows = Rows([tmp_path / "sets" / f"{kind}.jsonl"], kind, tmp_path / "cache")
-        assert len([rows[i] for i in range(len(rows))]) == len(built[kind])
+    for name, rows in built.items():
+        kind = name.split("/")[0]
+        for row in rows if kind in PARSERS else ():
+            PARSERS[kind](row)
+
+
+def test_question_and_passage_by_their_own_prompt_and_negatives(built):
+    own = {"query": "Why?", "pos": ["Because."], "neg": ["No."], "prompt": "Answer"}
+    for kind in ("retrieval", "pairs/others"):
+        assert own in built[kind] and {"query": "How?", "pos": ["So.", "Thus."]} in built[kind]
+
+
+@pytest.mark.parametrize("pos", ["Sentence", ["Sentence"]])
+def test_a_passage_may_be_a_string_or_a_list(tmp_path, pos):
+    write(tmp_path / "root" / "bi" / "x.jsonl", [
+        {"query": f"Satz {i}", "pos": pos, "lang_q": "de", "lang_p": "en"} for i in range(4)])
+    sets.ensure(tmp_path / "root", tmp_path / "sets")
+    rows = [row for path in (tmp_path / "sets").rglob("pairs/*.jsonl") for row in read_jsonl(path)]
+    rows += [{"query": row["query"], "pos": [row["pos"]]}
+             for path in (tmp_path / "sets").rglob("held_out/*/*.jsonl")
+             for row in read_jsonl(path)]
+    assert len(rows) == 4
+    assert all({row["query"][:4], row["pos"][0][:4]} == {"Satz", "Sent"} for row in rows)
+
+
+def test_files_that_share_a_stem_are_all_read_and_backups_are_not(tmp_path):
+    folder = tmp_path / "root" / "bi"
+    for lang in ("de", "fr"):
+        write(folder / f"train.en-{lang}.jsonl", [{"text": f"{lang} {i}"} for i in range(3)])
+    write(folder / "train.en-de.jsonl.bak", [{"text": "backup"}])
+    write(folder / "train.removed.jsonl", [{"text": "an evaluation text"}])
+    (folder / "train.en-de.json").write_text('{"a": "report"}')
+    sets.ensure(tmp_path / "root", tmp_path / "sets")
+    assert {row["text"] for row in read_jsonl(tmp_path / "sets" / "text.jsonl")} == {
+        f"{lang} {i}" for lang in ("de", "fr") for i in range(3)}
+    write(folder / "train.en-de.ndjson", [{"text": "which one?"}])
+    with pytest.raises(ValueError, match="train.en-de.jsonl: there is another file train.en-de"):
+        sets.ensure(tmp_path / "root", tmp_path / "sets")
+
+
+def test_a_document_judged_irrelevant_is_no_positive(tmp_path):
+    folder = tmp_path / "root" / "qa"
+    collection(folder, [{"id": "q", "text": "Who?", "lang": "en"}],
+               [{"id": d, "text": f"{d} text.", "lang": "en"} for d in ("good", "bad")],
+               [("q", "good")])
+    with open(folder / "qrels.tsv", "a") as file:
+        file.write("q\tbad\t0\n")
+    sets.ensure(tmp_path / "root", tmp_path / "sets")
+    rows = list(read_jsonl(tmp_path / "sets" / "retrieval.jsonl"))
+    assert [row["pos"] for row in rows] == [["good text."]]
 
 
 def test_question_and_passage_of_one_language_is_retrieval_of_two_is_clr(built):
@@ -89,7 +133,8 @@ def test_question_and_passage_of_one_language_is_retrieval_of_two_is_clr(built):
 
 
 def test_nothing_of_a_dev_set_or_a_held_out_split_is_trained_on(built):
-    trained = json.dumps({k: v for k, v in built.items() if not k.startswith("held_out")})
+    trained = json.dumps({kind: rows for kind, rows in built.items()
+                          if not kind.startswith(("held_out", "qa_dev"))})
     for held in ("qa_dev", "Held out?", '"about c 2"'):
         assert held not in trained
     assert sum(row["score"] == 2.5 for row in built["sts"]) == len(built["sts"])
@@ -127,15 +172,27 @@ def test_bitext_carries_no_instruction_and_questions_the_default_one(built):
                          if row["query"] == "Wer von qa?" and row["pos"][0].startswith("T ")}
 
 
-def test_a_second_call_builds_nothing_and_a_changed_version_does(root, tmp_path, monkeypatch):
+def test_a_second_call_builds_nothing_unless_something_changed(root, tmp_path, monkeypatch):
     out = tmp_path / "sets"
+
+    def is_built():
+        (out / "text.jsonl").write_text("old")
+        sets.ensure(root, out)
+        return (out / "text.jsonl").read_text() != "old"
+
     sets.ensure(root, out)
-    (out / "text.jsonl").write_text("kept")
-    sets.ensure(root, out)
-    assert (out / "text.jsonl").read_text() == "kept"
+    assert not is_built()
     monkeypatch.setattr(sets, "VERSION", sets.VERSION + 1)
-    sets.ensure(root, out)
-    assert (out / "text.jsonl").read_text() != "kept"
+    assert is_built() and not is_built()
+    write(root / "new" / "data.jsonl", [{"text": "A set that was added later."}])
+    assert is_built() and not is_built()
+    write(root / "new" / "data.jsonl", [{"text": "A set that was edited later."}])
+    assert is_built() and not is_built()
+    assert (out / "text.jsonl").read_text() == "old"
+
+
+def test_collections_for_evaluation_are_in_the_folder(root, tmp_path, built):
+    assert len(load_collection(tmp_path / "sets" / "qa_dev").queries) == 2
 
 
 def test_two_builds_are_equal(root, tmp_path):
@@ -158,14 +215,6 @@ def test_what_it_does_not_know_is_named(tmp_path):
         sets.ensure(tmp_path / "root", tmp_path / "out")
 
 
-def test_each_file_of_pairs_is_a_task_of_the_weak_stage(root, tmp_path):
-    sets.ensure(root, tmp_path / "out" / "sets")
-    cfg = SimpleNamespace(root=str(root), out=str(tmp_path / "out"), pairs=(), sts=(), docs="")
-    files = mixture.sources(cfg, "pairs")
-    assert len(files) >= 1 and all("/pairs/" in file for file in files)
-    assert mixture.sources(cfg, "sts") == (str(tmp_path / "out" / "sets" / "sts.jsonl"),)
-
-
 def test_small_files_are_joined_by_set_then_all(tmp_path):
     builder = sets.Builder(tmp_path)
     for name, lang, n in (("a", "de", 3), ("a", "fr", 700), ("b", "de", 400), ("b", "fr", 400)):
@@ -177,28 +226,6 @@ def test_small_files_are_joined_by_set_then_all(tmp_path):
         "pairs/a-bitext-en-fr": 700,                   # enough for a file of its own
         "pairs/b-bitext-en": 800,                      # enough together
         "pairs/others": 3}
-
-
-def test_files_are_drawn_by_rows_and_weight(root, tmp_path):
-    weights = {"tldr*": 0.5, "*-bitext-*": 2.0, "*-ar": 0.0}
-    for name, weight in (("tldr-en", 0.5), ("tldr-bitext-en", 2.0), ("x-bitext-en-ar", 0.0),
-                         ("mlqa-de", 1.0)):
-        assert mixture.file_weight(weights, f"pairs/{name}.jsonl") == weight
-    files = []
-    for name in ("one", "two"):
-        files.append(tmp_path / f"{name}.jsonl")
-        write(files[-1], [{"query": f"{name} {i}", "pos": [f"p{i}"]} for i in range(20)])
-    tokenizer = Tokenizer.train(["one two p1 p2"] * 9, 300)
-    cfg = TrainConfig(stage="embed_weak", pairs=tuple(map(str, files)), batch_size=2,
-                      file_weights={"two": 3.0}, out=str(tmp_path / "out"))
-    world = World(0, 1, torch.device("cpu"))
-    assert [weight for _, weight in mixture.build_tasks(cfg, tokenizer, world)] == [20.0, 60.0]
-    only = dataclasses.replace(cfg, file_weights={"two": 0.0})
-    assert [weight for _, weight in mixture.build_tasks(only, tokenizer, world)] == [20.0]
-    with pytest.raises(ValueError, match="leave no file"):
-        mixture.build_tasks(dataclasses.replace(cfg, file_weights={"*": 0.0}), tokenizer, world)
-    with pytest.raises(ValueError, match="file_weights.*at least 0"):
-        dataclasses.replace(cfg, file_weights={"one": -1.0})
 
 
 def test_evaluation_folders_are_found(root):

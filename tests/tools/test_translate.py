@@ -285,8 +285,8 @@ def test_failed_run_leaves_the_old_output(tmp_path):
     write_rows(tmp_path / "in.jsonl", ROWS)
     with endpoint(lambda prompt, nth: (401, b"")) as (server, _):
         with pytest.raises(ConnectionError):
-            module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out={out}", "--translator=endpoint",
-                      f"--endpoint={server.url}"])
+            module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out={out}",
+                         "--translator=endpoint", f"--endpoint={server.url}"])
     assert out.read_text() == "old"
     assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl", "out.jsonl.journal"}
 
@@ -294,11 +294,11 @@ def test_failed_run_leaves_the_old_output(tmp_path):
 def test_chinese_titles_through_a_table(tmp_path):
     """Another source language and another key: the recipe of docs/data.md for translations."""
     write_rows(tmp_path / "in.jsonl", [{"text": f"标题{i}", "id": str(i)} for i in range(3)])
-    write_rows(tmp_path / "t.jsonl", [{"text": f"标题{i}", "lang": "en", "translation": f"title {i}"}
-                                      for i in (0, 2)])
-    module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}", "--key=text",
-                 "--translator=table", f"--table={tmp_path / 't.jsonl'}", "--source_lang=zh",
-                 "--shares=en:1,zh:5"])
+    write_rows(tmp_path / "t.jsonl", [
+        {"text": f"标题{i}", "lang": "en", "translation": f"title {i}"} for i in (0, 2)])
+    module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}",
+                 "--key=text", "--translator=table", f"--table={tmp_path / 't.jsonl'}",
+                 "--source_lang=zh", "--shares=en:1,zh:5"])
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(row["text"], row["lang"], row["source_id"]) for row in rows] == [
         ("title 0", "en", "0"), ("title 2", "en", "2")]
@@ -323,8 +323,8 @@ def test_ctrl_c(tmp_path):
     write_rows(tmp_path / "in.jsonl", ROWS)
     with endpoint(lambda prompt, nth: time.sleep(0.05) or "übersetzt") as (server, _):
         run = subprocess.Popen(
-            [sys.executable, "-m", "tools.translate", f"--input={tmp_path / 'in.jsonl'}", "--in_flight=2",
-             f"--out={tmp_path / 'out.jsonl'}", "--translator=endpoint",
+            [sys.executable, "-m", "tools.translate", f"--input={tmp_path / 'in.jsonl'}",
+             "--in_flight=2", f"--out={tmp_path / 'out.jsonl'}", "--translator=endpoint",
              f"--endpoint={server.url}"],
             cwd=ROOT, stderr=subprocess.PIPE, text=True)
         while server.asked.total() < 4:

@@ -123,7 +123,8 @@ def test_held_out_documents_are_in_no_training_file(small):
             [row["text"] for row in rows_of(folder / name / "queries.jsonl")
              + rows_of(folder / name / "corpus.jsonl")]}
     held |= {corpus.key_of(row["text"]) for row in rows_of(folder / "text_dev.jsonl")}
-    ids = {row["id"] for name in ("dev", "test") for row in rows_of(folder / name / "queries.jsonl")}
+    ids = {row["id"] for name in ("dev", "test")
+           for row in rows_of(folder / name / "queries.jsonl")}
     files = [*(folder / "pairs").iterdir(), folder / "text.jsonl", folder / "retrieval.jsonl",
              folder / "clr.jsonl"]
     for path in files:
@@ -168,3 +169,11 @@ def test_what_has_changed_is_built_anew(small, monkeypatch):
     (folder / "text.jsonl").write_text("old")
     assert build.ensure(folder)["pairs"] == manifest["pairs"]
     assert len(rows_of(folder / "text.jsonl")) == manifest["train"]
+
+
+def test_labels_are_held_out_half_and_half():
+    rows = [{"name": f"torch.nn.layer{i}", "text": f"text {i}"} for i in range(16)]
+    rows += [{"name": "email.parser", "text": "too few of this label"}]
+    labelled = list(corpus.labelled_rows(rows))
+    assert {row["label"] for row in labelled} == {"torch.nn"} and len(labelled) == 16
+    assert [row["split"] for row in labelled[:4]] == ["train", "test", "train", "test"]

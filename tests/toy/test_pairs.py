@@ -17,7 +17,7 @@ Parameters
 x : int
     The first number, as it comes.
     A second line.
-*args, optional
+*args : int, optional
     More numbers.
 
 Returns
