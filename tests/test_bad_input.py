@@ -211,7 +211,8 @@ BAD_SETTINGS = {
         ("pool_size", 0), ("temperature", 0), ("micro_batch_size", -1), ("seed", -1),
         ("learning_rate", "inf"), ("weight_decay", -1), ("warmup", 1.1), ("final_lr", -1),
         ("beta2", 1), ("lora_rank", -1), ("vocab_size", 257), ("seed", 10 ** 22))},
-    **{f"--{name}=0": f"{name} must be at least 1, not 0" for name in ("n_layer", "n_kv_head", "ffn_dim")},
+    **{f"--{name}=0": f"{name} must be at least 1, not 0" for name in (
+        "n_layer", "n_kv_head", "ffn_dim")},
     "--temperature=nan": "temperature takes float", "--steps=1.5": "steps takes int",
     "--steps": "needs a value", "--steps=" + "9" * 5000: "steps takes int",
     "--resume=perhaps": "resume takes bool", "--pooling=max": "pooling takes",
@@ -220,8 +221,7 @@ BAD_SETTINGS = {
     "--query_len=2000": "must not exceed block_size", "--block_size=0": "block_size 0",
     "--task_weights=sts:-1": "values must be at least 0", "--task_weights=nli:1": "tasks are",
     "--batch_sizes=sts:0": "values must be at least 1", "--file_weights=a*:inf": "and finite",
-    "--batchsize=3": "nearest is 'batch_size'", "steps=3": "neither", "no_such.py": "no such config",
-}
+    "--batchsize=3": "nearest is 'batch_size'", "steps=3": "neither", "no.py": "no such config"}
 
 
 @pytest.mark.parametrize("flag, reason", BAD_SETTINGS.items(),

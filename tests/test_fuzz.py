@@ -157,7 +157,8 @@ def test_any_collection_is_read_or_refused(folder, corpus, queries, qrels):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    texts = ["the quick brown fox", "日本語 текст हिन्दी", "def f(x):\n    return x", "<|endoftext|>"]
+    texts = ["the quick brown fox", "日本語 текст हिन्दी", "def f(x):\n    return x",
+             "<|endoftext|>"]
     return Tokenizer.train(texts * 4, 330)
 
 

@@ -8,7 +8,6 @@ that are off by one part in 10^6, ten times a rounding error; TOLERANCE is above
 what a real change does: a seed, or a warm-up twice as long.
 """
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -16,25 +15,16 @@ import torch
 
 import train
 from model import Conan
-from ranks import arguments, write_rows
+from ranks import arguments, log
 
 STEPS, TOLERANCE = 100, 2e-3
 REFERENCE = Path(__file__).parent / "reference" / "losses.json"
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    before, folder = os.getcwd(), write_rows(tmp_path_factory.mktemp("rows"))
-    os.chdir(folder)                   # the caches go to out/cache
-    yield folder
-    os.chdir(before)
-
-
-def losses_of(files, stage, out, *more):
-    argv = arguments(files, stage, out, f"--steps={STEPS}", f"--save_every={STEPS}", *more)
-    train.main(argv)
-    lines = [json.loads(line) for line in open(out / stage / "log.jsonl")]
-    return torch.tensor([line["loss"] for line in lines], dtype=torch.float64)
+def losses_of(rows, stage, out, *more):
+    train.main(arguments(rows, stage, out, f"--steps={STEPS}", f"--save_every={STEPS}", *more))
+    lines = log(out, stage)
+    return torch.tensor([lines[step]["loss"] for step in range(1, STEPS + 1)], dtype=torch.float64)
 
 
 def apart(a, b):
@@ -43,25 +33,25 @@ def apart(a, b):
 
 
 @pytest.mark.parametrize("stage", train.STAGES)
-def test_the_losses_of_100_steps(files, tmp_path, record, request, stage):
-    found = losses_of(files, stage, tmp_path)
-    assert len(found) == STEPS
+def test_the_losses_of_100_steps(rows, tmp_path, record, request, stage):
+    losses = losses_of(rows, stage, tmp_path)
+    assert len(losses) == STEPS
     if request.config.getoption("--record"):
-        record[stage] = [round(x, 6) for x in found.tolist()]
+        record[stage] = [round(x, 6) for x in losses.tolist()]
         return
     wanted = torch.tensor(json.loads(REFERENCE.read_text())[stage], dtype=torch.float64)
     assert wanted.max() - wanted.min() > 0.1                   # it learned, or was asked much
-    assert apart(found, wanted) < TOLERANCE, [
-        (step, *pair) for step, pair in enumerate(zip(found.tolist(), wanted.tolist()), 1)
+    assert apart(losses, wanted) < TOLERANCE, [
+        (step, *pair) for step, pair in enumerate(zip(losses.tolist(), wanted.tolist()), 1)
         if abs(pair[0] - pair[1]) > TOLERANCE][:3]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", train.STAGES)
-def test_the_tolerance_is_above_rounding_and_below_a_change(files, tmp_path, monkeypatch, stage):
+def test_the_tolerance_is_above_rounding_and_below_a_change(rows, tmp_path, monkeypatch, stage):
     wanted = torch.tensor(json.loads(REFERENCE.read_text())[stage], dtype=torch.float64)
-    assert apart(losses_of(files, stage, tmp_path / "a", "--seed=1"), wanted) > 10 * TOLERANCE
-    assert apart(losses_of(files, stage, tmp_path / "b", "--warmup=0.1"), wanted) > TOLERANCE
+    assert apart(losses_of(rows, stage, tmp_path / "a", "--seed=1"), wanted) > 10 * TOLERANCE
+    assert apart(losses_of(rows, stage, tmp_path / "b", "--warmup=0.1"), wanted) > TOLERANCE
     real = Conan.init_weights
 
     def nearly(model, *args):
@@ -71,6 +61,6 @@ def test_the_tolerance_is_above_rounding_and_below_a_change(files, tmp_path, mon
                 p *= 1 + 1e-6 * torch.randn(p.shape, generator=torch.Generator().manual_seed(5))
         return model
     monkeypatch.setattr(Conan, "init_weights", nearly)
-    moved = apart(losses_of(files, stage, tmp_path / "c"), wanted)
+    moved = apart(losses_of(rows, stage, tmp_path / "c"), wanted)
     print(f"{stage}: {moved:.1e}")
     assert 0 < moved < TOLERANCE / 3

@@ -23,7 +23,8 @@ from mask import FULL, MaskSpec
 from ranks import on_ranks, tiny_model
 
 RANKS, B, N = 2, 8, 2              # processes, queries on all of them, hard negatives of each
-CASES = ("hard negatives", "false negatives", "known positives", "matryoshka", "in-batch only", "soft mask", "cosent")
+CASES = ("hard negatives", "false negatives", "known positives", "matryoshka", "in-batch only",
+         "soft mask", "cosent")
 
 
 # ---------------------------------------------------------------- one step, on any number of ranks
@@ -179,7 +180,8 @@ def test_two_ranks_give_the_gradient_of_one_big_batch(found, case, micro):
 
 def test_the_cases_are_different(found):
     """Else the test above would hold for a loss that ignores negatives, ids, dims or mask."""
-    losses = [round(step(tiny_model(std=0.2), case, list(range(B)), 100)["loss"], 4) for case in CASES]
+    losses = [round(step(tiny_model(std=0.2), case, list(range(B)), 100)["loss"], 4)
+              for case in CASES]
     assert len(set(losses)) == len(CASES)
     # and half the batch is not the whole one
     assert abs(step(tiny_model(std=0.2), CASES[0], [0, 1, 2, 3], 100)["loss"] - losses[0]) > 0.05

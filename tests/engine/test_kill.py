@@ -66,10 +66,11 @@ def start(rows, stage, out, *more, ranks=1, dies=None, launcher=()):
                                       f"--nproc_per_node={ranks}", *launcher]
     (rows / "deadly.py").write_text(DEADLY)
     script = [ROOT / "train.py"] if dies is None else [rows / "deadly.py", dies]
+    argv = chain_arguments(rows, stage, out, EVERY, *more)
     return subprocess.Popen(
-        [sys.executable, *torchrun, *map(str, script), *chain_arguments(rows, stage, out, EVERY, *more)],
-        cwd=rows, text=True, start_new_session=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        [sys.executable, *torchrun, *map(str, script), *argv], cwd=rows, text=True,
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def live(rows, stage, out, *more, dies=0, rank=0, size=1, port=0):

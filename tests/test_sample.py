@@ -1,0 +1,74 @@
+"""sample.py: a language model writes what it has learned, and says what is wrong."""
+import sys
+
+import pytest
+import torch
+
+import sample
+import train
+from ranks import arguments, tiny_model, write_lines
+from sample import generate
+
+
+@pytest.fixture
+def model(tokenizer):
+    """A model that always takes the token after the last one: a, b, c and so on."""
+    v = tokenizer.vocab_size
+    model = tiny_model(vocab_size=v + 3, n_embd=2 * v, n_head=1, n_kv_head=1, ffn_dim=1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.zero_() if p.dim() > 1 else p.fill_(1.0)
+        model.embed_tokens.weight[:v] = torch.eye(v, 2 * v)
+    real = model.hidden
+
+    def hidden(ids, lengths, mask):
+        model.calls.append((len(ids), mask))
+        return real(ids, lengths, mask).roll(1, dims=1)        # points at the next token
+    model.calls, model.hidden = [], hidden
+    return model
+
+
+def test_the_most_likely_token_is_taken_at_temperature_0(model, tokenizer):
+    start = tokenizer.encode("a")
+    assert len(start) == 1
+    right = tokenizer.decode(list(range(start[0] + 1, start[0] + 6)))
+    assert right == "bcdef"
+    assert generate(model, tokenizer, "a", n_tokens=5, temperature=0) == right
+    assert generate(model, tokenizer, "a", n_tokens=5, temperature=1e-3) == right
+    assert [n for n, _ in model.calls[:5]] == [1, 2, 3, 4, 5]  # all that is written so far
+    assert all(mask.is_causal for _, mask in model.calls)
+
+
+def test_it_ends_at_the_end_of_text_and_reads_no_more_than_fits(model, tokenizer):
+    last = tokenizer.decode([tokenizer.eos_id - 1])            # the next one is end-of-text
+    assert tokenizer.encode(last) == [tokenizer.eos_id - 1]
+    assert generate(model, tokenizer, last, temperature=0) == ""
+    generate(model, tokenizer, "a" * 100, n_tokens=3, temperature=0)
+    assert model.calls[-1][0] == model.config.block_size == 64
+
+
+def test_chance_is_seeded(tokenizer):
+    model = tiny_model(std=0.3, vocab_size=tokenizer.vocab_size)
+    texts = [generate(model, tokenizer, "the", temperature=1.0, seed=seed) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert generate(model, tokenizer, "", n_tokens=4) is not None          # begins by itself
+
+
+def test_a_trained_model_writes_its_text_on_the_command_line(rows, tmp_path, monkeypatch, capsys):
+    text = write_lines(rows / "alphabet.jsonl", [{"text": "one two three four five six"}] * 60)
+    train.main(arguments(rows, "pretrain", tmp_path, f"--text={text}", "--steps=60",
+                         "--learning_rate=0.01", "--vocab_size=300"))
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", ["sample.py", f"--checkpoint={tmp_path / 'pretrain'}",
+                                          *more])
+        sample.main()
+        return capsys.readouterr().out
+    capsys.readouterr()
+    assert "one two three four five six" in run("--prompt=one two", "--temperature=0")
+    assert run("--instruction=Find", "--prompt=one").startswith("Find\none\n\n")
+    with pytest.raises(SystemExit, match="sample.py: error: --temperature must not be negative"):
+        run("--temperature=-1")
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint=nowhere"])
+    with pytest.raises(SystemExit, match="sample.py: error: nowhere: no checkpoint here"):
+        sample.main()
