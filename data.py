@@ -56,6 +56,17 @@ def prompt_length(tokenizer, instruction):
     return len(tokenizer.encode(format_query("", instruction))) if instruction else 0
 
 
+def end_text(ids, limit, eos_id):
+    """Return the ids of a text to embed: at most `limit`, and the last one is the end of text.
+
+    UNSPECIFIED: the paper does not say how a text ends. With this end no text is empty.
+
+    >>> end_text([5, 6, 7], 3, eos_id=0), end_text([], 3, eos_id=0)
+    ([5, 6, 0], [0])
+    """
+    return ids[:limit - 1] + [eos_id]
+
+
 # ---------------------------------------------------------------- rows
 
 def _text(row, key):
@@ -209,12 +220,12 @@ class Batch:
 
     @classmethod
     def of(cls, task, texts, limits, tokenizer, rows, **rest):
-        """Tokenise `texts`, cut each at its limit (counted), and lay them out flat."""
+        """Tokenise `texts`, cut (counted) and end each by `end_text`, and lay them out flat."""
         encoded = tokenizer.encode_batch(texts)
-        cut = [ids[:limit] or [tokenizer.eos_id] for ids, limit in zip(encoded, limits)]
-        truncated = sum(len(ids) > limit for ids, limit in zip(encoded, limits))
-        flat = np.fromiter((i for ids in cut for i in ids), dtype=np.int64)
-        return cls(task, torch.from_numpy(flat), [len(ids) for ids in cut], rows,
+        ended = [end_text(ids, limit, tokenizer.eos_id) for ids, limit in zip(encoded, limits)]
+        truncated = sum(len(ids) >= limit for ids, limit in zip(encoded, limits))
+        flat = np.fromiter((i for ids in ended for i in ids), dtype=np.int64)
+        return cls(task, torch.from_numpy(flat), [len(ids) for ids in ended], rows,
                    truncated=truncated, **rest)
 
 

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import PROMPTS, document_text, find_packed, format_query, read_with_ids
+from data import (PROMPTS, document_text, end_text, find_packed, format_query,
+                  read_with_ids)
 from engine import checkpoint, kernels
 from engine.distributed import accelerator
 from engine.jsonl import atomic, read_texts
@@ -104,9 +105,10 @@ class Embedder:
         """Return (N, D) float32, one row for each text, in their order; a single str gives (D,).
 
         prompt: the bare instruction of queries ("Find"); passages carry none. truncate_dim: the
-        first dims only, normalised again. A text longer than the model was trained for is cut; an
-        empty one is the end-of-text token alone. batch_size: texts in a pass, more while they are
-        short (an embedding does not depend on its batch). Raises TypeError for what is no string.
+        first dims only, normalised again. A text ends with the end-of-text token, and one longer
+        than the model was trained for is cut before it. batch_size: texts in a pass, more while
+        they are short (an embedding does not depend on its batch). Raises TypeError for what is no
+        string.
         """
         if isinstance(texts, str):
             return self.encode([texts], batch_size, prompt, truncate_dim, normalize)[0]
@@ -123,7 +125,7 @@ class Embedder:
             for i, text in enumerate(part):
                 if not isinstance(text, str):
                     raise TypeError(f"text {start + i} is a {type(text).__name__}, not a string")
-            ids = [x[:self.max_len] or [self.tokenizer.eos_id] for x in
+            ids = [end_text(x, self.max_len, self.tokenizer.eos_id) for x in
                    self.tokenizer.encode_batch([format_query(text, prompt) for text in part])]
             for batch in _batches(ids, batch_size):
                 vectors = self._forward([ids[i] for i in batch], skip)[:, :width]   # (b, width)

@@ -108,8 +108,8 @@ def cosent_loss(cosine, score, *, temperature):
 
     PAPER Eq. 2: tau -> temperature. cosine, score: (B,), one entry for each sentence pair. Only the
     order of the scores counts; equal scores say nothing. Pairs of all ranks are compared, and every
-    rank returns the loss of all. Raises ValueError for shapes that differ or a score that is not
-    finite.
+    rank returns the loss of all. Memory is quadratic: several (W * B, W * B) matrices in float32.
+    Raises ValueError for shapes that differ or a score that is not finite.
 
     >>> cosent_loss(torch.tensor([0.9, 0.1]), torch.tensor([1., 0.]), temperature=1.0)
     tensor(0.3711)

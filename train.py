@@ -40,7 +40,7 @@ from engine import budget, checkpoint, distributed, kernels, memory, report, run
 from engine.jsonl import atomic, read_jsonl
 from engine.microbatch import two_pass
 from engine.order import shuffled, task_of_step
-from eval import LexicalBaseline, evaluate_collection
+from eval import LexicalBaseline, evaluate, evaluate_collection
 from lora import add_lora, merged_state_dict
 from losses import cosent_loss, info_nce, matryoshka
 from mask import CAUSAL, FULL, MaskSpec, alpha
@@ -58,6 +58,7 @@ LIMITS = {                         # of settings; the others may be anything of 
     "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "vocab_size": (258, 2 ** 31),
     "seed": (0, 2 ** 62)}
 TASKS = ("retrieval", "clr", "classification", "sts")
+TEST_FILES = {"sts": "sts_test.jsonl", "classification": "labels_test.jsonl"}   # of DATA
 GRAD_CLIP = 1.0                    # UNSPECIFIED: the norm that gradients are cut to
 TOKENIZER_TEXTS = 400_000          # documents that the tokenizer learns from
 PYTHON_BPE_TEXTS = 100_000         # of more documents, rustbpe learns the same tokens faster
@@ -466,9 +467,16 @@ def score(state):
                 data.format_sft(state.prompts["retrieval"], "Return the sum of two numbers.")
             text = generate(state.model, state.tokenizer, prompt)
             print(f"\n{cfg.stage} writes: {prompt!r} -> {text!r}\n")
+    dims = cfg.dims if cfg.stage == "embed_sup" else ()
     for name in collections(cfg):
-        dims = cfg.dims if cfg.stage == "embed_sup" else ()
         results |= evaluate_collection(state.embedder, name, dims)
+    for task, name in TEST_FILES.items():
+        path = Path(cfg.data) / name
+        if cfg.stage.startswith("embed") and data.uses_folder(cfg) and path.is_file():
+            try:
+                results |= evaluate(state.embedder, task, path)
+            except ImportError as error:           # scikit-learn is optional
+                print(f"{path} is not scored: {error}")
     for task, _ in state.tasks:
         if task.pool:
             results |= {f"dhnm/{task.kind}/queries_changed_{changes}_times": queries

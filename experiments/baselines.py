@@ -211,8 +211,10 @@ def collections(data):
 
 def headline(scores):
     """Return {"SET SUBSET": nDCG@10} of flat scores: whole sets, and means over languages."""
-    return {" ".join(key.split("/")[1:3]): value for key, value in scores.items()
-            if key.endswith("/ndcg@10") and "-" not in key.split("/")[2]}
+    cells = {tuple(key.split("/")[1:3]): value for key, value in scores.items()
+             if key.endswith("/ndcg@10")}
+    return {f"{name} {subset}": value for (name, subset), value in cells.items()
+            if "-" not in subset and not subset.startswith("mean_")}
 
 
 def main(argv=None):

@@ -275,7 +275,9 @@ def our_backward(model, stage, texts, longest):
 
 def plain_backward(model, texts, longest):
     """Tokenise pairs, pad them, and run InfoNCE as a plain loop would."""
-    x = F.normalize(model.embed([ids[:longest] for ids in words()[1].encode_batch(texts)]), dim=1)
+    tokenizer = words()[1]
+    x = F.normalize(model.embed([data.end_text(ids, longest, tokenizer.eos_id) for ids in
+                                 tokenizer.encode_batch(texts)]), dim=1)
     q, p = x.chunk(2)
     F.cross_entropy(q @ p.T / 0.05, torch.arange(len(q))).backward()
 

@@ -217,9 +217,7 @@ class Lab:
             own = {"seed": seed % self.cfg.lm_seeds, "out": str(lm)}
             if stage == SFT:
                 return dataclasses.replace(base, **own, previous=str(lm / f"{PRETRAIN}.py"))
-            steps = base.steps if cell.lm_steps is None else cell.lm_steps
-            warm = min(1.0, base.warmup * base.steps / max(steps, 1))      # the same in steps
-            return dataclasses.replace(base, **own, previous="", steps=max(steps, 1), warmup=warm)
+            return dataclasses.replace(base, **own, previous="", **shorter(base, cell.lm_steps))
         own = {"seed": seed, "learning_rate": self.rate(stage, cell, rates),
                "lora_rank": cell.lora_rank, "schedule": cell.schedule, "pooling": cell.pooling,
                "mask_axis": cell.mask_axis, "mask_apply": cell.mask_apply,
@@ -319,6 +317,18 @@ class Lab:
             folder = self.train(TUNING_SEED, each, cell, split="dev", rates=rates)
         scores = columns(read_scores(folder))
         return (scores["Multi"] + scores["Eng"]) / 2
+
+
+def shorter(cfg, steps):
+    """Return the settings of the first `steps` steps of a stage 1; None: of all.
+
+    The warm-up keeps its length in steps. A run that ends within it has the rate of that step.
+    """
+    if steps is None:
+        return {}
+    steps, warm = max(steps, 1), max(1, round(cfg.warmup * cfg.steps))
+    return {"steps": steps, "warmup": min(1.0, warm / steps),
+            "learning_rate": cfg.learning_rate * min(1.0, steps / warm)}
 
 
 def write_config(cfg):

@@ -46,7 +46,7 @@ def write_collection(folder, corpus, queries, qrels):
     write_jsonl(folder / "corpus.jsonl", corpus)
     write_jsonl(folder / "queries.jsonl", queries)
     (folder / "qrels.tsv").write_text("".join(
-        f"{row['id']}\t{document}\t{gain}\n" for row in queries
+        f"{row['id']}\t{document}\t{gain:g}\n" for row in queries
         for document, gain in qrels[row["id"]].items()), encoding="utf-8")
 
 

@@ -35,8 +35,10 @@ def task(tokenizer, rows, kind="retrieval", stage="embed_sup", world=ALONE, **ch
 
 
 def texts_of(batch, tokenizer):
-    """Return the texts of a batch, decoded."""
-    return [tokenizer.decode(ids.tolist()) for ids in batch.ids.split(batch.lengths)]
+    """Return the texts of a batch, decoded; each one ends with the end-of-text token."""
+    parts = [ids.tolist() for ids in batch.ids.split(batch.lengths)]
+    assert {ids.pop() for ids in parts} == {tokenizer.eos_id}
+    return [tokenizer.decode(ids) for ids in parts]
 
 
 # ---------------------------------------------------------------- rows
@@ -196,9 +198,13 @@ def test_sts_batches_pair_the_first_half_with_the_second(tokenizer):
 
 
 def test_long_texts_are_cut_and_counted_and_chunks_cover_the_batch(tokenizer):
-    batch = data.Batch.of("sts", ["fox " * 50, "dog", "the"], [4, 4, 4], tokenizer, np.arange(3),
-                          skip=[1, 0, 2])
-    assert batch.lengths[0] == 4 and batch.truncated == 1
+    texts = ["fox " * 50, "dog", "the"]
+    long, *short = tokenizer.encode_batch(texts)
+    limits = [4, len(short[0]) + 1, len(short[1])]         # the middle one just has room for its end
+    batch = data.Batch.of("sts", texts, limits, tokenizer, np.arange(3), skip=[1, 0, 2])
+    assert batch.lengths == limits and batch.truncated == 2
+    assert batch.ids.tolist() == [*long[:3], tokenizer.eos_id, *short[0], tokenizer.eos_id,
+                                  *short[1][:-1], tokenizer.eos_id]
     parts = list(batch.chunks(2))
     assert [part[1] for part in parts] == [batch.lengths[:2], batch.lengths[2:]]
     assert [part[3] for part in parts] == [[1, 0], [2]]

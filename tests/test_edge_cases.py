@@ -146,8 +146,10 @@ def test_a_pool_smaller_than_the_number_of_negatives():
 # ---------------------------------------------------------------- short texts
 
 def test_texts_of_no_tokens_are_the_end_of_text_alone(model, tokenizer):
-    batch = data.Batch.of("sts", ["", "fox"], [4, 4], tokenizer, np.arange(2))
-    assert batch.lengths[0] == 1 and batch.ids[0] == tokenizer.eos_id
+    """So are all texts where the limit is one token."""
+    batch = data.Batch.of("sts", ["", "fox"], [4, 1], tokenizer, np.arange(2))
+    assert batch.lengths == [1, 1] and batch.ids.tolist() == [tokenizer.eos_id] * 2
+    assert batch.truncated == 1
     for mask in (FULL, MaskSpec(0.0), MaskSpec(0.5)):
         vectors = model(batch.ids, batch.lengths, mask)
         assert vectors.shape == (2, 8) and torch.isfinite(vectors).all()

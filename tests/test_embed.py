@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import embed
+from data import Batch
 from embed import Embedder, load_index, search
 from engine import checkpoint
 from mask import FULL
 from model import Conan, ConanConfig
-from tokenizer import Tokenizer
+from tokenizer import EOS, Tokenizer
 
 TRAINED = {"retrieval": "Represent this question for search", "sts": ""}
 
@@ -83,17 +84,28 @@ def test_the_instructions_tokens_are_skipped(tokenizer):
     ids, lengths, skip = embedder.model.calls[0]
     start = tokenizer.encode("Find\n")
     assert skip == [len(start)] * 2 and ids[:len(start)] == start
-    whole = [len(tokenizer.encode(f"Find\n{text}")) for text in ("words", "lists")]
+    whole = [len(tokenizer.encode(f"Find\n{text}")) + 1 for text in ("words", "lists")]
     assert sorted(lengths) == sorted(whole)
     embedder.encode(["words"])
     assert embedder.model.calls[1][2] == [0]
+
+
+@pytest.mark.parametrize("text", ["", "words", "the rank of a matrix " * 9])
+def test_every_text_ends_with_the_end_of_text(tokenizer, text):
+    """As in training; a cut text keeps its end."""
+    embedder = in_memory(tokenizer)
+    embedder.encode([text])
+    ids, lengths, _ = embedder.model.calls[0]
+    assert ids == tokenizer.encode(text)[:31] + [tokenizer.eos_id] and lengths == [len(ids)]
+    batch = Batch.of("sts", [text], [32], tokenizer, np.arange(1))
+    assert batch.ids.tolist() == ids
 
 
 def test_a_prompt_with_a_colon_is_an_instruction_like_any_other(tokenizer):
     """What stands between it and the text is the template's, once."""
     embedder = in_memory(tokenizer)
     embedder.encode(["words"], prompt="query: ")
-    assert tokenizer.decode(embedder.model.calls[0][0]) == "query: \nwords"
+    assert tokenizer.decode(embedder.model.calls[0][0]) == "query: \nwords" + EOS
 
 
 @pytest.mark.parametrize("dtype, name", [

@@ -1,11 +1,19 @@
-"""Adapters: by hand, and against autograd on the plain model with merged weights."""
+"""Adapters: by hand, against autograd on merged weights, and through train.py."""
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from engine import kernels
+import train
+from embed import Embedder
+from engine import budget, checkpoint, distributed, kernels
+from eval import evaluate_collection
 from lora import add_lora, merged_state_dict
 from mask import CAUSAL, FULL
 from model import Conan
+from ranks import (assert_equal, assert_same_run, chain_arguments, die_at, log, meta_of, on_ranks,
+                   run, state_of)
 from tiny import CONFIG, MASKS, relative
 
 LENGTHS = [9, 30, 1, 28]
@@ -140,3 +148,111 @@ def test_bad_values_are_named():
         add_lora(moved(), 4)
     with pytest.raises(ValueError, match="rank 0 must be at least 1"):
         add_lora(base(), 0)
+
+
+# ---------------------------------------------------------------- through train.py
+
+ALONE = distributed.World(0, 1, torch.device("cpu"))
+
+
+def command(rows, out, *more):
+    """Return the command line of stages 1 and 2 with all weights, 3 and 4 with adapters."""
+    return chain_arguments(rows, "embed_sup", out, "--lora_rank=4", "--learning_rate=0.01",
+                           "--save_every=2", *more)
+
+
+@pytest.fixture(scope="module")
+def whole(rows, tmp_path_factory):
+    """One undisturbed run of all four stages."""
+    out = tmp_path_factory.mktemp("whole")
+    train.main(command(rows, out))
+    return out
+
+
+def last_stage(world, rows, whole, out, *more):
+    """Train stage 4 once more in `out`, from the stage 3 of the run `whole`."""
+    run(world, command(rows, out, *more), checkpoint.latest(whole / "embed_weak"))
+
+
+def assert_close_run(out, whole):
+    """Stage 4 of a run has the losses, gradients and weights of another, but for rounding."""
+    lines = log(whole, "embed_sup")
+    assert sorted(log(out, "embed_sup")) == sorted(lines)
+    for step, line in log(out, "embed_sup").items():
+        for key in ("task", "loss", "grad_norm"):
+            want = lines[step][key]
+            assert line[key] == (want if key == "task" else pytest.approx(want, rel=1e-4))
+    assert_equal(state_of(out, "embed_sup"), state_of(whole, "embed_sup"), close=(1e-3, 2e-5))
+
+
+def test_stages_3_and_4_train_adapters_and_the_ones_before_all_weights(whole):
+    ranks = [meta_of(whole, stage)["train"]["lora_rank"] for stage in train.STAGES]
+    assert ranks == [0, 0, 4, 4]
+    start = state_of(whole, "sft")
+    assert "unmerged" not in state_of(whole, "sft", "trainer.pt")
+    for stage in ("embed_weak", "embed_sup"):
+        end, trainer = state_of(whole, stage), state_of(whole, stage, "trainer.pt")
+        assert list(end) == list(start)                        # plain weights
+        for name, value in start.items():
+            update = (end[name] - value).double()
+            assert torch.equal(trainer["unmerged"][name], value), name         # the base stays
+            if name.endswith("_proj.weight"):
+                assert update.any() and torch.linalg.matrix_rank(update, rtol=1e-4) <= 4, name
+            else:
+                assert not update.any(), name
+        moments = trainer["optimizer"]["state"].values()
+        assert len(moments) == 28 and {min(m["exp_avg"].shape) for m in moments} == {4}
+        start = end
+
+
+def test_the_embedder_scores_as_the_run_with_its_adapters_did(rows, whole):
+    embedder = Embedder(whole / "embed_sup", device="cpu")
+    scores = json.loads((whole / "embed_sup" / "eval.json").read_text())
+    mine = evaluate_collection(embedder, rows / "little" / "test")
+    assert mine and mine == {name: scores[name] for name in mine}
+
+
+def test_a_run_killed_and_resumed_equals_the_undisturbed_one(rows, whole, tmp_path):
+    die_at(3, lambda: last_stage(ALONE, rows, whole, tmp_path))    # after the save of step 2
+    middle = Embedder(tmp_path / "embed_sup", device="cpu")
+    assert middle.meta["step"] == 2 and max(log(tmp_path, "embed_sup")) == 3
+    with pytest.raises(SystemExit, match="lora_rank=4 there, 5 now"):
+        train.main(command(rows, whole, "--lora_rank=5"))
+    torch.manual_seed(12345)
+    last_stage(ALONE, rows, whole, tmp_path)
+    assert_same_run(tmp_path, whole, "embed_sup")
+
+
+def test_micro_batches_change_nothing_but_the_memory(rows, whole, tmp_path):
+    last_stage(ALONE, rows, whole, tmp_path, "--micro_batch_size=5")
+    assert_close_run(tmp_path, whole)
+
+
+def in_both_modes(world, rows, whole, out):
+    for mode in ("ddp", "zero1"):
+        last_stage(world, rows, whole, out / mode, f"--parallel={mode}")
+
+
+def test_two_processes_train_as_one_does(rows, whole, tmp_path):
+    on_ranks(2, in_both_modes, rows, whole, tmp_path)
+    for mode in ("ddp", "zero1"):
+        assert_close_run(tmp_path / mode, whole)
+
+
+def test_fsdp_is_refused():
+    with pytest.raises(ValueError, match="lora_rank 4 needs parallel ddp or zero1: fsdp"):
+        train.TrainConfig(lora_rank=4, parallel="fsdp")
+
+
+def test_a_dry_run_counts_what_trains(capsys):
+    config = Path(train.__file__).parent / "config/full/embed_weak.py"
+    train.main([str(config), "--dry_run", "--lora_rank=64"])
+    shown = capsys.readouterr().out
+    # in + out of q and o, k and v, gate and up and down
+    adapters = 8 * 64 * (2 * (3584 + 3584) + 2 * (3584 + 896) + 3 * (3584 + 8192))
+    assert "1,499,205,120 parameters" in shown and f"{adapters:,}  rank 64" in shown
+    lines = [line.split() for line in shown.splitlines() if line.startswith(budget.MODES)]
+    assert {line[0] for line in lines} == {"ddp", "zero1"}
+    assert lines[0][2:5] == ["6.1", f"{adapters * 4e-9:.1f}", f"{adapters * 8e-9:.1f}"]
+    assert sum(budget.memory(train.ConanConfig(), adapters=adapters).values()) == \
+        4 * 1_499_205_120 + 16 * adapters

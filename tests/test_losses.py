@@ -1,6 +1,7 @@
 """InfoNCE, CoSENT and Matryoshka: by hand, by brute force, and two ranks against one batch."""
 
 import doctest
+import itertools
 import math
 from functools import partial
 
@@ -255,6 +256,19 @@ def test_cosent_is_finite_where_everything_is_wrong():
     loss = cosent_loss(cosine, torch.arange(200), temperature=0.001)
     loss.backward()
     assert 1990 < loss.item() < 2030 and torch.isfinite(cosine.grad).all()
+
+
+def test_cosent_of_thousands_of_pairs():
+    """The sum over all pairs in float64, though its largest term is e^40 and few are near it."""
+    cosine, score = torch.rand(3000) * 2 - 1, torch.randint(0, 6, (3000,))
+    cosine.requires_grad_()
+    loss = cosent_loss(cosine, score, temperature=0.05)
+    loss.backward()
+    c, total = cosine.detach().double() / 0.05, 1.0
+    for low, high in itertools.combinations(range(6), 2):      # a product of sums, not a double sum
+        total += c[score == low].exp().sum() * (-c[score == high]).exp().sum()
+    assert loss.item() == pytest.approx(total.log().item(), rel=1e-5)
+    assert torch.isfinite(cosine.grad).all() and cosine.grad[score == 0].min() >= 0
 
 
 @pytest.mark.parametrize("cosine, score, temperature, text", [

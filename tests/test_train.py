@@ -426,6 +426,7 @@ def test_the_embedder_reads_what_training_wrote(whole):
     assert torch.allclose(vectors.norm(dim=1), torch.ones(4))
     saved = train.Conan(train.ConanConfig(**meta_of(whole, "embed_sup")["model"]))
     saved.load_state_dict(state_of(whole, "embed_sup"))
-    ids = torch.tensor(embedder.tokenizer.encode("sort a list"))
+    tokenizer = embedder.tokenizer
+    ids = torch.tensor(tokenizer.encode("sort a list") + [tokenizer.eos_id])
     right = F.normalize(saved(ids, [len(ids)]), dim=1)[0].detach()
     assert torch.allclose(right, vectors[0], atol=1e-6)

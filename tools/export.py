@@ -8,7 +8,6 @@ bidirectional by `is_causal: false`, which transformers older than 5.2 ignore wi
 half-open soft mask has no stock architecture. `embed.Embedder("DIR")` is the way back. The golden
 file has inputs and what they gave before the export; DIR appears after it was checked. Needs `pip
 install safetensors`. docs/serving.md is about servers.
-DEVIATES: a text without tokens has no embedding in sentence-transformers; see docs/serving.md.
 """
 import hashlib
 import json
@@ -125,7 +124,7 @@ def write(embedder, folder, name, lm):
                embedder.model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"})
     tokenizer.save(folder / "tokenizer.tiktoken")
     put("config.json", architecture(embedder, lm))
-    put("tokenizer.json", tokenizer_json(tokenizer))
+    put("tokenizer.json", tokenizer_json(tokenizer, None if lm else end_template(tokenizer)))
     put("tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD,
         "split_special_tokens": True, "clean_up_tokenization_spaces": False,
@@ -171,7 +170,7 @@ def sentence_transformers_files(embedder):
     """Return {file: content} of the modules: transformer, pooling, normalisation, prompts.
 
     `pool_prompt` of the model is `include_prompt` there. Both libraries count the prompt's tokens
-    as those of the prompt alone, line end included.
+    as those of the prompt alone, line end included and end of text excluded.
     """
     config = embedder.model.config
     parts = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
@@ -204,11 +203,20 @@ def prompts_of(embedder):
 
 # ---------------------------------------------------------------- the tokenizer
 
-def tokenizer_json(tokenizer):
+def end_template(tokenizer):
+    """Return the post-processor that ends each text as `data.end_text` does, cut texts too."""
+    end = {"SpecialToken": {"id": EOS, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {"type": "TemplateProcessing", "single": [first, end],
+            "pair": [first, end, second, end], "special_tokens": {
+                EOS: {"id": EOS, "ids": [tokenizer.eos_id], "tokens": [EOS]}}}
+
+
+def tokenizer_json(tokenizer, post_processor=None):
     """Return the tokenizer in the form of the `tokenizers` library: the same ids for any text.
 
     The special tokens stand in the vocabulary and not among the "added" ones, as those would be
-    found inside of texts.
+    found inside of texts. post_processor: what adds tokens to a text; None adds none.
     """
     tokens, letter = tokenizer.tokens(), byte_letters()
     spelled = ["".join(letter[byte] for byte in token) for token in tokens]
@@ -221,7 +229,7 @@ def tokenizer_json(tokenizer):
              "invert": False}
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
-        "normalizer": {"type": "NFC"}, "post_processor": None, "decoder": byte_level,
+        "normalizer": {"type": "NFC"}, "post_processor": post_processor, "decoder": byte_level,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, byte_level]},
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None,
@@ -360,7 +368,8 @@ def model_card(embedder, name, lm):
     facts = {
         "dimensions": f"{c.n_embd}" + (f"; the first {', '.join(map(str, dims))} are embeddings "
                                        "too (Matryoshka), once normalised again" if dims else ""),
-        "longest text": f"{c.block_size if lm else embedder.max_len:,} tokens",
+        "longest text": f"{c.block_size:,} tokens" if lm else
+                        f"{embedder.max_len:,} tokens, the end-of-text token included",
         "vocabulary": f"{embedder.tokenizer.vocab_size:,}, byte-level BPE",
         "attention": "causal" if embedder.mask.is_causal else "bidirectional",
         "layout": f"llama: {c.n_layer} layers, {c.n_head} heads, {c.n_kv_head} key/value heads"}
@@ -371,7 +380,7 @@ def model_card(embedder, name, lm):
     code = LM_CODE.format(name=name, text=format_sft(None, GOLDEN[0])) if lm else \
         "import json\nimport numpy as np\n" + EMBED_CODE.format(name=name, prompt=prompts["query"])
     notes = "" if lm else (f"Needs {NEEDS}: older ones take the model for a causal one without a "
-                           "word. An empty text has no tokens: give none.\n")
+                           "word.\n")
     tags = ["nanoconan"] if lm else ["nanoconan", "sentence-transformers", "feature-extraction"]
     return CARD.format(
         library="transformers" if lm else "sentence-transformers", name=name, code=code,

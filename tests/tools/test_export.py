@@ -434,7 +434,8 @@ def test_ids_are_equal_in_the_tokenizers_library(exported, tokenizer):
     library = pytest.importorskip("tokenizers")
     theirs = library.Tokenizer.from_file(str(exported / "tokenizer.json"))
     for text in sample():
-        assert theirs.encode(text).ids == tokenizer.encode(text), repr(text[:80])
+        assert theirs.encode(text).ids == tokenizer.encode(text) + [tokenizer.eos_id], \
+            repr(text[:80])
         assert theirs.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
     words = library.Tokenizer.from_str(json.dumps(tokenizer_json(unmergeable())))
     assert words.encode("xyz (xyz)").ids == unmergeable().encode("xyz (xyz)")
@@ -448,7 +449,7 @@ def test_ids_are_equal_for_every_character(exported, tokenizer):
     for start in range(0, len(every), 64):
         for form in ("{0}", "a{0}b1 {0}", "({0} न{0})"):
             text = "|".join(form.format(char) for char in every[start:start + 64])
-            assert theirs.encode(text).ids == tokenizer.encode(text), hex(start)
+            assert theirs.encode(text).ids[:-1] == tokenizer.encode(text), hex(start)
 
 
 def test_ids_are_equal_in_transformers(hub_offline, exported, tokenizer):
@@ -456,7 +457,9 @@ def test_ids_are_equal_in_transformers(hub_offline, exported, tokenizer):
 
     theirs = AutoTokenizer.from_pretrained(exported)
     for text in sample():
-        assert theirs(text)["input_ids"] == tokenizer.encode(text), repr(text[:80])
+        ids = tokenizer.encode(text) + [tokenizer.eos_id]
+        assert theirs(text)["input_ids"] == ids, repr(text[:80])
+        assert theirs(text, truncation=True)["input_ids"] == ids[:-1][:23] + ids[-1:]
     assert theirs.pad_token_id == tokenizer.pad_id and theirs.eos_token_id == tokenizer.eos_id
     assert len(theirs) == tokenizer.vocab_size and theirs.model_max_length == 24
 
@@ -468,7 +471,7 @@ def test_vectors_are_equal_in_sentence_transformers(sentence_transformer, save, 
     """With the prompt and without, whole and cut; text is in NFC, NFD and of odd characters."""
     ours = Embedder(run := save(**case))
     theirs = sentence_transformer(export(run, tmp_path / "x"))
-    texts = [text for text in sample(40) if text]      # of the empty one see below
+    texts = sample(40)                                 # the first one is empty
     texts += [unicodedata.normalize("NFD", text) for text in texts[-20:]]
     prompt = PROMPTS["retrieval"]
     assert np.abs(theirs.encode(texts) - ours.encode(texts)).max() < 1e-5
@@ -479,12 +482,28 @@ def test_vectors_are_equal_in_sentence_transformers(sentence_transformer, save, 
     assert theirs.max_seq_length == 24 and theirs.similarity_fn_name == "cosine"
 
 
-def test_an_empty_text_does_not_disturb_others(sentence_transformer, run, exported):
-    """No stock tokenizer adds a token to empty texts alone: beside others they are zero vectors."""
-    theirs, texts = sentence_transformer(exported), ["one text", "", "another text of more words"]
-    vectors, expected = theirs.encode(texts), Embedder(run).encode(texts)
-    assert np.abs(vectors[[0, 2]] - expected[[0, 2]]).max() < 1e-5
-    assert not vectors[1].any() and np.linalg.norm(expected[1]) == pytest.approx(1)
+@pytest.mark.parametrize("prompt", [None, "Find", "a prompt that leaves a text no room " * 9])
+def test_empty_and_cut_texts_alone_and_beside_others(sentence_transformer, run, exported, prompt):
+    """The end of a text is a token that all have, so that the empty one has a unit vector."""
+    theirs, ours = sentence_transformer(exported), Embedder(run)
+    front = data.format_query("", prompt)
+    texts = ["one text", "", *("matrix"[:n] + " 1" * 20 for n in range(7)), "x " * 100]
+    expected = ours.encode(texts, prompt=prompt)
+    assert np.abs(theirs.encode(texts, prompt=front) - expected).max() < 1e-5
+    for text, vector in zip(texts, expected):
+        assert np.abs(theirs.encode([text], prompt=front)[0] - vector).max() < 1e-5
+    assert np.linalg.norm(expected, axis=1) == pytest.approx(1)
+
+
+def test_a_text_is_cut_at_the_same_token(sentence_transformer, run, exported):
+    """Around the limit of 24, the end included: the last token that counts does count."""
+    theirs, ours = sentence_transformer(exported), Embedder(run)
+    assert ours.tokenizer.encode("12345") == [ord(c) for c in "12345"]  # a token for each digit
+    texts = ["1" * n for n in (21, 22, 23, 24, 25)]
+    vectors = theirs.encode(texts)
+    assert np.abs(vectors - ours.encode(texts)).max() < 1e-5
+    assert np.abs(np.diff(vectors, axis=0)).max(1)[:2].min() > 1e-4
+    assert np.abs(vectors[2:] - vectors[2]).max() < 1e-6
 
 
 def test_two_spellings_have_one_vector(sentence_transformer, exported):

@@ -169,3 +169,11 @@ def test_what_has_changed_is_built_anew(small, monkeypatch):
     (folder / "text.jsonl").write_text("old")
     assert build.ensure(folder)["pairs"] == manifest["pairs"]
     assert len(rows_of(folder / "text.jsonl")) == manifest["train"]
+
+
+def test_labels_are_held_out_half_and_half():
+    rows = [{"name": f"torch.nn.layer{i}", "text": f"text {i}"} for i in range(16)]
+    rows += [{"name": "email.parser", "text": "too few of this label"}]
+    labelled = list(corpus.labelled_rows(rows))
+    assert {row["label"] for row in labelled} == {"torch.nn"} and len(labelled) == 16
+    assert [row["split"] for row in labelled[:4]] == ["train", "test", "train", "test"]

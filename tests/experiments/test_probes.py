@@ -1,0 +1,120 @@
+"""Probes by hand: encoders that see order or numbers, or do not, and ranks that are built in."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data import Collection
+from embed import Embedder
+from experiments import probes
+from mask import CAUSAL, MaskSpec, effective_rank, soft_mask
+
+BOOK = Collection("book", [{"id": "a", "text": "The body of the function is here."}],
+                  [{"id": "a", "text": "Convert a string to bytes."},
+                   {"id": "b", "text": "Return nothing at all."}], {"a": {"a": 1}, "b": {"a": 1}})
+
+
+class Words:
+    """Embed a text by counts of its words, or of its pairs of neighbours."""
+    prompts = {"retrieval": "Find"}
+
+    def __init__(self, size=1):
+        self.size = size
+
+    def encode(self, texts, prompt=None, **_):
+        out = np.zeros((len(texts), 4096), dtype=np.float32)
+        for row, text in zip(out, texts):
+            words = text.replace(".", "").split()
+            for i in range(len(words) - self.size + 1):
+                row[hash(tuple(words[i:i + self.size])) % 4096] += 1
+        return out / np.linalg.norm(out, axis=1, keepdims=True).clip(1e-9)
+
+
+def test_order_sees_pairs_of_words_and_no_bag():
+    triplets = probes.order_triplets(BOOK)
+    assert [t[0] for t in triplets] == ["Convert a string to bytes.", "Convert a bytes to string."]
+    assert triplets[0][1].startswith("Convert a string to bytes.\n\nThe body")
+    assert triplets[0][1:] == triplets[1][:0:-1]
+    assert probes.preference(Words(1), triplets) == 0.5            # ties count half
+    assert probes.preference(Words(2), triplets) == 1.0
+
+
+@pytest.mark.parametrize("line, other", [
+    ("Return points of curve.", "Return curve of points."),
+    ("Read a file into an array.", "Read a array into an file."),
+    ("Check for this from that.", None), ("Nothing.", None)])
+def test_words_around_a_preposition_change_places(line, other):
+    assert probes.swapped(line) == other
+
+
+def test_numbers_are_seen_or_not():
+    assert probes.number_gap(Words()) > 0.05
+    assert probes.preference(Words(), probes.number_triplets()) == 1.0
+    blind = Words()
+    blind.encode = lambda texts, **_: np.ones((len(texts), 2), dtype=np.float32)
+    assert probes.number_gap(blind) == 0
+    assert probes.preference(blind, probes.number_triplets()) == 0.5
+
+
+def test_a_late_sentence_needs_a_reader_of_the_whole(home):
+    """An encoder of words that reads the first third only finds the first third alone."""
+    rng = np.random.default_rng(0)
+    corpus = [{"id": str(i), "text": " ".join(
+        f"w{rng.integers(10 ** 6)} is followed by the word w{rng.integers(10 ** 6)}."
+        for _ in range(60))} for i in range(8)]
+    collection = Collection("long", corpus, [], {})
+    encoder = Words()
+    encoder.max_len = 10
+    encoder.model = type("Model", (), {"config": type("Config", (), {"block_size": 300})})
+    assert [probes.long_passages(encoder, collection, k) for k in (0, 2)] == [1, 1]
+    whole, seen = encoder.encode, []
+
+    def first_third(texts, **more):
+        seen.append(encoder.max_len)
+        return whole([text[:max(len(text) // 3, 100)] for text in texts], **more)
+
+    encoder.encode = first_third
+    first, last = (probes.long_passages(encoder, collection, k) for k in (0, 2))
+    assert first == 1 > last and set(seen) == {300} and encoder.max_len == 10
+
+
+def test_lm_loss_is_the_models_own(home):
+    embedder = Embedder(home.out / "pretrain", dtype="float32")
+    texts = ["sort the list of a graph", "read a file"]
+    ids = embedder.tokenizer.encode_batch(texts)
+    targets = torch.tensor([i for x in ids for i in [*x[1:], -100]])
+    right = embedder.model(torch.tensor([i for x in ids for i in x]), [len(x) for x in ids],
+                           CAUSAL, targets)
+    assert probes.lm_loss(embedder, texts) == pytest.approx(right.item(), rel=1e-5)
+
+
+def test_the_attention_has_the_rank_that_was_built_into_it(home):
+    """Attention that ignores its logits is M with rows of sum 1: of full rank, and of rank 1."""
+    embedder = Embedder(home.out / "sft", dtype="float32")
+    for block in embedder.model.layers:
+        torch.nn.init.zeros_(block.self_attn.q_proj.weight)
+    texts = ["sort the list of a graph by its random vector, the file and the tree of time"] * 2
+    for alpha in (0.0, 0.3, 1.0):
+        rank, smooth, realised = probes.attention_ranks(embedder, texts, MaskSpec(alpha), n=8)
+        m = soft_mask(8, alpha)
+        assert realised == pytest.approx(effective_rank(m / m.sum(1, keepdim=True)), rel=1e-5)
+        assert (rank, smooth) == (8 - math.floor(alpha * 8) if alpha < 1 else 1,
+                                  pytest.approx(effective_rank(m)))
+
+
+def test_the_attention_is_the_models(home):
+    """With its values replaced by one-hot rows, a layer's attention gives the same matrix."""
+    embedder = Embedder(home.out / "sft", dtype="float32")
+    seen, operations = [], embedder.model.layers[0].self_attn.ops
+    original = operations.attention
+
+    def one_hot(q, k, v, texts):
+        eye = torch.eye(8)[:, None].expand(8, k.shape[1], 8)
+        seen.extend(original(q, k, eye.contiguous(), texts).transpose(0, 1))   # (H, T, T)
+        return original(q, k, v, texts)
+
+    operations.attention = one_hot
+    ranks = probes.attention_ranks(embedder, ["sort the list of a graph by its vector"],
+                                   MaskSpec(0.4), n=8)
+    assert ranks[2] == pytest.approx(np.mean([effective_rank(p) for p in seen]), rel=1e-4)

@@ -1,0 +1,137 @@
+"""Tables from files by hand: intervals, Markdown, marked pages; and this project's own pages."""
+import json
+import math
+
+import pytest
+
+from experiments import results
+from experiments.results import interval, paired
+
+CELLS = {"seeds": [0, 1], "cells": {
+    "a": {"0": {"Eng": 60.0, "S": 1}, "1": {"Eng": 62.0, "S": 3}},
+    "b": {"0": {"Eng": 61.0, "S": 1}, "1": {"Eng": 63.0, "S": 2}}, "c": {}},
+    "differences": {"b minus a": [["b"], ["a"]]}, "paper": {"a": {"Eng": 70.41}},
+    "language_models": {"lm0": {"tokens": 2_500_000, "loss": 3.456}}, "title": "A table"}
+RUN = {"minutes": 9.0, "cores": 2, "BM25": {"retrieval/docs/test/ndcg@10": 0.64},
+       "pretrain": {"lm/docs/dev/loss": 4.0, "retrieval/docs/test/ndcg@10": 0.1},
+       "embed_sup": {"retrieval/docs/test/ndcg@10": 0.5, "retrieval/docs/test/ndcg@10:64": 0.4,
+                     "retrieval/clr_test/mean/ndcg@10": 0.3}}
+
+
+# ---------------------------------------------------------------- statistics
+
+def test_interval_by_hand():
+    """1, 2, 3: s = 1, t of two degrees of freedom 4.3027, half = 4.3027 / sqrt(3)."""
+    mean, half = interval([1, 2, 3])
+    assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), abs=1e-5)
+    assert interval([5, 5, 5]) == (5, 0)
+    mean, half = interval([7])
+    assert mean == 7 and math.isnan(half)
+
+
+@pytest.mark.extras
+def test_interval_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    values = [0.3, 1.7, 0.9, 1.1, 2.4, -0.5]
+    for df in (1, 2, 4, 9, 60):
+        assert results.t_quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-5)
+    low, high = stats.t.interval(0.95, 5, loc=sum(values) / 6, scale=stats.sem(values))
+    mean, half = interval(values)
+    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-6)
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds that differ by 10 from each other, cells by 1: the spread of the seeds cancels."""
+    ours, base = {0: 11.0, 1: 21.0, 2: 31.5, 7: 99.0}, {2: 30.0, 1: 20.0, 0: 10.0, 9: 0.0}
+    mean, half = paired(ours, base)
+    assert mean == pytest.approx(3.5 / 3)              # 1, 1, 1.5; seeds 7 and 9 are alone
+    assert half == pytest.approx(4.302653 * math.sqrt(1 / 12) / math.sqrt(3), abs=1e-5)
+    assert half < interval([11, 21, 31.5])[1] / 10
+
+
+def test_a_difference_is_bold_if_it_exceeds_its_interval():
+    assert results.difference((1.26, 0.5)) == "**+1.26 ± 0.50**"
+    assert results.difference((-0.4, 0.5)) == "-0.400 ± 0.500"
+    assert results.difference((1.26, math.nan)) == "+1.26"
+    assert results.difference((0.0, 0.0)) == "+0.000 ± 0.000"
+
+
+# ---------------------------------------------------------------- the forms of files
+
+def test_cells_have_means_intervals_differences_and_the_papers_numbers():
+    lines = results.cells_lines(CELLS)
+    assert "| a | 61.0 ± 12.7 | 2.0 ± 12.7 | 70.4 |" in lines     # 12.706 * 1.414 / 1.414
+    assert "| b minus a | **+1.00 ± 0.00** | -0.50 ± 6.35 |" in lines
+    assert not any(line.startswith("| c |") for line in lines)    # no seed yet
+    assert "- lm0: 2.5M tokens, loss 3.46 on dev." in lines
+    turned = results.cells_lines(CELLS | {"transpose": True})
+    assert "| Eng | 61.0 ± 12.7 | 62.0 ± 12.7 | **+1.00 ± 0.00** |" in turned
+
+
+def test_a_seed_that_one_side_lacks_is_in_no_difference():
+    cells = {"a": {"0": {"x": 1.0}, "1": {"x": 5.0}}, "b": {"1": {"x": 4.0}, "2": {"x": 9.0}}}
+    assert results.mean_of({"cells": cells}, ["a", "b"], "x") == {"1": 4.5}
+    row, = results.differences({"cells": cells, "differences": {"d": (["a"], ["b"])}}, ("x", "y"))
+    assert row == {"": "d", "x": "+1.00"}
+
+
+def test_runs_are_a_row_a_stage_and_a_column_a_measure():
+    lines = results.runs_lines({"runs": [RUN, RUN]})
+    assert lines[0] == "|  | LM loss | nDCG@10 | 26 languages |"
+    assert "| pretrain | 4.00 ± 0.00 | 0.100 ± 0.000 |  |" in lines
+    assert "| nDCG@10 | 0.400 ± 0.000 |" in lines and "2 runs, 9 to 9 minutes on 2 cores." in lines
+    assert not any(line.startswith("| sft") for line in lines)
+
+
+def test_record_joins_the_summaries_of_runs(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(RUN))
+    results.main(["record", f"--runs={tmp_path / 'one'},{tmp_path / 'two'}",
+                  f"--results={tmp_path}"])
+    assert json.loads((tmp_path / "default_run.json").read_text()) == {"runs": [RUN, RUN]}
+
+
+# ---------------------------------------------------------------- pages
+
+@pytest.fixture
+def project(tmp_path):
+    """A README with two marked tables and a results folder with one of them."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(
+        "before\n<!-- results:default_run -->\nold\n<!-- /results -->\nbetween\n"
+        "<!-- results:ideas -->\nnothing yet\n<!-- /results -->\n")
+    (tmp_path / "results" / "default_run.json").write_text(json.dumps({"runs": [RUN]}))
+    return tmp_path
+
+
+def test_marked_tables_are_filled_and_the_others_stay(project):
+    text = results.pages(project)[project / "README.md"]
+    assert "old" not in text and "| BM25 |" in text and "nothing yet" in text
+    assert text.startswith("before\n<!-- results:default_run -->\n|") and "\nbetween\n" in text
+    page = results.pages(project)[project / "docs" / "results.md"]
+    assert page.startswith("# Results\n\n*No conclusion recorded yet.*") and "## Default run" in page
+    (project / "results" / "conclusions.md").write_text("The mask pays.\n")
+    assert "\n\nThe mask pays.\n\n" in results.pages(project)[project / "docs" / "results.md"]
+
+
+def test_a_page_is_stale_until_it_is_written(project, monkeypatch):
+    assert results.stale(project) == [project / "README.md", project / "docs" / "results.md"]
+    for path, text in results.pages(project).items():
+        path.write_text(text)
+    assert results.stale(project) == []
+
+
+def test_ideas_are_three_rows_of_table_4():
+    names = [f"{part}: with minus without" for part in ("SM", "CLR", "DHNM")]
+    table = CELLS | {"differences": {name: (["b"], ["a"]) for name in names}}
+    lines = results.blocks({"table4": table})["ideas"]
+    assert "| CLR |  | **+1.00 ± 0.00** |  |" in lines and len(lines) == 7
+
+
+def test_this_projects_pages_say_what_its_results_say():
+    """Run `python -m experiments.results` if this fails."""
+    if not results.read_results(results.ROOT / "results"):
+        pytest.skip("nothing is recorded yet")
+    assert results.stale() == []
