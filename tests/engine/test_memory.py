@@ -1,29 +1,33 @@
 """Memory on a CPU: a step keeps the blocks of the last one, and gives back what is too much."""
-import os
-import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from engine import memory
 
 pytestmark = pytest.mark.skipif(memory._glibc() is None, reason="not glibc")
 
 
+FAULTS = """
+import resource, torch
+from engine import memory
+memory.keep_freed_memory()
+faults = []
+for _ in range(4):
+    torch.ones(50_000_000)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[0])
+"""
+
+
 def test_a_block_of_the_last_step_is_not_paged_in_anew():
     """Page faults of asking for 200 MB again: 51,200 of 4 kB each time, were it handed back."""
-    reader, writer = os.pipe()
-    if os.fork() == 0:                             # whose memory nobody has touched
-        memory.keep_freed_memory()
-        faults = []
-        for _ in range(4):
-            torch.ones(50_000_000)
-            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-        os.write(writer, str(faults[-1] - faults[0]).encode())
-        os._exit(0)
-    os.wait()
-    assert int(os.read(reader, 20)) < 1000
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True,
+                          cwd=Path(memory.__file__).parent.parent)
+    assert int(done.stdout) < 1000, done.stderr
 
 
 def test_freed_memory_goes_back_once_the_process_is_large():
