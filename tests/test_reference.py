@@ -17,12 +17,14 @@ import train
 from model import Conan
 from ranks import arguments, log
 
-STEPS, TOLERANCE = 100, 2e-3
+STEPS, TOLERANCE = 100, 1e-3
 REFERENCE = Path(__file__).parent / "reference" / "losses.json"
 
 
 def losses_of(rows, stage, out, *more):
-    train.main(arguments(rows, stage, out, f"--steps={STEPS}", f"--save_every={STEPS}", *more))
+    rate = 1e-3 if stage in ("pretrain", "sft") else 2e-4          # else the last losses are 0
+    train.main(arguments(rows, stage, out, f"--steps={STEPS}", f"--save_every={STEPS}",
+                         f"--learning_rate={rate}", *more))
     lines = log(out, stage)
     return torch.tensor([lines[step]["loss"] for step in range(1, STEPS + 1)], dtype=torch.float64)
 
@@ -50,7 +52,7 @@ def test_the_losses_of_100_steps(rows, tmp_path, record, request, stage):
 @pytest.mark.parametrize("stage", train.STAGES)
 def test_the_tolerance_is_above_rounding_and_below_a_change(rows, tmp_path, monkeypatch, stage):
     wanted = torch.tensor(json.loads(REFERENCE.read_text())[stage], dtype=torch.float64)
-    assert apart(losses_of(rows, stage, tmp_path / "a", "--seed=1"), wanted) > 10 * TOLERANCE
+    assert apart(losses_of(rows, stage, tmp_path / "a", "--seed=2"), wanted) > 10 * TOLERANCE
     assert apart(losses_of(rows, stage, tmp_path / "b", "--warmup=0.1"), wanted) > TOLERANCE
     real = Conan.init_weights
 
