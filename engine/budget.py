@@ -70,8 +70,8 @@ def activations(config, tokens, checkpointing=False, head=False):
     block = 12 * c.n_embd + (6 * c.n_head + 4 * c.n_kv_head) * c.head_dim + 4 * c.n_head \
         + 6 * c.ffn_dim
     copies = 2 * (part["attention"] + part["ffn"]) / c.n_layer
-    kept = tokens * block + copies
-    total = (kept + c.n_layer * 4 * c.n_embd * tokens if checkpointing else c.n_layer * kept)
+    one = tokens * block + copies                  # of a layer
+    total = (one + c.n_layer * 4 * c.n_embd * tokens if checkpointing else c.n_layer * one)
     total += 8 * c.n_embd * tokens                 # the last norm: input and output
     if head:
         total += 12 * part["embedding"] + 8 * logits_chunk(c.vocab_size, "cuda") * c.vocab_size
@@ -120,10 +120,10 @@ def report(cfg, model):
              f"{'gathered':>10}{'activations':>13}{'sum':>9}"]
     for mode in [m for m in MODES if m != "fsdp" or not adapters]:         # see TrainConfig
         for world in WORLDS:
-            held = memory(shape, mode, world, adapters)
+            always = memory(shape, mode, world, adapters)
             gathered = unsharded(shape) if mode == "fsdp" and world > 1 else 0
             act = activations(shape, pass_tokens(cfg, texts, world), cfg.checkpointing, lm)
-            numbers = [*held.values(), gathered, act]
+            numbers = [*always.values(), gathered, act]
             cells = "".join(f"{x / GB:>{w}.1f}" for x, w in zip(
                 [*numbers, sum(numbers)], (10, 11, 11, 10, 13, 9)))
             lines.append(f"{mode:<7}{world:>6}{cells}")

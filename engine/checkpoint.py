@@ -31,10 +31,10 @@ STEP_NAME = re.compile(r"step_(\d{6,})(\.old)?")  # .old: see _publish
 
 @contextlib.contextmanager
 def only_writer(run_dir):
-    """Hold `run_dir` for this process; the system lets go when the process ends, however it ends.
+    """Lock `run_dir` for this process; the system unlocks it when the process ends, in any way.
 
-    Two runs that save into one directory would delete each other's checkpoints. Raises: ValueError
-    if another process holds it. Where a file system knows no locks nothing is held.
+    Two runs that save into one directory would delete each other's checkpoints. Raises ValueError
+    if another process has the lock. Where a file system knows no locks, a warning says so.
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def only_writer(run_dir):
 
 
 def set_aside(run_dir):
-    """Rename the checkpoints of `run_dir`, so that a run started afresh does not go on from them.
+    """Rename the checkpoints of `run_dir`, so that a run started afresh does not resume them.
 
     step_000100 becomes step_000100.aside; what had that name is deleted.
     """
@@ -244,9 +244,9 @@ def _prune(run_dir, new, keep_last):
 
 def _checkpoints(run_dir):
     """Return the checkpoint directories of `run_dir`, newest first, without a look inside."""
-    found = [(STEP_NAME.fullmatch(path.name), path) for path in Path(run_dir).glob("step_*")]
-    found = [(int(match[1]), match[2] is None, path) for match, path in found if match]
-    return [path for *_, path in sorted(found, reverse=True)]
+    matches = [(STEP_NAME.fullmatch(path.name), path) for path in Path(run_dir).glob("step_*")]
+    steps = [(int(match[1]), match[2] is None, path) for match, path in matches if match]
+    return [path for *_, path in sorted(steps, reverse=True)]
 
 
 def _manifest_text(entries):
@@ -270,24 +270,24 @@ def _read_manifest(path):
 
 @contextlib.contextmanager
 def _open_verified(path, entry):
-    """Give the file `path`, open at its start, after its bytes were compared with `entry`.
+    """Open the file `path` at its start, after comparing its bytes with `entry`.
 
     Where they differ either of the two may be the damaged one, so errors name the manifest as well.
     """
-    told = f"by {path.parent / MANIFEST}"
+    source = f"by {path.parent / MANIFEST}"
     try:
         with open(path, "rb") as file:
             if (size := os.fstat(file.fileno()).st_size) != entry["size"]:
-                raise CorruptCheckpoint(f"{path}: {size} bytes, {entry['size']} {told}")
+                raise CorruptCheckpoint(f"{path}: {size} bytes, {entry['size']} {source}")
             sha256 = hashlib.sha256()
             while block := file.read(1 << 20):
                 sha256.update(block)
             if sha256.hexdigest() != entry["sha256"]:
-                raise CorruptCheckpoint(f"{path}: SHA-256 differs from the one {told}")
+                raise CorruptCheckpoint(f"{path}: SHA-256 differs from the one {source}")
             file.seek(0)
             yield file
     except OSError as error:
-        raise CorruptCheckpoint(f"{path}: {error.strerror}; it should be there {told}") from error
+        raise CorruptCheckpoint(f"{path}: {error.strerror}; it should be there {source}") from error
 
 
 def _sync_dir(path):

@@ -372,7 +372,7 @@ def whole(tensor):
 def model_state(model, world):
     """Return the plain state dict on the main rank, {} on others; all ranks must call.
 
-    A checkpoint thus looks the same in every mode, and another mode or number of ranks can go on.
+    A checkpoint looks the same in every mode: another mode or number of ranks can resume it.
     """
     state = {}
     for name, value in plain(model).state_dict().items():
@@ -386,16 +386,16 @@ def optimizer_state(optimizer, world):
     """Return the state dict of the whole optimizer on the main rank; all ranks must call."""
     is_zero = isinstance(optimizer, ZeroOptimizer)
     state = (optimizer.inner if is_zero else optimizer).state_dict()
-    found = {}
+    entries = {}
     for i in sorted(state["state"]):
-        found[i] = {}
+        entries[i] = {}
         for key, value in state["state"][i].items():
             if is_zero and value.dim():            # "step" is a scalar and no slice of anything
                 value = optimizer.gather(value, optimizer.params[i])
             value = whole(value)
             if world.is_main:
-                found[i][key] = value.cpu()
-    return {"state": found, "param_groups": state["param_groups"]}
+                entries[i][key] = value.cpu()
+    return {"state": entries, "param_groups": state["param_groups"]}
 
 
 def load_optimizer_state(optimizer, state):

@@ -185,6 +185,15 @@ def read_texts(path):
 
 # ---------------------------------------------------------------- random access
 
+def _sha256(path):
+    """Return the SHA-256 of a file that need not fit into memory."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
 class JsonlFile:
     """The rows of a file that need not fit into memory, by number.
 
@@ -219,7 +228,7 @@ class JsonlFile:
             about = json.loads(index.with_suffix(".json").read_bytes())
             whole = about["size"] == self.plain.stat().st_size \
                 and index.stat().st_size == 16 * about["rows"] \
-                and about["index"] == hashlib.sha256(index.read_bytes()).hexdigest()
+                and about["index"] == _sha256(index)
             return about if whole else None
         except (OSError, ValueError, LookupError, TypeError):
             return None
@@ -235,7 +244,7 @@ class JsonlFile:
         try:
             with atomic(index, "wb") as target:
                 about = self._scan(target, skip_bad)
-            about["index"] = hashlib.sha256(index.read_bytes()).hexdigest()
+            about["index"] = _sha256(index)
             with atomic(index.with_suffix(".json")) as file:
                 json.dump(about, file)
         except (ValueError, OSError):

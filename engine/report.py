@@ -33,7 +33,7 @@ def open_log(path, step):
     Lines of steps after `step`, and a half line at the end, are cut off: each step stands there
     once.
     """
-    kept = 0
+    size = 0
     with open(path, "ab+") as file:
         file.seek(0)
         for line in file:
@@ -42,8 +42,8 @@ def open_log(path, step):
                     break
             except (ValueError, KeyError, TypeError):
                 break
-            kept += len(line)
-        file.truncate(kept)
+            size += len(line)
+        file.truncate(size)
     return open(path, "a", encoding="utf-8")
 
 

@@ -1,19 +1,17 @@
 """Much data in little memory; each measurement is a process of its own, and its peak is asked for.
 
-    pytest -m slow tests/test_load.py --record=results/trust.json
+    pytest -m slow tests/engine/test_load.py --record=results/trust.json
 """
 import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import train
+from ranks import ROOT
 
 pytestmark = pytest.mark.slow
-ROOT = Path(train.__file__).parent
 BEGIN = """
 import json, resource, sys, time
 import numpy as np
@@ -21,6 +19,8 @@ import torch
 sys.path.insert(0, sys.argv[1])
 import data
 from embed import Embedder
+from engine import kernels
+from engine.order import shuffled
 from mask import FULL
 from model import Conan, ConanConfig
 from tokenizer import Tokenizer
@@ -34,7 +34,7 @@ def peak():                                        # of the whole process, in MB
 def tiny(block_size):
     tokenizer = Tokenizer.train(["the quick brown fox number 0123456789"] * 3, 285)
     model = Conan(ConanConfig(vocab_size=285, n_layer=1, n_head=2, n_kv_head=1, n_embd=16,
-                              ffn_dim=16, block_size=block_size))
+                              ffn_dim=16, block_size=block_size), ops=kernels.pick("cpu"))
     model.init_weights()
     return Embedder.of(model.eval(), tokenizer, "cpu", "float32", FULL, block_size)
 """
@@ -98,7 +98,7 @@ rng = np.random.default_rng(0)
 passages = rng.standard_normal((200_000, 16), dtype=np.float32)
 passages /= np.linalg.norm(passages, axis=1, keepdims=True)
 queries, before = passages[:1000], peak()
-pools = data.mine(queries, passages, [[q] for q in range(1000)], np.arange(200_000), depth=50)
+pools, _ = data.mine(queries, passages, [[q] for q in range(1000)], depth=50)
 scores = queries[:3] @ passages.T
 right = np.argsort(-scores, axis=1, kind="stable")[:, 1:51]
 print(json.dumps({"grown": peak() - before, "shape": pools.shape,
@@ -119,7 +119,7 @@ with open(path, "w") as file:
         file.write(json.dumps({"text": f"row {i} " + "the quick brown fox " * 2}) + "\\n")
 tokenizer, before = tiny(32).tokenizer, peak()
 found = data.Rows([path], "text", "cache")
-order = data.shuffled(np.arange(3000), len(found), 0)
+order = shuffled(np.arange(3000), len(found), 0)
 assert all(found[int(i)].startswith(f"row {i} ") for i in order)
 stream = data.TokenStream(found, tokenizer, path + ".bin")
 assert stream.windows(np.arange(100), 64).shape == (100, 65)
