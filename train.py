@@ -318,9 +318,9 @@ def start(cfg, world, where, before):
         run.check_data(hashes, where)
     if source:
         meta = run.read_meta(source)
-        if meta["model"] != dataclasses.asdict(cfg.model_config()):
-            raise ValueError(f"{source}: its model is {meta['model']}, this stage asks for "
-                             f"{dataclasses.asdict(cfg.model_config())}")
+        shape, pooling = dataclasses.asdict(cfg.model_config()), ("pooling", "pool_prompt")
+        if meta["model"] | {name: shape[name] for name in pooling} != shape:     # no weights
+            raise ValueError(f"{source}: its model is {meta['model']}, this stage asks for {shape}")
         weights, prompts = run.load_weights(cfg, world, source), meta["prompts"]
         tokenizer = Tokenizer.load(source / "tokenizer.tiktoken")
     else:

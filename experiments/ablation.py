@@ -1,6 +1,7 @@
 """The paper's three ideas, switched off one at a time: Tables 4, 6, 12, Sec. 3.2 and 3.4, a curve.
 
     python -m experiments.ablation table12 --seeds=0,1,2,3,4 --pawsx=FILE --sts=FILE
+    python -m experiments.ablation tune                      # learning rates, before two lanes
     python -m experiments.ablation table12 --seeds=0,2,4     # one lane of two: an LM seed each
     python -m experiments.ablation table12 --seeds=1,3       # the other; then all five, to write
 
@@ -269,7 +270,13 @@ def curve(lab):
         notes=["0M has no stages 1 and 2. All others have the same short stage 2."])
 
 
-COMMANDS = {"table4": table4, "table6": table6, "table12": table12, "sec32": sec32,
+def tune(lab):
+    """Choose all learning rates, LoRA's too, so that two lanes need not; return their file."""
+    lab.tune(with_lora=True)
+    return lab.work / "rates.json"
+
+
+COMMANDS = {"tune": tune, "table4": table4, "table6": table6, "table12": table12, "sec32": sec32,
             "sec34": sec34, "curve": curve}
 
 

@@ -1,4 +1,4 @@
-"""The ablation: what cells share and differ in, resumption, and tiny tables from the command line."""
+"""The ablation: what cells share and differ in, resumption, tiny tables from the command line."""
 import dataclasses
 import json
 import os
@@ -221,7 +221,7 @@ def test_pairs_and_similarity_are_measured_where_a_file_is_named(home, cfg, tmp_
 
 
 @pytest.mark.parametrize("argv, message", [
-    ([], "one of the commands table4, table6"), (["table5"], "not table5"),
+    ([], "one of the commands tune, table4, table6"), (["table5"], "not table5"),
     (["curve", "--lm_seeds=0"], "lm_seeds 0: at least one")])
 def test_mistakes_on_the_command_line(argv, message):
     with pytest.raises(ValueError, match=message):
