@@ -200,7 +200,7 @@ def test_sts_batches_pair_the_first_half_with_the_second(tokenizer):
 def test_long_texts_are_cut_and_counted_and_chunks_cover_the_batch(tokenizer):
     texts = ["fox " * 50, "dog", "the"]
     long, *short = tokenizer.encode_batch(texts)
-    limits = [4, len(short[0]) + 1, len(short[1])]         # the middle one just has room for its end
+    limits = [4, len(short[0]) + 1, len(short[1])]     # the middle one just has room for its end
     batch = data.Batch.of("sts", texts, limits, tokenizer, np.arange(3), skip=[1, 0, 2])
     assert batch.lengths == limits and batch.truncated == 2
     assert batch.ids.tolist() == [*long[:3], tokenizer.eos_id, *short[0], tokenizer.eos_id,

@@ -18,7 +18,7 @@ import train
 from model import Conan
 from ranks import arguments, write_rows
 
-STEPS, TOLERANCE = 100, 2e-3
+STEPS, TOLERANCE = 100, 1e-3
 REFERENCE = Path(__file__).parent / "reference" / "losses.json"
 
 
@@ -60,7 +60,7 @@ def test_the_losses_of_100_steps(files, tmp_path, record, request, stage):
 @pytest.mark.parametrize("stage", train.STAGES)
 def test_the_tolerance_is_above_rounding_and_below_a_change(files, tmp_path, monkeypatch, stage):
     wanted = torch.tensor(json.loads(REFERENCE.read_text())[stage], dtype=torch.float64)
-    assert apart(losses_of(files, stage, tmp_path / "a", "--seed=1"), wanted) > 10 * TOLERANCE
+    assert apart(losses_of(files, stage, tmp_path / "a", "--seed=2"), wanted) > 10 * TOLERANCE
     assert apart(losses_of(files, stage, tmp_path / "b", "--warmup=0.1"), wanted) > TOLERANCE
     real = Conan.init_weights
 
