@@ -4,11 +4,11 @@ The tables between `<!-- results:NAME -->` and `<!-- /results -->` come from res
 of experiments. They are checked where they are made.
 """
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -91,12 +91,12 @@ def test_functions_that_are_named_exist(page):
 
 
 def test_settings_that_are_named_exist():
-    train = (ROOT / "train.py").read_text(encoding="utf-8")
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
     for page in PAGES:
         text = current(page)
         for line in re.findall(r"train\.py config/\S+ +(--.+)", text):
             for name in re.findall(r"--(\w+)", line.split("#")[0]):
-                assert re.search(rf"^    {name}:", train, re.MULTILINE), f"{page.name}: --{name}"
+                assert re.search(rf"^    {name}:", source, re.MULTILINE), f"{page.name}: --{name}"
 
 
 @each_page
@@ -117,12 +117,13 @@ def test_lengths_are_true_within_20_percent():
     assert not wrong, f"these are the lengths now: {wrong}"
 
 
-def test_the_memory_table_is_what_a_dry_run_prints():
+def test_the_memory_table_is_what_a_dry_run_prints(monkeypatch, capsys):
     text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
-    command, rows = re.search(r"^\$ python (train\.py .*--dry_run.*)\n([^`]+)```", text,
+    command, rows = re.search(r"^\$ python train\.py (.*--dry_run.*)\n([^`]+)```", text,
                               re.MULTILINE).groups()
-    output = subprocess.run([sys.executable, *command.split()], cwd=ROOT, text=True, check=True,
-                            capture_output=True).stdout
+    monkeypatch.chdir(ROOT)
+    train.main(command.split())
+    output = capsys.readouterr().out
     assert [row for row in rows.splitlines() if row and row not in output.splitlines()] == []
 
 

@@ -10,7 +10,7 @@ import train
 from engine import checkpoint
 from ranks import arguments, on_ranks, run, step_loss_replaced
 
-SIZES, EACH = (1, 2, 3, 4), 3                      # steps between two moves
+SIZES, EACH = (1, 2, 3, 4), 2                      # steps between two moves
 STEPS = EACH * len(SIZES)
 ORDERS = list(itertools.permutations(SIZES))
 
