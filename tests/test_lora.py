@@ -152,7 +152,6 @@ def test_bad_values_are_named():
 
 # ---------------------------------------------------------------- through train.py
 
-ALONE = distributed.World(0, 1, torch.device("cpu"))
 
 
 def command(rows, out, *more):
@@ -213,18 +212,18 @@ def test_the_embedder_scores_as_the_run_with_its_adapters_did(rows, whole):
 
 
 def test_a_run_killed_and_resumed_equals_the_undisturbed_one(rows, whole, tmp_path):
-    die_at(3, lambda: last_stage(ALONE, rows, whole, tmp_path))    # after the save of step 2
+    die_at(3, lambda: last_stage(distributed.start("cpu"), rows, whole, tmp_path))
     middle = Embedder(tmp_path / "embed_sup", device="cpu")
     assert middle.meta["step"] == 2 and max(log(tmp_path, "embed_sup")) == 3
     with pytest.raises(SystemExit, match="lora_rank=4 there, 5 now"):
         train.main(command(rows, whole, "--lora_rank=5"))
     torch.manual_seed(12345)
-    last_stage(ALONE, rows, whole, tmp_path)
+    last_stage(distributed.start("cpu"), rows, whole, tmp_path)
     assert_same_run(tmp_path, whole, "embed_sup")
 
 
 def test_micro_batches_change_nothing_but_the_memory(rows, whole, tmp_path):
-    last_stage(ALONE, rows, whole, tmp_path, "--micro_batch_size=5")
+    last_stage(distributed.start("cpu"), rows, whole, tmp_path, "--micro_batch_size=5")
     assert_close_run(tmp_path, whole)
 
 
