@@ -82,7 +82,8 @@ ROWS = {
          "answers": dict.fromkeys(MKQA, [ANSWER]) | {"en": [ANSWER, NO_ANSWER]}},
         [{"id": f"563260143484355911/{lang}", "lang": lang, "text": text,
           "answers": ["Dave Edmunds"]}
-         for lang, text in (("en", "who sings it"), ("ru", "кто поёт"), ("zh", "谁唱"))]),
+         for lang, text in (("en", "who sings it"), ("ru", "кто поёт"), ("zh", "谁唱"),
+                            ("zh_hk", "誰唱"), ("zh_tw", "誰唱"))]),
     "amazon_reviews": ({"text": "Broke after a day", "label": 0},
                        [{"query": "Broke after a day", "pos": ["1 star"],
                          "neg": ["2 stars", "3 stars", "4 stars", "5 stars"]}]),
@@ -219,8 +220,8 @@ def test_a_broken_run_leaves_nothing_and_the_next_one_is_whole(tmp_path, monkeyp
 def test_limit_counts_rows_of_ours(tmp_path, monkeypatch):
     stream = FakeStream([ROWS["mkqa"][0]] * 4)
     monkeypatch.setattr(prepare, "Stream", stream)
-    path = prepare.prepare(config(tmp_path, name="mkqa", limit=5))
-    assert [row["lang"] for row in read_jsonl(path)] == ["en", "ru", "zh", "en", "ru"]
+    path = prepare.prepare(config(tmp_path, name="mkqa", limit=6))
+    assert [row["lang"] for row in read_jsonl(path)] == "en ru zh zh_hk zh_tw en".split()
 
 
 def test_what_overlaps_an_evaluation_text_is_set_aside_with_the_reason(tmp_path, monkeypatch):
