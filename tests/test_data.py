@@ -189,6 +189,16 @@ def test_batches_never_hold_a_query_twice_and_all_ranks_share_them(tokenizer, mo
         task(tokenizer, rows, "pairs", "embed_weak", World(0, 3, torch.device("cpu")), batch_size=4)
 
 
+def test_all_ranks_share_the_windows_of_a_text(tokenizer):
+    rows = [{"text": f"the quick fox {i}"} for i in range(60)]
+    alone = task(tokenizer, rows, "text", "pretrain", batch_size=4)
+    ranks = [task(tokenizer, rows, "text", "pretrain", batch_size=4) for _ in range(2)]
+    for rank, t in enumerate(ranks):
+        t.world = World(rank, 2, torch.device("cpu"))
+    for k in range(9):
+        assert torch.equal(alone.batch(k).ids, torch.cat([t.batch(k).ids for t in ranks]))
+
+
 def test_sts_batches_pair_the_first_half_with_the_second(tokenizer):
     rows = [{"sentence1": f"the {i}", "sentence2": f"fox {i}", "score": i / 2} for i in range(3)]
     batch = task(tokenizer, rows, "sts", batch_size=3).batch(0)
