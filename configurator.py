@@ -160,6 +160,7 @@ def _convert(value, hint, is_text):
         return known[wanted]
     if origin is tuple:
         items = _items(value) if is_text else value
+        items = _join_paths(items) if is_text and args[0] is str else items
         if not isinstance(items, (list, tuple)):
             raise TypeError
         kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
@@ -198,6 +199,16 @@ def _items(text):
     if text[:1] + text[-1:] in ("()", "[]"):
         text = text[1:-1].strip()
     return [item.strip().strip("'\"") for item in text.removesuffix(",").split(",")] if text else []
+
+
+def _join_paths(items):
+    """Undo the split at commas inside the name of a file or folder that exists: `a,b.jsonl`."""
+    items, joined = list(items), []
+    while items:
+        n = next((n for n in range(len(items), 1, -1) if Path(",".join(items[:n])).exists()), 1)
+        joined.append(",".join(items[:n]))
+        items = items[n:]
+    return joined
 
 
 def _settable(cls):

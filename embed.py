@@ -31,6 +31,7 @@ from mask import MaskSpec
 from model import Conan, ConanConfig
 from tokenizer import Tokenizer
 
+INDEX_VERSION = 2                  # of the way that texts are embedded; raise it when that changes
 EXPORTED = "nanoconan.json"        # marks a folder that tools/export.py wrote
 DTYPES = {"float32": "float32", "fp32": "float32", torch.float32: "float32",
           "bfloat16": "bfloat16", "bf16": "bfloat16", torch.bfloat16: "bfloat16"}
@@ -223,7 +224,8 @@ def load_index(embedder, corpus):
     """
     path = Path(corpus) if Path(corpus).is_file() else find_packed(Path(corpus) / "corpus.jsonl")
     rows, where = list(read_with_ids(path)), embedder.checkpoint
-    content = hashlib.sha256(f"{embedder.dtype} {embedder.max_len}".encode() + path.read_bytes())
+    settings = f"{INDEX_VERSION} {embedder.dtype} {embedder.max_len}"
+    content = hashlib.sha256(settings.encode() + path.read_bytes())
     folder = where if (where / EXPORTED).is_file() else where.parent
     cache = folder / f"index-{embedder.fingerprint()}-{content.hexdigest()[:16]}.npy"
     if not cache.is_file():

@@ -1,5 +1,6 @@
 """What a run shows and hears: progress bar, log file, stop signals, and the tables at its end."""
 import json
+import re
 import signal
 import time
 from collections import Counter
@@ -7,6 +8,9 @@ from collections import Counter
 from tqdm import tqdm
 
 from engine import budget, distributed
+
+
+LANGUAGE_PAIR = re.compile(r"[a-z]{2,3}([-_]\w+)?-[a-z]{2,3}([-_]\w+)?")      # zh-Hant-en
 
 
 class StopSignal:
@@ -133,7 +137,7 @@ def print_table(name, scores, dims, metrics=("ndcg@10", "recall@1", "recall@10")
 def print_languages(scores):
     """Print nDCG@10 for each query language of collections in several (keys "zh-en")."""
     pairs = sorted({key.split("/")[2] for results in scores.values() for key in results
-                    if key.endswith("/ndcg@10") and "-" in key.split("/")[2]})
+                    if key.endswith("/ndcg@10") and LANGUAGE_PAIR.fullmatch(key.split("/")[2])})
     for label, results in scores.items() if pairs else ():
         cells = {p: v for p in pairs for k, v in results.items() if k.endswith(f"/{p}/ndcg@10")}
         if cells:
@@ -146,7 +150,7 @@ def print_summary(scores, dims):
     """Print all that stages and baselines scored; scores: {label: flat results}."""
     names = {key.rsplit("/", 1)[0] for results in scores.values() for key in results
              if "/ndcg@10" in key}
-    for name in sorted(name for name in names if "-" not in name.split("/")[2]
+    for name in sorted(name for name in names if not LANGUAGE_PAIR.fullmatch(name.split("/")[2])
                        and not name.split("/")[2].startswith("mean_")):
         print_table(name, scores, dims)
     print_languages(scores)

@@ -73,6 +73,15 @@ def test_flag(flag, value):
         assert [type(item) for item in got] == [type(item) for item in value]
 
 
+def test_a_comma_in_the_name_of_a_file_does_not_split_it(tmp_path):
+    for name in ("a,b.jsonl", "c.jsonl"):
+        (tmp_path / name).touch()
+    files = f"{tmp_path}/a,b.jsonl", f"{tmp_path}/c.jsonl"
+    assert load_config(Config, [f"--stages={files[0]},{files[1]}"]).stages == files
+    mixed = files[1], "x", files[0]
+    assert load_config(Config, [f"--stages={','.join(mixed)}"]).stages == mixed
+
+
 @pytest.mark.parametrize("flag, words", [
     ("--learning_rte=1", ["learning_rte", "'learning_rate'"]),
     ("--learning-rate=1", ["'learning_rate'"]),

@@ -164,7 +164,8 @@ def test_search_asks_with_the_trained_prompt(run, tmp_path):
     assert bare[0][0] != pytest.approx(best[0][0], abs=1e-4)
 
 
-def test_the_index_is_built_anew_when_model_or_corpus_changes(run, tmp_path, tokenizer, capsys):
+def test_the_index_is_built_anew_when_model_or_corpus_changes(
+        run, tmp_path, tokenizer, capsys, monkeypatch):
     corpus = write_corpus(tmp_path / "docs", key="_id")             # BEIR's name for it
     assert load_index(Embedder(run, "cpu"), corpus)[0][0]["id"] == "a"
     names = [path.name for path in run.glob("index-*")]
@@ -179,6 +180,9 @@ def test_the_index_is_built_anew_when_model_or_corpus_changes(run, tmp_path, tok
     load_index(Embedder(other, "cpu"), corpus)
     names += [path.name for folder in (run, other) for path in folder.glob("index-*")]
     assert len(names) == len(set(names)) == 3
+    monkeypatch.setattr(embed, "INDEX_VERSION", embed.INDEX_VERSION + 1)
+    load_index(Embedder(other, "cpu"), corpus)
+    assert len(list(other.glob("index-*"))) == 1                    # and the old one is gone
 
 
 def command(monkeypatch, *argv):

@@ -95,16 +95,16 @@ def test_a_stage_that_visits_no_query_twice_says_that_dhnm_cannot_act(tmp_path, 
 
 
 def test_the_summary_shows_stages_dims_and_languages(capsys):
-    name = "retrieval/set/test"
+    name = "retrieval/my-docs/test"             # "my-docs" is not a pair of languages
     scores = {"BM25": {f"{name}/{m}": 0.25 for m in ("ndcg@10", "recall@1", "recall@10")},
               "embed_sup": {f"{name}/{m}{dim}": value for dim, value in (("", 0.5), (":8", 0.375))
                             for m in ("ndcg@10", "recall@1", "recall@10")}
-              | {"retrieval/clr/zh-en/ndcg@10": 0.25, "retrieval/clr/de-en/ndcg@10": 0.75,
+              | {"retrieval/clr/zh-Hant-en/ndcg@10": 0.25, "retrieval/clr/de-en/ndcg@10": 0.75,
                  "dhnm/retrieval/queries_changed_1_times": 7, "sts/set/test/spearman": 0.625}}
     report.print_summary(scores, (8, 16))
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line]
     assert rows[:4] == [[name, "ndcg@10", "recall@1", "recall@10"],
                         ["BM25", *["0.250"] * 3], ["embed_sup", *["0.500"] * 3],
                         ["embed_sup,", "first", "8", "dims", *["0.375"] * 3]]
-    assert rows[4][-2:] == ["mean", "0.500"] and rows[5] == ["de-en", "0.75", "zh-en", "0.25"]
+    assert rows[4][-2:] == ["mean", "0.500"] and rows[5] == ["de-en", "0.75", "zh-Hant-en", "0.25"]
     assert rows[6:] == [["embed_sup"], ["sts/set/test/spearman", "0.625"]]
