@@ -426,7 +426,7 @@ def collections(cfg):
         return [Path(name) for name in cfg.evaluate]
     folders = {path.parent for name in ("corpus.jsonl", "corpus.jsonl.gz")
                for path in Path(cfg.data).rglob(name)}
-    return sorted(folder for folder in folders if folder.name not in ("dev", "search"))
+    return sorted(folder for folder in folders if folder.name not in ("dev", "clr_dev", "search"))
 
 
 @torch.no_grad()

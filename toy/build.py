@@ -6,7 +6,7 @@ corpus.py writes the English files. Here the lexicon (26 languages) adds
 
     text-languages.jsonl       stage 1: documents of summary lines in one language each
     clr.jsonl                  stage 4: the documentation pairs with the query translated (clr.py)
-    clr_test/                  the same 100 test questions in every language, for the evaluation
+    clr_test/, clr_dev/        the same 100 questions in every language, to judge and to choose by
 
 Languages are text in stage 1, and are bound to English by CLR in stage 4 alone: the difference
 between stages 3 and 4 shows what CLR does.
@@ -21,10 +21,10 @@ from engine.jsonl import atomic, read_jsonl, write_jsonl
 from toy import corpus, lexicon
 from toy.lexicon import LexiconTranslator, Phrasing
 
-VERSION = 1                        # raise it when the files below change: old ones are rebuilt
+VERSION = 2                        # raise it when the files below change: old ones are rebuilt
 LANGUAGE_SHARE = 0.15              # characters of text-languages.jsonl, as a share of text.jsonl's
 LINES = 10                         # of a document in another language
-QUESTIONS = 100                    # test queries that clr_test/ has in every language
+QUESTIONS = 100                    # queries of dev and of test that every language has
 
 
 def language_documents(summaries, n_characters, translate, phrase, seed=0):
@@ -40,14 +40,14 @@ def language_documents(summaries, n_characters, translate, phrase, seed=0):
         yield {"text": text, "lang": lang}
 
 
-def write_clr_test(folder, test, translate):
+def write_questions(folder, source, translate):
     """Write the first `QUESTIONS` queries of a collection's folder in all languages."""
-    queries = list(read_jsonl(test / "queries.jsonl"))[:QUESTIONS]
+    queries = list(read_jsonl(source / "queries.jsonl"))[:QUESTIONS]
     translated = [({"id": f"{query['id']}/{lang}", "lang": lang, "text": query["text"]
                     if lang == "en" else translate(query["text"], lang)}, query["id"])
                   for query in queries for lang in LANGUAGES]
     write_jsonl(folder / "corpus.jsonl",
-                ({**row, "lang": "en"} for row in read_jsonl(test / "corpus.jsonl")))
+                ({**row, "lang": "en"} for row in read_jsonl(source / "corpus.jsonl")))
     write_jsonl(folder / "queries.jsonl", (row for row, _ in translated))
     with atomic(folder / "qrels.tsv") as file:
         file.write("query-id\tcorpus-id\tscore\n")
@@ -81,7 +81,8 @@ def ensure(folder):
                           lambda text, lang: phrase(translate.words(text, lang), lang, rng),
                           gates=gates))
     write_jsonl(folder / "clr.jsonl", rows)
-    write_clr_test(folder / "clr_test", folder / "test", translate)
+    for split in ("dev", "test"):
+        write_questions(folder / f"clr_{split}", folder / split, translate)
     counts = {"documents in other languages": len(documents), "clr": len(rows),
               "dropped": dict(gates.dropped)}
     with atomic(stamp) as file:
