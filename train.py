@@ -50,13 +50,6 @@ from tokenizer import Tokenizer
 from toy import build as toy
 
 STAGES = ("pretrain", "sft", "embed_weak", "embed_sup")
-LIMITS = {                         # of settings; the others may be anything of their type
-    **dict.fromkeys(("steps", "batch_size", "log_every", "save_every", "query_len", "passage_len",
-                     "n_negatives", "pool_size"), (1, 10 ** 14)),
-    **dict.fromkeys(("micro_batch_size", "lora_rank"), (0, 10 ** 12)),
-    "temperature": (1e-4, 1e4), "warmup": (0, 1), "final_lr": (0, 1), "beta2": (0, 1 - 1e-9),
-    "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "vocab_size": (258, 2 ** 31),
-    "seed": (0, 2 ** 62)}
 TASKS = ("retrieval", "clr", "classification", "sts")
 TEST_FILES = {"sts": "sts_test.jsonl", "classification": "labels_test.jsonl"}   # of DATA
 GRAD_CLIP = 1.0                    # UNSPECIFIED: the norm that gradients are cut to
@@ -134,24 +127,8 @@ class TrainConfig:
     save_every: int = 200
 
     def __post_init__(self):
-        for name, (low, high) in LIMITS.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must lie in {low} .. {high}, not {getattr(self, name)}")
-        if max(self.query_len, self.passage_len) > self.block_size:
-            raise ValueError(f"query_len {self.query_len} and passage_len {self.passage_len} must "
-                             f"not exceed block_size {self.block_size}")
-        if self.lora_rank and self.parallel == "fsdp":
-            raise ValueError(f"lora_rank {self.lora_rank} needs parallel ddp or zero1: fsdp's "
-                             "bfloat16 shards would round what adapters add to a weight away")
-        if any(not 1 <= d <= self.n_embd for d in self.dims):
-            raise ValueError(f"dims {self.dims} must lie in 1 .. n_embd {self.n_embd}")
-        for name, least in (("task_weights", 0), ("batch_sizes", 1), ("file_weights", 0)):
-            values = getattr(self, name)
-            if name != "file_weights" and set(values) - set(TASKS):
-                raise ValueError(f"{name} {values}: tasks are {', '.join(TASKS)}")
-            if any(not least <= v < 1e12 for v in values.values()):
-                raise ValueError(f"{name} {values}: values must be at least {least}, and finite")
-        self.model_config()                        # raises for an impossible shape
+        run.check_values(self, TASKS)              # raises for a value out of range
+        self.model_config()                        # and for an impossible shape
 
     def model_config(self):
         """Return the shape of the model."""

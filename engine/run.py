@@ -29,6 +29,13 @@ SHARED_BY_STAGES = MODEL | DATA | MACHINE | {"out", "evaluate", "skip_bad_lines"
 SHARED_BY_EMBEDDING = {"lora_rank", "schedule", "mask_axis", "mask_apply"}     # stages 3 and 4
 MAY_CHANGE_ON_RESUME = PATHS | (MACHINE - {"dtype"}) | {       # data is compared by content
     "resume", "log_every", "save_every", "micro_batch_size", "dry_run"}
+LIMITS = {                         # the others may be anything of their type
+    **dict.fromkeys(("steps", "batch_size", "log_every", "save_every", "query_len", "passage_len",
+                     "n_negatives", "pool_size"), (1, 10 ** 14)),
+    **dict.fromkeys(("micro_batch_size", "lora_rank"), (0, 10 ** 12)),
+    "temperature": (1e-4, 1e4), "warmup": (0, 1), "final_lr": (0, 1), "beta2": (0, 1 - 1e-9),
+    "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "vocab_size": (258, 2 ** 31),
+    "seed": (0, 2 ** 62)}
 SLOW_SAVE = 20.0                   # seconds; a save that takes longer warns
 KEEP_CHECKPOINTS = 2
 
@@ -55,6 +62,27 @@ class State:
     step: int = 0
     counters: dict = field(default_factory=lambda: {
         "tokens": 0, "truncated": 0, "skipped": 0, "in_a_row": 0})
+
+
+def check_values(cfg, tasks):
+    """Raise ValueError for settings whose value cannot be used, alone or together."""
+    for name, (low, high) in LIMITS.items():
+        if not low <= getattr(cfg, name) <= high:
+            raise ValueError(f"{name} must lie in {low} .. {high}, not {getattr(cfg, name)}")
+    if max(cfg.query_len, cfg.passage_len) > cfg.block_size:
+        raise ValueError(f"query_len {cfg.query_len} and passage_len {cfg.passage_len} must not "
+                         f"exceed block_size {cfg.block_size}")
+    if cfg.lora_rank and cfg.parallel == "fsdp":
+        raise ValueError(f"lora_rank {cfg.lora_rank} needs parallel ddp or zero1: fsdp's bfloat16 "
+                         "shards would round what adapters add to a weight away")
+    if any(not 1 <= d <= cfg.n_embd for d in cfg.dims):
+        raise ValueError(f"dims {cfg.dims} must lie in 1 .. n_embd {cfg.n_embd}")
+    for name, least in (("task_weights", 0), ("batch_sizes", 1), ("file_weights", 0)):
+        values = getattr(cfg, name)
+        if name != "file_weights" and set(values) - set(tasks):
+            raise ValueError(f"{name} {values}: tasks are {', '.join(tasks)}")
+        if any(not least <= v < 1e12 for v in values.values()):
+            raise ValueError(f"{name} {values}: values must be at least {least}, and finite")
 
 
 # ---------------------------------------------------------------- the chain of stages
