@@ -35,7 +35,7 @@ from engine import distributed, kernels, run
 from experiments.runs import run_command, write_result
 from mask import FULL, MaskSpec
 from model import Conan, ConanConfig, next_token_loss, rope, rope_angles
-from tokenizer import PATTERN, Tokenizer
+from tokenizer import Tokenizer
 from tools import export
 from train import TrainConfig
 
@@ -48,9 +48,9 @@ GOALS = {                              # start of a row's name: (floor, goal); l
     "tokenizer encoding": (4.0, 6.5), "soft attention time": (2.0, 1.3),
     "soft attention memory": (1.2, 1.05)}
 NOTES = [                              # of what is compared
-    "LM: tokens/s over a plain loop's. Fixed, real: pairs/s over SentenceTransformerTrainer's, "
-    "texts of 64 tokens and of real lengths. Defaults: each side with its default dtype.",
-    "Encoding: texts/s over SentenceTransformer.encode. Latency: milliseconds of a short query.",
+    "LM: tokens/s over a plain loop's. Fixed, real: pairs/s over sentence-transformers' model and "
+    "loss, texts of 64 tokens and of real lengths. Defaults: bfloat16 over their float32.",
+    "Encoding: texts/s over SentenceTransformer.encode, many at once or one short query at a time.",
     "Soft: seconds under the soft mask over bidirectional. DHNM: with the pool over without.",
     "Two-pass: 16 chunks over one chunk (memory), over 16 passes of a chunk (time). Head: "
     "cross-entropy in chunks over all logits at once. Tokenizer: MB/s over Hugging Face's."]
@@ -87,19 +87,17 @@ class BenchConfig:
 def in_turn(sides, rounds, device="cpu"):
     """Return {name: [seconds]} of some callables, called in turn `rounds` times after a warm-up.
 
-    Every other turn runs backwards, since the first of a turn was seen to take 3 % longer. A
-    callable that returns a float has measured its seconds itself.
+    Every other turn runs backwards, since the first of a turn was seen to take 3 % longer.
     """
     seconds = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, work in list(sides.items())[::-1 if turn % 2 else 1]:
             began = time.perf_counter()
-            own = work()
+            work()
             if device == "cuda":
                 torch.cuda.synchronize()
             if turn:                               # the first turn warms up
-                seconds[name].append(own if isinstance(own, float)
-                                     else time.perf_counter() - began)
+                seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
@@ -122,10 +120,9 @@ def peak_memory(work, device="cpu"):
 def step_of(model, stage, dtype, backward):
     """Return a callable: forward and backward, clipping, AdamW. backward(): fills gradients."""
     optimizer = train.build_optimizer(model, stage)
-    device = next(model.parameters()).device.type
 
     def step():
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -229,33 +226,15 @@ def our_backward(model, stage, texts, longest):
     train.step_loss(model, batch, stage, 0)
 
 
-def their_step(folder, texts, longest, dtype, steps=3):
-    """Return a callable: seconds of a step of SentenceTransformerTrainer, as its manual has it."""
-    from datasets import Dataset
-    from sentence_transformers import (SentenceTransformer, SentenceTransformerTrainer,
-                                       SentenceTransformerTrainingArguments, losses)
-    from transformers import TrainerCallback
-    model = SentenceTransformer(folder, device="cpu")
+def their_step(folder, stage, texts, longest, dtype):
+    """Return a callable: the same step with the model and the loss of sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    model, half = SentenceTransformer(folder, device="cpu").train(), len(texts) // 2
     model.max_seq_length = longest
-    half = len(texts) // 2
-    rows = Dataset.from_dict({"anchor": texts[:half] * (steps + 1),
-                              "positive": texts[half:] * (steps + 1)})
-    times = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            times.append(time.perf_counter())
-
-    def run_steps():
-        times.clear()
-        args = SentenceTransformerTrainingArguments(
-            output_dir=f"{folder}/run", max_steps=steps + 1, use_cpu=True, report_to="none",
-            per_device_train_batch_size=half, bf16=dtype == "bfloat16", save_strategy="no",
-            logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
-        SentenceTransformerTrainer(model=model, args=args, train_dataset=rows, callbacks=[Clock()],
-                                   loss=losses.MultipleNegativesRankingLoss(model)).train()
-        return (times[-1] - times[0]) / steps              # its first step sets things up
-    return run_steps
+    loss = MultipleNegativesRankingLoss(model)
+    return step_of(model, stage, dtype, lambda: loss(
+        [model.preprocess(side) for side in (texts[:half], texts[half:])], None).backward())
 
 
 def exported(cfg, folder, longest):
@@ -282,26 +261,14 @@ def contrastive(cfg, rows, name, longest, fixed):
             model = cfg.model()
             sides["ours", dtype] = step_of(model, stage, dtype, partial(
                 our_backward, model, stage, texts, longest))
-            sides["theirs", dtype] = their_step(path, texts, longest, dtype)
+            sides["theirs", dtype] = their_step(path, stage, texts, longest, dtype)
         seconds = in_turn(sides, cfg.rounds)
     for label, ours, theirs in (*zip(DTYPES, DTYPES, DTYPES), ("defaults", *DTYPES[::-1])):
         rows.ratio(f"{name} {label}", seconds["theirs", theirs], seconds["ours", ours], cfg.pairs)
 
 
-def latency(cfg, rows):
-    """Measure the milliseconds of single short queries: the median, and the slowest of 100."""
-    queries = make_texts(100, 3, mean=8, longest=16)
-    for dtype in DTYPES:
-        ours = Embedder.of(cfg.model(), words()[1], cfg.device, dtype, FULL, 256)
-        seconds = in_turn({i: partial(ours.encode, [q]) for i, q in enumerate(queries)},
-                          cfg.rounds, cfg.device)
-        for share in (50, 99):
-            rows.add(f"latency {dtype}, p{share}", [
-                1000 * float(np.percentile(each, share)) for each in zip(*seconds.values())])
-
-
 def encoding(cfg, rows):
-    """Measure encoding texts/s: many texts of real lengths, and short queries one at a time."""
+    """Measure encoding texts/s, and single short queries: the median, and the slowest of 100."""
     from sentence_transformers import SentenceTransformer
     texts, queries = make_texts(cfg.texts, 2), make_texts(100, 3, mean=8, longest=16)
     with tempfile.TemporaryDirectory() as folder:
@@ -315,9 +282,13 @@ def encoding(cfg, rows):
                 raise ValueError(f"both sides should be one model: cosine {near}")
             rows.compare(f"encoding {dtype}", partial(theirs.encode, texts),
                          partial(ours.encode, texts), len(texts))
-            rows.compare(f"encoding {dtype}, one query at a time",
-                         lambda: [theirs.encode([q]) for q in queries],
-                         lambda: [ours.encode([q]) for q in queries], len(queries))
+            seconds = in_turn({(side, i): partial(side.encode, [query]) for side in (theirs, ours)
+                               for i, query in enumerate(queries)}, cfg.rounds, cfg.device)
+            for share in (50, 99):
+                above, below = (np.percentile([seconds[side, i] for i in range(len(queries))],
+                                              share, axis=0) for side in (theirs, ours))
+                rows.ratio(f"encoding {dtype}, one query, p{share}", above, below,
+                           milliseconds=1000 * statistics.median(below))
 
 
 # ---------------------------------------------------------------- parts of a step
@@ -388,17 +359,14 @@ def head(cfg, rows):
 
 def tokenizing(cfg, rows):
     """Measure training and encoding of the tokenizer against Hugging Face's, on the same words."""
-    from tokenizers import Regex, Tokenizer as Other, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Other, pre_tokenizers, trainers
     files = sorted(Path(torch.__file__).parent.rglob("*.py"))[:cfg.tokenizer_files]
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    untrained = json.dumps(export.tokenizer_json(words()[1]))      # it divides text as ours does
 
     def theirs():
-        other = Other(models.BPE())
-        other.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        other.train_from_iterator(texts, trainers.BpeTrainer(
+        Other.from_str(untrained).train_from_iterator(texts, trainers.BpeTrainer(
             vocab_size=cfg.head_vocab, show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
 
@@ -429,8 +397,7 @@ def soft_attention(cfg, rows, t=32_768):
 
 # ---------------------------------------------------------------- what is printed and written
 
-BOTH = {"latency": latency, "encoding": encoding, "soft": soft_steps, "passes": passes,
-        "head": head}
+BOTH = {"encoding": encoding, "soft": soft_steps, "passes": passes, "head": head}
 MEASUREMENTS = {
     "cpu": {"lm": lm, "growth": growth, "dhnm": dhnm, "tokenizer": tokenizing, **BOTH,
             "fixed": partial(contrastive, name="fixed", longest=64, fixed=80),
@@ -461,26 +428,24 @@ class Rows:
         seconds = in_turn({"above": above, "below": below}, self.cfg.rounds, self.cfg.device)
         self.ratio(name, seconds["above"], seconds["below"], amount)
 
-    def ratio(self, name, above, below, amount=None):
+    def ratio(self, name, above, below, amount=None, **more):
         """Keep the ratios of paired seconds; amount: what is done in `below`."""
-        self.add(name, [a / b for a, b in zip(above, below)],
-                 amount and amount / statistics.median(below))
+        more |= {"per second": amount / statistics.median(below)} if amount else {}
+        self.add(name, [a / b for a, b in zip(above, below)], **more)
 
     def compare_memory(self, name, above, below):
         """Keep the ratio of the peak memory of two callables."""
         self.add(name, [peak_memory(above, self.cfg.device) / peak_memory(below, self.cfg.device)])
 
-    def add(self, name, values, per_second=None, **more):
+    def add(self, name, values, **more):
         """Keep and print the median of some values beside its floor and its goal."""
-        start = max((key for key in GOALS if name.startswith(key)), key=len, default=None)
-        (floor, goal), measured, met = GOALS.get(start, (None, None)), statistics.median(values), ""
-        if start:
-            sign = 1 if goal >= floor else -1      # -1: less is better
-            met = "goal" if sign * measured >= sign * goal else \
-                "floor" if sign * measured >= sign * floor else "MISSED"
+        start = max((key for key in GOALS if name.startswith(key)), key=len)
+        (floor, goal), measured = GOALS[start], float(statistics.median(values))
+        sign = 1 if goal >= floor else -1          # -1: less is better
+        met = "goal" if sign * measured >= sign * goal else \
+            "floor" if sign * measured >= sign * floor else "MISSED"
         row = {"": name, "measured": measured, "spread": quartiles(values), "floor": floor,
-               "goal": goal, "met": met, "per second": per_second, "load": os.getloadavg()[0],
-               **more}
+               "goal": goal, "met": met, **more, "load": os.getloadavg()[0]}
         print(f"{name:<40}{measured:>8.3g}  {row['spread']:<18}{met}", flush=True)
         self.keep("speed", [*(old for old in self.tables.get("speed", []) if old[""] != name), row])
 
