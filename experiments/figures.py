@@ -86,8 +86,8 @@ def draw_loss(cfg):
     """Draw each stage's loss; stage 4 a curve for each task, as they differ in scale."""
     figure, plots = canvas(len(STAGES), width=3.2, height=2.8)
     for plot, stage in zip(plots, STAGES):
-        for task, (steps, losses) in by_task(read_log(Path(cfg.out[0]) / stage), "loss").items():
-            plot.plot(steps, losses, marker=".", markersize=3, linewidth=1, label=task)
+        for task, curve in by_task(read_log(Path(cfg.out[0]) / stage), "loss").items():
+            plot.plot(*curve, marker=".", markersize=3, linewidth=1, label=task)
         plot.set(title=stage, xlabel="step")
     plots[-1].set_yscale("log")
     plots[0].set(ylabel="loss")
@@ -101,14 +101,14 @@ def draw_dhnm(cfg):
     if not by_task(rows, "replaced"):
         raise Missing(f"no step of {Path(cfg.out[0]) / SUP / 'log.jsonl'} has hard negatives")
     figure, plots = canvas(3, width=3.8)
-    for plot, keys, title in zip(plots, (("replaced",), ("exhausted",), ("S", "S_0")), (
-            "negatives replaced in the step", "queries whose pool is exhausted",
-            "mean cosine: now (S), at first use (S_0, dashed)")):
-        for key in keys:
-            for i, (task, (steps, values)) in enumerate(by_task(rows, key).items()):
-                plot.plot(steps, values, "--" if key == "S_0" else "-", color=f"C{i}", linewidth=1,
-                          label=task if key == keys[0] else None)
+    for key, plot, style in (("replaced", plots[0], "-"), ("exhausted", plots[1], "-"),
+                             ("S", plots[2], "-"), ("S_0", plots[2], "--")):
+        for i, (task, curve) in enumerate(by_task(rows, key).items()):
+            plot.plot(*curve, style, color=f"C{i}", linewidth=1, label=task)
         plot.set(xlabel="step", ylim=(0, None))
+    for plot, title in zip(plots, ("negatives replaced in the step",
+                                   "queries whose pool is exhausted",
+                                   "mean cosine: now (S), at first use (S_0, dashed)")):
         plot.set_title(title, fontsize="medium")
     plots[0].legend(frameon=False, fontsize="small")
     return figure

@@ -95,15 +95,10 @@ def long_passages(encoder, collection, third, max_len=512):
 @torch.no_grad()
 def lm_loss(embedder, texts, n_texts=200, length=128):
     """Return the next-token loss of a model under the causal mask, in nats a token."""
-    total = count = 0
-    for ids in embedder.tokenizer.encode_batch(texts[:n_texts]):
-        flat = torch.tensor(ids[:length], device=embedder.device)
-        if len(flat) < 2:
-            continue
-        targets = torch.cat([flat[1:], flat.new_tensor([-100])])
-        loss = embedder.model(flat, [len(flat)], CAUSAL, targets)
-        total, count = total + float(loss) * (len(flat) - 1), count + len(flat) - 1
-    return total / max(count, 1)
+    ids = [x[:length] for x in embedder.tokenizer.encode_batch(texts[:n_texts]) if len(x) > 1]
+    inputs, targets = (torch.tensor([i for x in side for i in x], device=embedder.device)
+                       for side in (ids, [[*x[1:], -100] for x in ids]))
+    return float(embedder.model(inputs, [len(x) for x in ids], CAUSAL, targets))
 
 
 @torch.no_grad()
