@@ -209,7 +209,7 @@ def encoders(cfg):
 
 
 def jobs(cfg):
-    """Return [(task, file or folder)] to score: nothing was trained on them, or chosen by them."""
+    """Return [(task, file or folder)] to score, on which nothing was trained or chosen."""
     if not cfg.root:
         folders = sorted(path.parent for path in Path(cfg.data).rglob("corpus.jsonl*"))
         return [("retrieval", folder) for folder in folders

@@ -229,8 +229,8 @@ class Lab:
     def tune(self, with_lora=False):
         """Choose the learning rates on the dev questions; all cells take the same.
 
-        Each is the best by the mean over two cells, that with nothing on and that with all on, of
-        Multi and Eng. LoRA's is a multiple of it, chosen at rank 32. Kept in WORK/rates.json.
+        Each is the best by Multi and Eng over two cells: nothing on, and everything on. LoRA's is a
+        multiple of it, chosen at rank 32. WORK/rates.json keeps them.
         """
         def choose(name, trials):
             if name not in self.tuned["rates"]:

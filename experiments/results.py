@@ -41,12 +41,15 @@ T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 # ---------------------------------------------------------------- intervals over seeds
 
 def interval(values):
-    """Return (mean, half the width of its 95 % interval), NaN for one value; at most ten values."""
+    """Return (mean, half the width of its 95 % interval), NaN for a single value.
+
+    Of more than ten values the interval is a little too wide.
+    """
     values = np.asarray(list(values), dtype=np.float64)
     mean, n = float(values.mean()), len(values)
     if n < 2:
         return mean, math.nan
-    return mean, T_95[n - 2] * float(values.std(ddof=1)) / math.sqrt(n)
+    return mean, T_95[min(n, 10) - 2] * float(values.std(ddof=1)) / math.sqrt(n)
 
 
 def paired(ours, other):

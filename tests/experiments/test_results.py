@@ -25,6 +25,7 @@ def test_interval_by_hand():
     mean, half = interval([1, 2, 3])
     assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), abs=1e-4)
     assert interval([5, 5, 5]) == (5, 0)
+    assert interval(range(20))[1] == pytest.approx(2.2622 * 35 ** 0.5 / 20 ** 0.5)
     mean, half = interval([7])
     assert mean == 7 and math.isnan(half)
 
