@@ -10,14 +10,13 @@ on dev, for the cell with nothing on and the cell with all on. Test is read by t
 Every command is resumable, writes results/NAME.json after each seed, and prints its table.
 Beside nDCG@10 stand measures that can see a mask (experiments/probes.py).
 
+A data folder needs dev/, test/, clr_dev/ and clr_test/.
 UNSPECIFIED: whether stage 3 has cross-lingual pairs. On the embedded corpus it has none, so stage 4
 alone binds languages to English.
 """
 import dataclasses
 import itertools
 import json
-import math
-import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,10 +27,10 @@ from data import document_text, load_collection
 from embed import Embedder
 from engine import checkpoint
 from engine.run import versions
-from experiments import paper, probes
-from experiments.cells import (NOTHING, PRETRAIN, SFT, SUP, WEAK, Cell, Lab, columns, read_log,
-                               read_scores, seconds, table4_cell)
-from experiments.results import cells_lines, write_result
+from experiments import probes
+from experiments.cells import NOTHING, PRETRAIN, SFT, SUP, WEAK, Cell, Lab, columns, table4_cell
+from experiments.results import cells_lines
+from experiments.runs import choose, read_log, read_scores, run_command, seconds, write_result
 from mask import CAUSAL, FULL, MaskSpec, alpha
 from sample import generate
 
@@ -43,6 +42,14 @@ TABLE_12 = {"linear": Cell(), "accelerating": Cell("accelerating"),
             "linear, logits x M": Cell(mask_apply="logits"),
             "linear, last token": Cell(pooling="last"),
             "causal, last token": Cell("causal", pooling="last")}
+# What the paper printed, in percent; nothing is corrected. Table 12 repeats a row of Table 4.
+PAPER_4 = {(1, 0, 0): (61.73, 70.41, 70.99), (0, 1, 0): (62.69, 70.94, 71.41),
+           (0, 0, 1): (61.81, 71.50, 72.09), (1, 1, 0): (64.45, 72.14, 71.79),
+           (1, 0, 1): (63.03, 72.78, 72.44), (1, 1, 1): (65.17, 73.52, 74.24)}
+PAPER_6 = {(16, 0): 72.18, (16, 1): 72.12, (32, 0): 72.08, (32, 1): 72.23, (64, 0): 71.83,
+           (64, 1): 72.40, (0, 0): 71.50, (0, 1): 73.52}
+PAPER_12 = {"linear": (61.73, 70.41, 70.99), "accelerating": (61.50, 70.51, 70.81),
+            "decelerating": (61.43, 70.01, 70.37)}
 RANKS = (16, 32, 64, 0)            # of Table 6's adapters; 0: all weights
 VISITS = 6                         # of a query in stage 4, which Sec. 3.4 looks at one by one
 EQUAL_TIME = 3e6                   # LM tokens whose time a stage 3 without LM gets as well
@@ -94,7 +101,7 @@ def make_table(lab, name, cells, *, stage=WEAK, measure=None, **more):
 def language_model(lab, folder):
     """Return what a language model is worth: its loss on dev documents, and what it writes."""
     embedder = Embedder(folder / PRETRAIN)
-    texts = [row["text"] for row in load_collection(lab.work / "data/dev").corpus]
+    texts = [row["text"] for row in load_collection(f"{lab.cfg.data}/dev").corpus]
     return {"loss": probes.lm_loss(embedder, texts), "tokens": read_log(
         folder / PRETRAIN)[-1]["tokens"], "sample": "Return the" + generate(
             embedder.model, embedder.tokenizer, "Return the", 40)}
@@ -110,9 +117,9 @@ def table4(lab):
         for place, part in enumerate(("SM", "CLR", "DHNM"))}
     return make_table(
         lab, "table4", {label: table4_cell(*key) for label, key in TABLE_4.items()}, stage=SUP,
-        title="Table 4: soft mask x CLR x DHNM", differences=effects, base="nothing",
-        paper={label: dict(zip(("Multi", "Eng", "Zh"), paper.TABLE_4[key]))
-               for label, key in TABLE_4.items() if key in paper.TABLE_4},
+        title="Table 4: soft mask x CLR x DHNM", differences=effects,
+        paper={label: dict(zip(("Multi", "Eng", "Zh"), PAPER_4[key]))
+               for label, key in TABLE_4.items() if key in PAPER_4},
         notes=["Without SM the mask is bidirectional from the first step of stage 3.",
                "Without CLR its steps are retrieval's. Without DHNM the first negatives stay."])
 
@@ -125,11 +132,11 @@ def table6(lab):
     cells = {label(rank, sm): table4_cell(sm, 1, 1, lora_rank=rank)
              for rank in RANKS for sm in (0, 1)}
     return make_table(
-        lab, "table6", cells, stage=SUP, base=label(0, 1),
+        lab, "table6", cells, stage=SUP,
         title="Table 6: LoRA and full fine-tuning, without and with the soft mask",
         differences={f"{label(rank, 1)} minus hard": ([label(rank, 1)], [label(rank, 0)])
                      for rank in RANKS},
-        paper={label(*key): {"Eng": value} for key, value in paper.TABLE_6.items()},
+        paper={label(*key): {"Eng": value} for key, value in PAPER_6.items()},
         notes=["CLR and DHNM are on in every cell. LoRA trains stages 3 and 4 by adapters.",
                "The paper's full row repeats Table 4: 71.50 is DHNM alone, 73.52 all parts."])
 
@@ -137,43 +144,40 @@ def table6(lab):
 def table12(lab):
     """Write Table 12: schedules, readings of the mask, and causal all the way, after stage 3."""
     return make_table(
-        lab, "table12", TABLE_12, base="linear",
+        lab, "table12", TABLE_12,
         title="Table 12: schedules and readings of the soft mask, after stage 3",
         differences={f"{label} minus linear": ([label], ["linear"])
                      for label in TABLE_12 if label != "linear"},
         paper={label: dict(zip(("Multi", "Eng", "Zh"), values))
-               for label, values in paper.TABLE_12.items()},
+               for label, values in PAPER_12.items()},
         notes=["\"hard\" is bidirectional from the first step. \"causal\" never opens.",
                "\"columns\" is Eq. (4) by the prose. \"logits x M\" multiplies the logits."])
 
 
 # ---------------------------------------------------------------- Sec. 3.2: the switch
 
-def after_switch(log, chance):
+def after_switch(log):
     """Return how a stage 3 starts and ends, and whether it stands still.
 
-    chance: the loss of a model that knows nothing, log of the batch. "Longest stand": the most
-    steps without a new minimum of the loss, smoothed over a twentieth of the stage.
+    "Longest stand": the most steps without a new minimum of the loss, smoothed over a twentieth of
+    the stage.
     """
     width, part = max(1, len(log) // 20), max(1, len(log) // 10)
-    loss = [row["loss"] for row in log]
+    loss, norm = ([row[key] for row in log] for key in ("loss", "grad_norm"))
     smooth = [np.mean(loss[max(0, i + 1 - width):i + 1]) for i in range(len(loss))]
     lows = np.minimum.accumulate(smooth)
     new = [0, *(i for i in range(1, len(smooth)) if lows[i] < lows[i - 1]), len(smooth)]
-    below = [i + 1 for i, x in enumerate(smooth) if x < 0.6 * chance]
-    norms = [row["grad_norm"] for row in log]
     return {"Loss, first step": loss[0], "Loss, first tenth": float(np.mean(loss[:part])),
             "Loss, last tenth": float(np.mean(loss[-part:])),
-            "Gradient norm, first tenth": float(np.mean(norms[:part])),
-            "Gradient norm, last tenth": float(np.mean(norms[-part:])),
-            "Step at 60 % of chance": below[0] if below else len(log),
+            "Gradient norm, first tenth": float(np.mean(norm[:part])),
+            "Gradient norm, last tenth": float(np.mean(norm[-part:])),
             "Longest stand, steps": int(max(np.diff(new)))}
 
 
 def switch_measures(lab, texts, seed, cell, folder):
     """Return what Sec. 3.2 speaks of: loss, gradient, the LM's loss, and ranks along stage 3."""
     cfg, lm = lab.settings(seed, WEAK, cell), lab.lm_folder(seed, cell) / SFT
-    measures = after_switch(read_log(folder), math.log(cfg.batch_size))
+    measures = after_switch(read_log(folder))
     measures |= {f"{c} after stage 3": v for c, v in columns(read_scores(folder)).items()}
     measures["LM loss before"] = probes.lm_loss(Embedder(lm), texts)
     measures["LM loss after"] = probes.lm_loss(Embedder(folder), texts)
@@ -192,10 +196,10 @@ def switch_measures(lab, texts, seed, cell, folder):
 
 def sec32(lab):
     """Write Sec. 3.2: does the hard switch get stuck, and what does it destroy?"""
-    texts = [document_text(row) for row in load_collection(lab.work / "data/dev").corpus]
+    texts = [document_text(row) for row in load_collection(f"{lab.cfg.data}/dev").corpus]
     return make_table(
         lab, "sec32", {"hard": NOTHING, "soft": Cell(), "causal": Cell("causal")},
-        measure=partial(switch_measures, lab, texts), transpose=True, base="hard",
+        measure=partial(switch_measures, lab, texts), transpose=True,
         differences={"soft minus hard": (["soft"], ["hard"])},
         title="Sec. 3.2: does the hard switch get stuck?",
         notes=["All start from the same stage-2 checkpoint. LM loss is in nats a token.",
@@ -204,24 +208,23 @@ def sec32(lab):
 
 # ---------------------------------------------------------------- Sec. 3.4: hard negatives
 
-def hardness(lab, seed, cell, folder):
-    """Return S at each visit, S_0, loss, replacements of a query and seconds of a step."""
-    log, scores = read_log(folder), read_scores(folder)
+def hardness(seed, cell, folder):
+    """Return S at each visit, S_0, loss, replacements and seconds of a step, and the scores."""
+    log = read_log(folder)
     rows = [row for row in log if row["task"] == "retrieval" and "S" in row]
     if len(rows) < VISITS:
         raise ValueError(f"{folder}: {len(rows)} retrieval steps are fewer than {VISITS} visits")
     visits = [rows[i * len(rows) // VISITS:(i + 1) * len(rows) // VISITS] for i in range(VISITS)]
-    measures = {f"S, visit {i}": float(np.mean([row["S"] for row in part]))
-                for i, part in enumerate(visits, 1)}
-    changes = {int(key.split("_")[-2]): n for key, n in scores.items()
-               if key.startswith("dhnm/retrieval/")}
-    total = max(sum(changes.values()), 1)
-    return measures | {
-        "S_0, last visit": float(np.mean([row["S_0"] for row in visits[-1]])),
-        "Loss, last visit": float(np.mean([row["loss"] for row in visits[-1]])),
-        "Replaced, each query": sum(k * n for k, n in changes.items()) / total,
-        "Queries untouched, %": 100 * changes.get(0, 0) / total,
-        "Seconds of a step": float(np.median(seconds(log))), **columns(scores)}
+
+    def mean(key, part):
+        return float(np.mean([row[key] for row in part]))
+
+    measures = {f"S, visit {i}": mean("S", part) for i, part in enumerate(visits, 1)}
+    return measures | {"S_0, last visit": mean("S_0", visits[-1]),
+                       "Loss, last visit": mean("loss", visits[-1]),
+                       "Replaced in a step": mean("replaced", rows),
+                       "Seconds of a step": float(np.median(seconds(log))),
+                       **columns(read_scores(folder))}
 
 
 def sec34(lab):
@@ -229,8 +232,8 @@ def sec34(lab):
     cells = {"fixed": table4_cell(1, 0, 0), "dynamic": table4_cell(1, 0, 1),
              "fixed, CLR": table4_cell(1, 1, 0), "dynamic, CLR": table4_cell(1, 1, 1)}
     return make_table(
-        lab, "sec34", cells, stage=SUP, measure=partial(hardness, lab), transpose=True,
-        base="fixed", title="Sec. 3.4: do negatives stay hard if they are replaced?",
+        lab, "sec34", cells, stage=SUP, measure=hardness, transpose=True,
+        title="Sec. 3.4: do negatives stay hard if they are replaced?",
         differences={f"dynamic minus fixed{c}": ([f"dynamic{c}"], [f"fixed{c}"])
                      for c in ("", ", CLR")},
         notes=["S is the mean cosine of queries and their negatives in use, S_0 at first use.",
@@ -246,28 +249,31 @@ def curve(lab):
     A shorter stage 1 is the beginning of the longest. The last cell has no language model, and
     its stage 3 gets the time of stages 1 and 2 as well.
     """
-    base, first = lab.base[PRETRAIN], lab.cfg.seeds[0]
+    base = lab.base[PRETRAIN]
     window = base.batch_size * base.passage_len    # tokens of a step
     points = {n: round(n / window) for n in lab.cfg.lm_tokens} | {window * base.steps: None}
     cells = {f"{n / 1e6:g}M, {mask}": Cell(schedule, lm_steps=steps)
              for n, steps in points.items()
              for mask, schedule in (("hard", "hard"), ("soft", "linear"))}
     n = min(points, key=lambda n: abs(n - EQUAL_TIME))
-    timed = Cell("linear", lm_steps=points[n])
-    weak = lab.train(first, WEAK, timed)
-    time = sum(sum(seconds(read_log(lab.lm_folder(first, timed) / s))) for s in (PRETRAIN, SFT)) \
-        if points[n] != 0 else 0
-    steps = lab.base[WEAK].steps
-    longer = steps + round(time / np.median(seconds(read_log(weak))))
     last = f"no LM, time of {n / 1e6:g}M"
-    cells[last] = Cell("hard", lm_steps=0, weak_steps=longer)
+    cells[last] = Cell("hard", lm_steps=0, weak_steps=steps_of_equal_time(lab, points[n]))
     names = [f"{n / 1e6:g}M" for n in points]
     return make_table(
-        lab, "curve", cells, base=f"{names[0]}, hard", points=dict(zip(names, points)),
+        lab, "curve", cells, points=dict(zip(names, points)),
         title="When does the mask pay? Stage 3 against LM tokens seen before it",
         differences={f"{m}: soft minus hard": ([f"{m}, soft"], [f"{m}, hard"]) for m in names}
         | {"LM minus its time": ([f"{n / 1e6:g}M, hard"], [last])},
         notes=["0M has no stages 1 and 2. All others have the same short stage 2."])
+
+
+def steps_of_equal_time(lab, lm_steps):
+    """Return the steps of a stage 3 that gets the time of stages 1 and 2 as well."""
+    seed, cell, steps = lab.cfg.seeds[0], Cell("hard", lm_steps=lm_steps), lab.base[WEAK].steps
+    weak = seconds(read_log(lab.train(seed, WEAK, cell)))
+    lm = [] if lm_steps == 0 else [sum(seconds(read_log(lab.lm_folder(seed, cell) / stage)))
+                                   for stage in (PRETRAIN, SFT)]
+    return steps + round(sum(lm) / np.median(weak))
 
 
 def tune(lab):
@@ -282,21 +288,15 @@ COMMANDS = {"tune": tune, "table4": table4, "table6": table6, "table12": table12
 
 def main(argv=None):
     """Run the command that the first argument names."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] not in COMMANDS:
-        raise ValueError(f"one of the commands {', '.join(COMMANDS)} is needed first, not "
-                         f"{argv[0] if argv else 'none'}")
-    cfg = load_config(AblationConfig, argv[1:])
+    name, flags = choose(COMMANDS, argv)
+    cfg = load_config(AblationConfig, flags)
     if not cfg.seeds or cfg.lm_seeds < 1:
         raise ValueError(f"seeds {cfg.seeds} and lm_seeds {cfg.lm_seeds}: at least one of each")
     lab = Lab(cfg)
     if cfg.tune:
-        lab.tune(with_lora=argv[0] == "table6")
-    return COMMANDS[argv[0]](lab)
+        lab.tune(with_lora=name == "table6")
+    return COMMANDS[name](lab)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"experiments.ablation: error: {error}")
+    run_command(main)

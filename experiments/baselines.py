@@ -1,14 +1,18 @@
-"""What the method has to beat: BM25, bags of words, the untrained transformer; one scoring code.
+"""Score what the method has to beat, and a trained model beside it; one code scores all.
 
-    python -m experiments.baselines --data=out/installed_docs --out=results/baselines.json
-    python -m experiments.baselines --data=out/real/sets      # with bitext: also the aligned bag
+    python -m experiments.baselines                           # the embedded corpus
+    python -m experiments.baselines --data=out/real/sets --root=FOLDER --out=results/real.json \\
+        --checkpoint=out/real/embed_sup --sentence_transformer=NAME
 
-An IDF bag of random vectors needs no training: each token is a random vector times its IDF, a text
-their mean. It finds words that a query and a document share. IBM model 1 (Brown et al. 1993) learns
-from bitext which tokens translate each other, and mixes their vectors: the bag becomes bilingual.
+BM25, an IDF bag of random vectors, the same aligned where there is bitext, and a stock model if one
+is named. With --root: on the public sets that nothing was trained on (tools/sets.py); the headline
+is what CLR is for, questions in other languages on English passages (PAPER Sec. 3.3).
+
+A bag needs no training: each token is a random vector times its IDF, a text their mean. It finds
+words that a query and a document share. IBM model 1 (Brown et al. 1993) learns from bitext which
+tokens translate each other, and mixes their vectors: the bag becomes bilingual.
 DEVIATES: none of this is the paper's. It stands beside the method, not inside it.
 """
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +23,28 @@ import torch
 from configurator import load_config
 from data import Rows, sources
 from embed import Embedder
-from engine import kernels
 from engine.jsonl import read_jsonl
-from engine.run import chain
-from eval import LexicalBaseline, evaluate
-from experiments.results import markdown, write_result
-from mask import FULL
-from model import Conan
+from eval import LexicalBaseline, SentenceTransformerBaseline, evaluate
+from experiments.results import markdown
+from experiments.runs import run_command, write_result
 from tokenizer import Tokenizer
+from tools import sets
 from train import TrainConfig
 
 SENTENCE_TOKENS = 64               # read of each side of bitext: a cut sentence lacks translations
+METRICS = {"retrieval": "ndcg@10", "bitext": "accuracy", "sts": "spearman",
+           "classification": "accuracy", "pair_classification": "ap"}
+HEADLINE = "retrieval, other languages -> English, ndcg@10"
 
 
 @dataclass(frozen=True)
 class BaselinesConfig:
     """The settings of `python -m experiments.baselines`."""
     data: str = "out/installed_docs"       # a folder in the layout of train.py's `data`
-    config: str = "config/embed_sup.py"    # the recipe whose shape the transformer has
+    root: str = ""                 # folder of public sets to score on; empty: DATA's collections
+    checkpoint: str = ""           # a trained model, scored as well
+    max_len: int = 0               # tokens it reads of a text; 0: its passage_len
+    sentence_transformer: str = ""         # a stock model, scored as well: name or folder
     vocab_size: int = 24_576       # of the bags' tokenizer
     dim: int = 768                 # of the bags' vectors
     weight: float = 3.0            # of a token's translations, its own vector having 1
@@ -55,16 +63,13 @@ class BagOfVectors:
     def __init__(self, tokenizer, table):
         self.tokenizer, self.table = tokenizer, np.asarray(table, dtype=np.float32)
 
-    def encode(self, texts, batch_size=32, prompt=None, truncate_dim=None, normalize=True, **_):
-        """Return (N, D) float32, as `Embedder.encode` does; a text without tokens gives zeros."""
-        width = truncate_dim or self.table.shape[1]
-        out = np.zeros((len(texts), width), dtype=np.float32)
+    def encode(self, texts, **_):
+        """Return unit vectors (N, D) float32; a text without tokens gives zeros."""
+        out = np.zeros((len(texts), self.table.shape[1]), dtype=np.float32)
         for row, ids in zip(out, self.tokenizer.encode_batch(list(texts))):
             if ids:
-                row[:] = self.table[ids, :width].mean(0)
-        if normalize:
-            out /= np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
-        return out
+                row[:] = self.table[ids].mean(0)
+        return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
 
 
 def idf(tokenizer, texts, vocab_size):
@@ -179,61 +184,81 @@ def read_bitext(files, tokenizer):
 # ---------------------------------------------------------------- all of them, scored
 
 def encoders(cfg):
-    """Yield (label, encoder) of each baseline that the data allows."""
+    """Yield (label, encoder): the trained model, then what it is compared with."""
+    if cfg.checkpoint:
+        ours = Embedder(cfg.checkpoint)
+        most = ours.model.config.block_size
+        if not 0 <= cfg.max_len <= most:
+            raise ValueError(f"max_len {cfg.max_len} must lie in 0 .. {most}")
+        ours.max_len = cfg.max_len or ours.max_len
+        yield "nanoConan", ours
     yield "BM25", LexicalBaseline()
+    if cfg.sentence_transformer:
+        name = cfg.sentence_transformer
+        yield Path(name).name, SentenceTransformerBaseline(name)
     base = TrainConfig(data=cfg.data)
     rows = Rows(sources(base, "text"), "text")
     texts = [rows[i] for i in range(len(rows))]
     tokenizer = Tokenizer.train(texts, cfg.vocab_size)
     table = random_table(idf(tokenizer, texts, cfg.vocab_size), cfg.dim, cfg.seed)
     yield "IDF bag of random vectors", BagOfVectors(tokenizer, table)
-    bitext = read_bitext(sources(base, "pairs"), tokenizer)
-    if bitext:
+    if bitext := read_bitext(sources(base, "pairs"), tokenizer):
         matrix = translation_matrix(bitext, cfg.vocab_size)
         yield "the same, aligned by IBM model 1", BagOfVectors(
             tokenizer, aligned(torch.from_numpy(table), matrix, cfg.weight))
-    recipe = chain(TrainConfig, [cfg.config])[-1]
-    model = Conan(recipe.model_config(), ops=kernels.pick(torch.device("cpu")))
-    model.init_weights(torch.Generator().manual_seed(cfg.seed))
-    yield "untrained transformer", Embedder.of(
-        model.eval(), Tokenizer.train(texts, recipe.vocab_size), "cpu", "float32", FULL,
-        recipe.passage_len)
 
 
-def collections(data):
-    """Return the folders of `data` that are scored: all collections but dev and search."""
-    folders = sorted(path.parent for path in Path(data).rglob("corpus.jsonl*"))
-    folders = [folder for folder in folders if folder.name not in ("dev", "search")]
-    if not folders:
-        raise ValueError(f"{data}: no collection (corpus.jsonl, queries.jsonl, qrels.tsv) in it")
-    return folders
+def jobs(cfg):
+    """Return [(task, file or folder)] to score, on which nothing was trained or chosen."""
+    if not cfg.root:
+        folders = sorted(path.parent for path in Path(cfg.data).rglob("corpus.jsonl*"))
+        return [("retrieval", folder) for folder in folders
+                if folder.name not in ("dev", "clr_dev", "search")]
+    work = [("retrieval", folder) for folder in sets.held_out_collections(cfg.root)]
+    work += [("pair_classification" if "label" in sets.columns_of(path) else "bitext", path)
+             for path in sorted(Path(cfg.data).glob("held_out/*/*.jsonl"))]
+    for path in sorted(Path(cfg.root).glob("*/data.jsonl*")):
+        columns = sets.columns_of(path)
+        if {"split", "score"} <= columns:
+            work.append(("sts", path))
+        elif {"text", "label", "split"} <= columns:
+            work.append(("classification", path))
+    return work
 
 
 def headline(scores):
-    """Return {"SET SUBSET": nDCG@10} of flat scores: whole sets, and means over languages."""
-    cells = {tuple(key.split("/")[1:3]): value for key, value in scores.items()
-             if key.endswith("/ndcg@10")}
-    return {f"{name} {subset}": value for (name, subset), value in cells.items()
-            if "-" not in subset and not subset.startswith("mean_")}
+    """Return {row of the table: number} of one model's flat scores, the headline first."""
+    rows, foreign = {}, []
+    for key, value in scores.items():
+        task, name, subset, metric = key.split("/")
+        if metric == METRICS[task] and not subset.startswith("mean_"):
+            rows[f"{task} {name} {subset}, {metric}"] = value
+            if task == "retrieval" and subset.endswith("-en") and subset != "en-en":
+                foreign.append(value)
+    return ({HEADLINE: float(np.mean(foreign))} if foreign else {}) | rows
 
 
 def main(argv=None):
-    """Score every baseline on every collection, print the table, write the file."""
+    """Score every encoder on every set, print the table, write the file."""
     cfg = load_config(BaselinesConfig, argv)
-    folders, rows, results = collections(cfg.data), [], {}
+    work, scores = jobs(cfg), {}
+    if not work:
+        raise ValueError(f"{cfg.root or cfg.data}: no set to score")
     for label, encoder in encoders(cfg):
-        results[label] = {key: value for folder in folders
-                          for key, value in evaluate(encoder, "retrieval", folder).items()}
-        rows.append({"nDCG@10": label, **headline(results[label])})
-        print(f"{label}: {headline(results[label])}", flush=True)
+        scores[label] = {}
+        for task, place in work:
+            if task != "classification" or not isinstance(encoder, LexicalBaseline):
+                scores[label] |= evaluate(encoder, task, place)
+                print(f"{label}: {task} {place}", flush=True)
+    columns = {label: headline(own) for label, own in scores.items()}
+    rows = [{"": name, **{label: column.get(name) for label, column in columns.items()}}
+            for name in dict.fromkeys(name for column in columns.values() for name in column)]
     print("\n".join(["", *markdown(rows)]))
     return write_result(Path(cfg.out).parent, Path(cfg.out).stem, {
-        "title": "Baselines", "tables": {"nDCG@10": rows}, "scores": results,
+        "title": "Public sets, from random weights" if cfg.root else "Baselines",
+        "tables": {"": rows}, "scores": scores,
         "command": f"python -m experiments.baselines --data={cfg.data}"})
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"experiments.baselines: error: {error}")
+    run_command(main)

@@ -1,9 +1,9 @@
 """Train the cells of a table on shared stages, seed after seed, and measure them.
 
-    WORK/data                       the files that all cells read
+    WORK/data                       the questions of stage 4, few enough to be visited six times
     WORK/lm0-1500/{pretrain,sft}    the language model of LM seed 0, 1,500 steps of stage 1
     WORK/seed3/linear/embed_weak    stage 3 of seed 3, on the language model of 3 % lm_seeds
-    WORK/seed3/linear-clr/embed_sup        stage 4 on that stage 3
+    WORK/seed3/linear-clr=True/embed_sup   stage 4 on that stage 3
 
 Each stage is `train.main([FILE])` with a config file of its own, written beside its results.
 A finished stage is not repeated, an interrupted one resumes. Cells that differ in stage 4 share
@@ -21,61 +21,21 @@ from pathlib import Path
 import numpy as np
 
 import train
-from clr import LANGUAGES
 from data import load_collection, parse_pair, sources
 from embed import Embedder
-from engine import checkpoint
 from engine.jsonl import atomic, read_jsonl, write_jsonl
 from engine.run import chain
 from eval import evaluate
 from experiments import probes
-from experiments.results import write_result
+from experiments.runs import read_scores, score_of, write_result
 from toy import build as toy
-from toy.lexicon import LexiconTranslator
 from train import STAGES, TrainConfig
 
 PRETRAIN, SFT, WEAK, SUP = STAGES
 ROWS = 800                         # supervised questions: few enough to be visited six times
-ASKED = 100                        # test questions that are put into the other languages
 TUNING_SEED = 1000                 # its runs choose the learning rates, on the dev questions
 RATES = (0.5, 1.0, 2.0)            # multiples of the config's learning rate that are tried
 LORA_RATES = (1.0, 3.0, 10.0)      # multiples of the chosen rate, for LoRA of rank 32
-
-
-# ---------------------------------------------------------------- what a run wrote
-
-class Missing(ValueError):
-    """A file that a table or figure needs does not exist; the text names what writes it."""
-
-
-def read_log(folder):
-    """Return the rows of a stage's log.jsonl. Raises Missing without it."""
-    path = Path(folder) / "log.jsonl"
-    if not path.is_file():
-        raise Missing(f"{path} is missing; train.py writes it")
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
-
-
-def read_scores(folder):
-    """Return the flat scores of a stage's eval.json. Raises Missing without it."""
-    path = Path(folder) / "eval.json"
-    if not path.is_file():
-        raise Missing(f"{path} is missing; train.py writes it at a stage's end")
-    return json.loads(path.read_text("utf-8"))
-
-
-def read_meta(folder):
-    """Return the config.json of a stage's newest checkpoint. Raises Missing without one."""
-    where = checkpoint.latest(Path(folder)) if Path(folder).is_dir() else None
-    if where is None:
-        raise Missing(f"{folder} has no checkpoint; train.py writes it")
-    return json.loads(checkpoint.load(where, "config.json"))
-
-
-def seconds(log):
-    """Return the seconds of each row of a log, from its tokens and its tokens per second."""
-    tokens = [0, *(row["tokens"] for row in log)]
-    return [(b - a) / row["tokens_per_second"] for a, b, row in zip(tokens, tokens[1:], log)]
 
 
 # ---------------------------------------------------------------- cells
@@ -90,21 +50,18 @@ class Cell:
     lora_rank: int = 0             # 0: all weights
     lm_steps: int | None = None    # steps of stage 1; None: the config's; 0: no stages 1 and 2
     weak_steps: int = 0            # steps of stage 3; 0: the table's
+    weak_rate: float = 0.0         # learning rate of stage 3; 0: the tuned one
     clr: bool = False
     dhnm: str = "fixed"
+    sup_rate: float = 0.0          # learning rate of stage 4; 0: the tuned one
 
     def folder(self, stage):
         """Name the folder of a stage; cells that share the stage share the folder."""
-        parts = [self.schedule]
-        parts += [self.mask_axis] * (self.mask_axis != "row")
-        parts += [self.mask_apply] * (self.mask_apply != "weights")
-        parts += [self.pooling] * (self.pooling != "mean")
-        parts += [f"lora{self.lora_rank}"] * bool(self.lora_rank)
-        parts += [f"lm{self.lm_steps}"] * (self.lm_steps is not None)
-        parts += [f"x{self.weak_steps}"] * bool(self.weak_steps)
-        if stage == SUP:
-            parts += ["clr"] * self.clr + ["dhnm"] * (self.dhnm == "v2")
-        return "-".join(parts)
+        of_stage_4 = ("clr", "dhnm", "sup_rate")
+        return "-".join([self.schedule, *(
+            f"{key}={value}" for key, value in dataclasses.asdict(self).items()
+            if key != "schedule" and value != getattr(Cell, key)
+            and (stage == SUP or key not in of_stage_4))])
 
 
 def table4_cell(sm, clr, dhnm, **rest):
@@ -116,16 +73,16 @@ NOTHING, EVERYTHING = table4_cell(0, 0, 0), table4_cell(1, 1, 1)
 
 
 def build_data(folder, source):
-    """Write what the cells read into `folder`; return {kind: files} of the settings.
+    """Write stage 4's files into `folder`; return {kind: files} of the settings.
 
     source: a folder in the layout of train.py's `data`. Text and pairs are its own. Retrieval is
-    its first `ROWS` questions, CLR the translations of these. "dev" and "test" hold all questions
-    in English, and `ASKED` of them in 25 more languages.
+    its first `ROWS` questions, CLR the translations of these.
     """
     folder, source = Path(folder), Path(source)
     if source.name == "installed_docs":
         toy.ensure(source)
-    if not (folder / "test" / "qrels.tsv").is_file():
+    files = {kind: (str(folder / f"{kind}.jsonl"),) for kind in ("retrieval", "clr")}
+    if not (folder / "clr.jsonl").is_file():
         rows = list(read_jsonl(source / "retrieval.jsonl"))[:ROWS]
         answers = {text for row in rows for text in parse_pair(row)["pos"]}
         translated = [row for row in read_jsonl(source / "clr.jsonl")
@@ -136,38 +93,26 @@ def build_data(folder, source):
         folder.mkdir(parents=True, exist_ok=True)
         write_jsonl(folder / "retrieval.jsonl", rows)
         write_jsonl(folder / "clr.jsonl", translated)
-        for split in ("dev", "test"):
-            many_languages(source / split, folder / split)
     base = TrainConfig(data=str(source))
-    return {"text": sources(base, "text"), "pairs": sources(base, "pairs"),
-            "retrieval": (str(folder / "retrieval.jsonl"),),
-            "clr": (str(folder / "clr.jsonl"),)}
-
-
-def many_languages(source, folder):
-    """Write a collection with all its questions in English and `ASKED` of them in 25 more."""
-    collection, translate = load_collection(source), LexiconTranslator()
-    queries = [{**row, "lang": "en"} for row in collection.queries]
-    queries += [{"id": f"{row['id']}/{lang}", "lang": lang, "text": translate(row["text"], lang)}
-                for row in collection.queries[:ASKED] for lang in LANGUAGES if lang != "en"]
-    qrels = {row["id"]: collection.qrels[row["id"].removesuffix(
-        "" if row["lang"] == "en" else f"/{row['lang']}")] for row in queries}
-    probes.write_collection(folder, [{**row, "lang": "en"} for row in collection.corpus],
-                            queries, qrels)
+    return {kind: sources(base, kind) for kind in ("text", "pairs")} | files
 
 
 def columns(scores):
-    """Return {"Multi", "Eng", "Zh"} in percent, from what `eval.py` wrote.
+    """Return {"Multi", "Eng", "Zh"} in percent, from what train.py wrote of dev or of test.
 
-    Mean nDCG@10 of all other languages -> English, of English alone, and of Chinese -> English.
+    Eng is nDCG@10 of all English questions. The others are of the questions that every language
+    has, on English passages: the mean over all languages but English, and Chinese.
     """
-    values = {key.split("/")[2].split("-")[0]: 100 * value for key, value in scores.items()
-              if key.startswith("retrieval/") and key.endswith("-en/ndcg@10")}
-    if not {"en", "zh"} <= values.keys():
-        raise ValueError(f"scores of {', '.join(values) or 'no'} languages -> English: en and zh "
-                         "are needed")
-    foreign = [value for lang, value in values.items() if lang != "en"]
-    return {"Multi": float(np.mean(foreign)), "Eng": values["en"], "Zh": values["zh"]}
+    foreign = {key.split("/")[2].split("-")[0]: 100 * value for key, value in scores.items()
+               if key.startswith("retrieval/clr_") and key.endswith("-en/ndcg@10")}
+    foreign.pop("en", None)
+    english = [score_of(scores, "retrieval/", f"/{split}/ndcg@10") for split in ("test", "dev")]
+    english = [value for value in english if value is not None]
+    if "zh" not in foreign or not english:
+        raise ValueError(f"scores of {', '.join(foreign) or 'no'} languages -> English: zh and a "
+                         "collection of English questions are needed")
+    return {"Multi": float(np.mean(list(foreign.values()))), "Eng": 100 * english[0],
+            "Zh": foreign["zh"]}
 
 
 # ---------------------------------------------------------------- training and measuring
@@ -191,38 +136,36 @@ class Lab:
                 stage, data=cfg.data, evaluate=(), log_every=1,
                 steps=steps.get(stage.stage) or stage.steps, **files,
                 **changes.get(stage.stage, {}))
-        self.tuned = {"rates": {}, "lora": 1.0, "tried": {}}
+        path = self.work / "rates.json"
+        self.tuned = json.loads(path.read_text("utf-8")) if path.is_file() else {
+            "rates": {}, "tried": {}}
 
     def lm_folder(self, seed, cell):
         """Return the folder of stages 1 and 2 of a cell."""
         steps = self.base[PRETRAIN].steps if cell.lm_steps is None else cell.lm_steps
         return self.work / f"lm{seed % self.cfg.lm_seeds}-{steps}"
 
-    def rate(self, stage, cell, rates=None):
-        """Return the learning rate of a stage; rates: {stage: rate} to try instead of the tuned."""
-        chosen = {**self.tuned["rates"], **(rates or {})}
-        times = self.tuned["lora"] if cell.lora_rank else 1.0
-        return times * chosen.get(stage, self.base[stage].learning_rate)
+    def rate(self, stage, cell):
+        """Return the learning rate of a stage 3 or 4: the cell's own, or the tuned one."""
+        rates = self.tuned["rates"]
+        times = rates.get("lora", 1.0) if cell.lora_rank else 1.0
+        own = cell.weak_rate if stage == WEAK else cell.sup_rate
+        return own or times * rates.get(stage, self.base[stage].learning_rate)
 
-    def home(self, seed, stage, cell, rates=None):
-        """Return the `out` of an embedding stage; rates that are tried are part of its name."""
-        tried = () if rates is None else (WEAK,) if stage == WEAK else (WEAK, SUP)
-        suffix = "".join(f"-{self.rate(s, cell, rates):g}" for s in tried)
-        return self.work / f"seed{seed}" / (cell.folder(stage) + suffix)
-
-    def settings(self, seed, stage, cell, split="test", rates=None):
-        """Return the `TrainConfig` of a stage of a cell; split: the questions it is scored on."""
+    def settings(self, seed, stage, cell):
+        """Return the `TrainConfig` of a stage of a cell."""
         base, lm = self.base[stage], self.lm_folder(seed, cell)
         if stage in (PRETRAIN, SFT):
             own = {"seed": seed % self.cfg.lm_seeds, "out": str(lm)}
             if stage == SFT:
                 return dataclasses.replace(base, **own, previous=str(lm / f"{PRETRAIN}.py"))
             return dataclasses.replace(base, **own, previous="", **shorter(base, cell.lm_steps))
-        own = {"seed": seed, "learning_rate": self.rate(stage, cell, rates),
-               "lora_rank": cell.lora_rank, "schedule": cell.schedule, "pooling": cell.pooling,
-               "mask_axis": cell.mask_axis, "mask_apply": cell.mask_apply,
-               "out": str(self.home(seed, stage, cell, rates)),
-               "evaluate": (str(self.work / "data" / split),)}
+        home, split = self.work / f"seed{seed}", "dev" if seed == TUNING_SEED else "test"
+        own = {key: getattr(cell, key) for key in (
+            "schedule", "mask_axis", "mask_apply", "pooling", "lora_rank")}
+        own |= {"seed": seed, "learning_rate": self.rate(stage, cell),
+                "out": str(home / cell.folder(stage)),
+                "evaluate": tuple(f"{self.cfg.data}/{name}" for name in (split, f"clr_{split}"))}
         if stage == WEAK:
             steps = cell.weak_steps or base.steps
             own |= {"previous": "" if cell.lm_steps == 0 else str(lm / f"{SFT}.py"),
@@ -230,17 +173,17 @@ class Lab:
         else:
             weights = {k: w for k, w in base.task_weights.items() if k != "clr" or cell.clr}
             own |= {"dhnm": cell.dhnm, "task_weights": weights,
-                    "previous": str(self.home(seed, WEAK, cell, rates) / f"{WEAK}.py")}
+                    "previous": str(home / cell.folder(WEAK) / f"{WEAK}.py")}
         return dataclasses.replace(base, **own)
 
-    def train(self, seed, stage, cell, **options):
+    def train(self, seed, stage, cell):
         """Train a stage of a cell unless it is finished; return its folder.
 
-        options: those of `settings`. What train.py prints goes to OUT/STAGE.txt.
+        What train.py prints goes to OUT/STAGE.txt.
         """
         stages = [s for s in STAGES[:STAGES.index(stage) + 1]
                   if cell.lm_steps != 0 or s in (WEAK, SUP)]
-        configs = [self.settings(seed, s, cell, **options) for s in stages]
+        configs = [self.settings(seed, s, cell) for s in stages]
         for cfg in configs:
             write_config(cfg)
         last = configs[-1]
@@ -255,29 +198,28 @@ class Lab:
         """Return {column: value} of an embedding stage: retrieval, and what can see a mask.
 
         Probes are kept in FOLDER/measures.json. Percent, but for "LM loss" (nats a token) and
-        "Rank" (effective rank of the embeddings).
+        "Rank" (effective rank of the test documents' embeddings).
         """
-        path = Path(folder) / "measures.json"
-        kept = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        path, scores = Path(folder) / "measures.json", read_scores(folder)
+        values = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         embedder = None
         for name, work in self.probes().items():
-            if name not in kept:
+            if name not in values:
                 embedder = embedder or Embedder(folder)
-                kept[name] = work(embedder)
-                write_result(folder, "measures", kept)
-        return columns(read_scores(folder)) | kept
+                values[name] = work(embedder)
+                write_result(folder, "measures", values)
+        return columns(scores) | values | {
+            "Rank": score_of(scores, "retrieval/", "/test/effective_rank")}
 
     def probes(self):
         """Return {column: function of an embedder -> number}."""
-        data, cfg = self.work / "data", self.cfg
-        dev = load_collection(data / "dev")
-        pairs = probes.order_triplets(dev)
+        cfg, dev = self.cfg, load_collection(f"{self.cfg.data}/dev")
+        triplets = probes.order_triplets(dev)
         texts = [row["text"] for row in dev.corpus]
-        work = {"Order": lambda e: 100 * probes.preference(e, pairs),
-                **{name: lambda e, place=place: 100 * probes.long_passages(e, dev, place)
-                   for name, place in (("First third", 0), ("Last third", 2))},
-                "LM loss": lambda e: probes.lm_loss(e, texts),
-                "Rank": lambda e: probes.embedding_rank(e, texts)}
+        work = {"Order": lambda e: 100 * probes.preference(e, triplets),
+                "First third": lambda e: 100 * probes.long_passages(e, dev, 0),
+                "Last third": lambda e: 100 * probes.long_passages(e, dev, 2),
+                "LM loss": lambda e: probes.lm_loss(e, texts)}
         if cfg.pawsx:
             work["PAWS-X"] = lambda e: mean_score(e, "pair_classification", cfg.pawsx, "ap")
         if cfg.sts:
@@ -287,35 +229,33 @@ class Lab:
     def tune(self, with_lora=False):
         """Choose the learning rates on the dev questions; all cells take the same.
 
-        Each is the best by the mean over two cells, that with nothing on and that with all on, of
-        Multi and Eng. LoRA's is a multiple of it, chosen at rank 32. Kept in WORK/rates.json.
+        Each is the best by Multi and Eng over two cells: nothing on, and everything on. LoRA's is a
+        multiple of it, chosen at rank 32. WORK/rates.json keeps them.
         """
-        path = self.work / "rates.json"
-        if path.is_file():
-            self.tuned = json.loads(path.read_text("utf-8"))
-        for stage in (WEAK, SUP):
-            if stage in self.tuned["rates"]:
-                continue
-            tried = {str(x): [self._try(stage, cell, {stage: x * self.base[stage].learning_rate})
-                              for cell in (NOTHING, EVERYTHING)] for x in RATES}
-            best = max(tried, key=lambda x: sum(tried[x]))
-            self.tuned["rates"][stage] = float(best) * self.base[stage].learning_rate
-            self.tuned["tried"][stage] = tried
-            write_result(self.work, "rates", self.tuned)
-        if with_lora and "lora" not in self.tuned["tried"]:
-            cell, tried = dataclasses.replace(EVERYTHING, lora_rank=32), {}
-            for times in LORA_RATES:
-                self.tuned["lora"] = times
-                tried[str(times)] = [self._try(SUP, cell, {})]
-            self.tuned["lora"] = float(max(tried, key=lambda x: tried[x][0]))
-            self.tuned["tried"]["lora"] = tried
-            write_result(self.work, "rates", self.tuned)
+        def choose(name, trials):
+            if name not in self.tuned["rates"]:
+                tried = {str(value): [self.score_on_dev(stage, cell) for cell in cells]
+                         for value, (stage, *cells) in trials.items()}
+                self.tuned["tried"][name] = tried
+                self.tuned["rates"][name] = float(max(tried, key=lambda x: sum(tried[x])))
+                write_result(self.work, "rates", self.tuned)
+            return self.tuned["rates"][name]
 
-    def _try(self, stage, cell, rates):
-        """Return the mean of Multi and Eng on dev of a stage at some learning rates."""
-        for each in (WEAK, stage):                 # stage 3 is shared by the rates of stage 4
-            folder = self.train(TUNING_SEED, each, cell, split="dev", rates=rates)
-        scores = columns(read_scores(folder))
+        def both(stage, **rates):
+            return stage, *(dataclasses.replace(cell, **rates) for cell in (NOTHING, EVERYTHING))
+
+        base = {stage: self.base[stage].learning_rate for stage in (WEAK, SUP)}
+        weak = choose(WEAK, {x * base[WEAK]: both(WEAK, weak_rate=x * base[WEAK]) for x in RATES})
+        sup = choose(SUP, {x * base[SUP]: both(SUP, weak_rate=weak, sup_rate=x * base[SUP])
+                           for x in RATES})
+        if with_lora:
+            choose("lora", {x: (SUP, dataclasses.replace(
+                EVERYTHING, lora_rank=32, weak_rate=x * weak, sup_rate=x * sup))
+                for x in LORA_RATES})
+
+    def score_on_dev(self, stage, cell):
+        """Return the mean of Multi and Eng on the dev questions after a stage."""
+        scores = columns(read_scores(self.train(TUNING_SEED, stage, cell)))
         return (scores["Multi"] + scores["Eng"]) / 2
 
 
@@ -345,6 +285,6 @@ def write_config(cfg):
 
 def mean_score(encoder, task, path, metric):
     """Return the mean over languages, in percent, of a metric of one file."""
-    values = {key.split("/")[2]: 100 * value for key, value in evaluate(
-        encoder, task, path).items() if key.endswith(f"/{metric}")}
-    return values.get("mean", next(iter(values.values())))
+    scores = evaluate(encoder, task, path)
+    return 100 * (score_of(scores, f"{task}/", f"/mean/{metric}") or
+                  score_of(scores, f"{task}/", f"/{metric}"))

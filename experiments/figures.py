@@ -10,8 +10,6 @@ before and after CLR), curve (soft minus hard against LM tokens); each a PNG. A 
 does not exist says which file is missing. Needs matplotlib.
 DEVIATES: Figure 3 shows principal components, as the paper names no projection.
 """
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +20,15 @@ from configurator import load_config
 from embed import Embedder
 from engine.jsonl import read_jsonl
 from eval import evaluate
-from experiments.cells import Missing, read_log, read_meta, read_scores
 from experiments.results import interval, mean_of, paired
+from experiments.runs import (Missing, ndcg_by_dims, read_json, read_log, read_meta, read_scores,
+                              run_command, score_of)
 from mask import KINDS, alpha, mask_rank, soft_mask
 from model import Conan, ConanConfig
 from train import STAGES
 
 WEAK, SUP = STAGES[2:]
+TEST = ("retrieval/", "/test/ndcg@10")             # start and end of a score's key
 LANGUAGES = ("en", "zh", "ja", "de", "fr", "es")   # the six of the paper's Figure 3
 
 
@@ -86,8 +86,8 @@ def draw_loss(cfg):
     """Draw each stage's loss; stage 4 a curve for each task, as they differ in scale."""
     figure, plots = canvas(len(STAGES), width=3.2, height=2.8)
     for plot, stage in zip(plots, STAGES):
-        for task, (steps, losses) in by_task(read_log(Path(cfg.out[0]) / stage), "loss").items():
-            plot.plot(steps, losses, marker=".", markersize=3, linewidth=1, label=task)
+        for task, curve in by_task(read_log(Path(cfg.out[0]) / stage), "loss").items():
+            plot.plot(*curve, marker=".", markersize=3, linewidth=1, label=task)
         plot.set(title=stage, xlabel="step")
     plots[-1].set_yscale("log")
     plots[0].set(ylabel="loss")
@@ -101,14 +101,14 @@ def draw_dhnm(cfg):
     if not by_task(rows, "replaced"):
         raise Missing(f"no step of {Path(cfg.out[0]) / SUP / 'log.jsonl'} has hard negatives")
     figure, plots = canvas(3, width=3.8)
-    for plot, keys, title in zip(plots, (("replaced",), ("exhausted",), ("S", "S_0")), (
-            "negatives replaced in the step", "queries whose pool is exhausted",
-            "mean cosine: now (S), at first use (S_0, dashed)")):
-        for key in keys:
-            for i, (task, (steps, values)) in enumerate(by_task(rows, key).items()):
-                plot.plot(steps, values, "--" if key == "S_0" else "-", color=f"C{i}", linewidth=1,
-                          label=task if key == keys[0] else None)
+    for key, plot, style in (("replaced", plots[0], "-"), ("exhausted", plots[1], "-"),
+                             ("S", plots[2], "-"), ("S_0", plots[2], "--")):
+        for i, (task, curve) in enumerate(by_task(rows, key).items()):
+            plot.plot(*curve, style, color=f"C{i}", linewidth=1, label=task)
         plot.set(xlabel="step", ylim=(0, None))
+    for plot, title in zip(plots, ("negatives replaced in the step",
+                                   "queries whose pool is exhausted",
+                                   "mean cosine: now (S), at first use (S_0, dashed)")):
         plot.set_title(title, fontsize="medium")
     plots[0].legend(frameon=False, fontsize="small")
     return figure
@@ -116,26 +116,15 @@ def draw_dhnm(cfg):
 
 def draw_mrl(cfg):
     """Draw nDCG@10 of the first dims of an embedding against their number."""
-    curve = {}
-    for key, value in read_scores(Path(cfg.out[0]) / SUP).items():
-        name, _, dim = key.partition(":")
-        if dim and name.startswith("retrieval/") and name.endswith("/test/ndcg@10"):
-            curve[int(dim)] = value
+    curve = ndcg_by_dims(read_scores(Path(cfg.out[0]) / SUP))
     if not curve:
         raise Missing(f"{Path(cfg.out[0]) / SUP / 'eval.json'} has no scores of single dims")
     figure, (plot,) = canvas(1, width=5)
-    dims = sorted(curve)
-    plot.plot(dims, [curve[dim] for dim in dims], marker="o")
+    plot.plot(*zip(*curve.items()), marker="o")
     plot.set_xscale("log", base=2)
-    plot.set_xticks(dims, labels=map(str, dims))
+    plot.set_xticks(list(curve), labels=map(str, curve))
     plot.set(xlabel="first dims of the embedding", ylabel="nDCG@10", ylim=(0, None))
     return figure
-
-
-def test_score(scores):
-    """Return nDCG@10 on the test collection, None without it."""
-    return next((value for key, value in scores.items()
-                 if key.startswith("retrieval/") and key.endswith("/test/ndcg@10")), None)
 
 
 def draw_figure1(cfg):
@@ -147,12 +136,11 @@ def draw_figure1(cfg):
             with torch.device("meta"):             # shapes without memory
                 config = ConanConfig(**read_meta(Path(out) / stage)["model"])
                 size = Conan(config).count_params()
-            points.append((size, test_score(read_scores(Path(out) / stage))))
+            points.append((size, score_of(read_scores(Path(out) / stage), *TEST)))
         plot.plot(*zip(*sorted(points)), marker=marker, label=stage)
-    path = Path(cfg.results) / "baselines.json"
-    baselines = json.loads(path.read_text("utf-8"))["scores"] if path.is_file() else {}
-    for i, (label, scores) in enumerate(baselines.items(), 2):
-        plot.axhline(test_score(scores), color=f"C{i}", linestyle=":", label=label)
+    baselines = read_json(Path(cfg.results) / "baselines.json", "python -m experiments.baselines")
+    for i, (label, scores) in enumerate(baselines["scores"].items(), 2):
+        plot.axhline(score_of(scores, *TEST), color=f"C{i}", linestyle=":", label=label)
     plot.set_xscale("log")
     plot.set(xlabel="parameters", ylabel="nDCG@10, test", ylim=(0, None))
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
@@ -180,8 +168,7 @@ def draw_figure3(cfg):
         for i, lang in enumerate(LANGUAGES):
             own = [row["lang"] == lang for row in rows]
             plot.scatter(*points[own].T, s=4, alpha=0.5, color=f"C{i}", label=lang)
-        probe = next(value for key, value in evaluate(encoder, "figure3", cfg.texts).items()
-                     if key.endswith("/language_accuracy"))
+        probe = score_of(evaluate(encoder, "figure3", cfg.texts), "", "/language_accuracy")
         plot.set_title(f"{title}: a linear probe names\n{probe:.0%} of the languages",
                        fontsize="medium")
         plot.set(xticks=[], yticks=[])
@@ -192,10 +179,7 @@ def draw_figure3(cfg):
 
 def draw_curve(cfg):
     """Draw soft minus hard, and both scores, against LM tokens seen before stage 3."""
-    path = Path(cfg.results) / "curve.json"
-    if not path.is_file():
-        raise Missing(f"{path} is missing; make it by: python -m experiments.ablation curve")
-    table = json.loads(path.read_text("utf-8"))
+    table = read_json(Path(cfg.results) / "curve.json", "python -m experiments.ablation curve")
     tokens = list(table["points"].values())
     figure, plots = canvas(2)
     values = {mask: [mean_of(table, [f"{name}, {mask}"], "Eng") for name in table["points"]]
@@ -242,7 +226,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"experiments.figures: error: {error}")
+    run_command(main)

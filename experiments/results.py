@@ -7,8 +7,8 @@ A page marks a table by `<!-- results:NAME -->` ... `<!-- /results -->`. A table
 does not exist is left as it stands. docs/results.md opens with results/conclusions.md: five
 sentences, written by hand after the tables are recorded. No other number or table is typed.
 
-Three forms of files: cells with seeds (experiments/ablation.py), named tables of rows, and the
-summaries of whole runs, which `record` joins from each run's summary.json.
+A file has cells with seeds, {label: {seed: {column: number}}}, or named tables of rows. `record`
+makes such cells of whole runs, a row for each stage.
 """
 import json
 import math
@@ -21,43 +21,35 @@ import numpy as np
 
 from configurator import load_config
 from engine.jsonl import atomic
+from experiments.runs import (ndcg_by_dims, read_json, read_log, run_command, score_of, seconds,
+                              write_result)
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("default_run", "baselines", "small", "real", "table4", "table12", "curve", "sec32",
-         "sec34", "table6", "mkqa", "table5", "numbers", "questions", "exercises", "bench_cpu",
-         "bench_gpu")
+         "sec34", "table6", "questions", "exercises", "bench_cpu", "bench_gpu")
+RUN_ROWS = ("BM25", "pretrain", "sft", "embed_weak", "embed_sup")
 RUN_COLUMNS = {                    # column of a run's table: (start, end) of the score's key
-    "LM loss": ("lm/", "/loss"), "nDCG@10": ("retrieval/", "/test/ndcg@10"),
-    "R@1": ("retrieval/", "/test/recall@1"), "R@10": ("retrieval/", "/test/recall@10"),
+    "LM loss before": ("lm/", "/loss_before"), "LM loss": ("lm/", "/loss"),
+    "nDCG@10": ("retrieval/", "/test/ndcg@10"),
     "26 languages": ("retrieval/clr_test/mean/", "/ndcg@10"), "STS": ("sts/", "/spearman"),
     "classes": ("classification/", "/accuracy")}
-RUN_ROWS = ("BM25", "pretrain", "sft", "embed_weak", "embed_sup")
 MARK = re.compile(r"(<!-- results:(\w+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
+# t with P(|T| < t) = 0.95 for Student's distribution of 1 to 9 degrees of freedom
+T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
 
 # ---------------------------------------------------------------- intervals over seeds
 
-def t_quantile(df, level=0.95):
-    """Return t with P(|T| < t) = level for Student's distribution of `df` degrees of freedom.
-
-    With T = sqrt(df) tan(x) the density is cos(x)^(df - 1), integrated here on a fine grid.
-
-    >>> [round(t_quantile(df), 3) for df in (1, 4, 30)]
-    [12.706, 2.776, 2.042]
-    """
-    x = np.linspace(0, math.pi / 2, 200_001)
-    density = np.cos(x) ** (df - 1)
-    mass = np.r_[0, np.cumsum(density[1:] + density[:-1])]
-    return math.sqrt(df) * math.tan(float(np.interp(level * mass[-1], mass, x)))
-
-
 def interval(values):
-    """Return (mean, half the width of its 95 % interval), NaN for a single value."""
+    """Return (mean, half the width of its 95 % interval), NaN for a single value.
+
+    Of more than ten values the interval is a little too wide.
+    """
     values = np.asarray(list(values), dtype=np.float64)
-    if len(values) < 2:
-        return float(values.mean()), math.nan
-    return float(values.mean()), t_quantile(len(values) - 1) * float(
-        values.std(ddof=1)) / math.sqrt(len(values))
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
+        return mean, math.nan
+    return mean, T_95[min(n, 10) - 2] * float(values.std(ddof=1)) / math.sqrt(n)
 
 
 def paired(ours, other):
@@ -76,13 +68,11 @@ def number(value, like=None):
 def cell(value):
     """Write a value as Markdown; a pair is a mean and half the width of its interval.
 
-    >>> [cell(v) for v in (None, 1503, 70.456, True, (70.4, 0.25), "x | y")]
-    ['', '1,503', '70.5', '✓', '70.4 ± 0.2', 'x \\\\| y']
+    >>> [cell(v) for v in (None, 1503, 70.456, (70.4, 0.25), "x | y")]
+    ['', '1,503', '70.5', '70.4 ± 0.2', 'x \\\\| y']
     """
     if value is None:
         return ""
-    if isinstance(value, bool):
-        return "✓" if value else "✗"
     if isinstance(value, (tuple, list)):
         mean, half = value
         if math.isnan(half):
@@ -109,7 +99,7 @@ def difference(values):
     return f"**{text}**" if abs(mean) > max(half, 1e-9) else text
 
 
-# ---------------------------------------------------------------- the three forms
+# ---------------------------------------------------------------- a file as Markdown
 
 def mean_of(table, labels, column):
     """Return {seed: mean over some cells of a column}, of the seeds that all of them have."""
@@ -141,8 +131,10 @@ def cells_lines(table):
         rows, changes = [{"": c, **{row[""]: row.get(c) for row in rows},
                           **{change[""]: change.get(c) for change in changes}}
                          for c in columns], []
-    lines = [f"Seeds {', '.join(map(str, table['seeds']))}. Mean and 95 % interval. Differences "
-             "are paired by seed, and bold beyond their interval.", "", *markdown(rows), ""]
+    head = f"Seeds {', '.join(map(str, table['seeds']))}. Mean and 95 % interval."
+    if "differences" in table:
+        head += " Differences are paired by seed, and bold beyond their interval."
+    lines = [head, "", *markdown(rows), ""]
     if changes:
         lines += [*markdown(changes), ""]
     for name, lm in table.get("language_models", {}).items():
@@ -150,50 +142,10 @@ def cells_lines(table):
     return lines
 
 
-def mean_score(runs, label, start, end):
-    """Return the interval over runs of the score whose key has this start and end, or None."""
-    values = [next((v for k, v in run.get(label, {}).items()
-                    if k.startswith(start) and k.endswith(end)), None) for run in runs]
-    values = [v for v in values if v is not None]
-    return interval(values) if values else None
-
-
-def runs_lines(table):
-    """Return the summaries of some runs as Markdown: a row for each stage, then MRL's dims."""
-    runs, rows = table["runs"], []
-    for label in RUN_ROWS:
-        row = {name: mean_score(runs, label, *key) for name, key in RUN_COLUMNS.items()}
-        if any(row.values()):
-            rows.append({"": label, **row})
-    used = [name for name in RUN_COLUMNS if any(row.get(name) for row in rows)]
-    lines = markdown([{"": row[""], **{name: row[name] for name in used}} for row in rows])
-    dims = sorted({int(key.partition(":")[2]) for run in runs for key in run.get("embed_sup", {})
-                   if "/ndcg@10:" in key})
-    if dims:
-        lines += ["", *markdown([{"first dims": "nDCG@10", **{str(dim): mean_score(
-            runs, "embed_sup", "retrieval/", f"/test/ndcg@10:{dim}") for dim in dims}}])]
-    minutes = [run["minutes"] for run in runs]
-    return [*lines, "", f"{len(runs)} runs, {min(minutes):.0f} to {max(minutes):.0f} minutes on "
-            f"{runs[0]['cores']} cores."]
-
-
-def bench_lines(table):
-    """Return the rows of the bench as Markdown."""
-    rows = [{"": name, **{key: row.get(key) for key in ("measured", "spread", "floor", "goal",
-                                                        "met", "what")}}
-            for name, row in table["rows"].items()]
-    return [f"Machine: {', '.join(f'{k} {v}' for k, v in table['machine'].items())}.", "",
-            *markdown(rows)]
-
-
 def lines_of(table):
-    """Return the Markdown of a results file, whatever its form, without its title."""
+    """Return the Markdown of a results file without its title."""
     if "cells" in table:
         return cells_lines(table)
-    if "runs" in table:
-        return runs_lines(table)
-    if "machine" in table:
-        return bench_lines(table)
     lines = []
     for caption, rows in table["tables"].items():
         lines += [f"{caption}:", ""] if len(table["tables"]) > 1 else []
@@ -203,15 +155,6 @@ def lines_of(table):
 
 # ---------------------------------------------------------------- pages
 
-def write_result(folder, name, result):
-    """Write FOLDER/NAME.json and return its path."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    path = Path(folder) / f"{name}.json"
-    with atomic(path) as file:
-        file.write(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    return path
-
-
 def read_results(folder):
     """Return {name: content} of the results files that exist, in the order of `ORDER`."""
     return {name: json.loads(path.read_text("utf-8")) for name in ORDER
@@ -220,23 +163,23 @@ def read_results(folder):
 
 def blocks(tables):
     """Return {mark: lines} of the tables that pages ask for by name."""
-    found = {name: lines_of(table) for name, table in tables.items()}
+    lines = {name: lines_of(table) for name, table in tables.items()}
     if "table4" in tables:
         ideas = dict(zip(("soft mask", "CLR", "DHNM"),
                          differences(tables["table4"], ("Multi", "Eng", "Zh"))))
         rows = [{"with minus without": idea, **{c: row.get(c) for c in ("Multi", "Eng", "Zh")}}
                 for idea, row in ideas.items()]
-        found["ideas"] = [*markdown(rows), "", "nDCG@10 in percent. Bold is beyond the interval."]
+        lines["ideas"] = [*markdown(rows), "", "nDCG@10 in percent. Bold is beyond the interval."]
     for name, rows in tables.get("exercises", {}).get("tables", {}).items():
-        found[f"exercise_{name}"] = markdown(rows)
-    return found
+        lines[f"exercise_{name}"] = markdown(rows)
+    return lines
 
 
-def fill(text, found):
-    """Return a page with its marked tables filled; those that are not in `found` stay."""
+def fill(text, lines):
+    """Return a page with its marked tables filled; those that `lines` lacks stay."""
     def replace(match):
         start, name, before, end = match.groups()
-        body = "\n".join(found[name]).strip() + "\n" if name in found else before
+        body = "\n".join(lines[name]).strip() + "\n" if name in lines else before
         return f"{start}{body}{end}"
     return MARK.sub(replace, text)
 
@@ -260,21 +203,17 @@ def results_page(tables, folder):
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 
-def pages(root=ROOT):
-    """Return {path: text that it should have} of README, docs, and docs/results.md."""
-    folder = Path(root) / "results"
-    tables = read_results(folder)
-    found = blocks(tables)
-    texts = {path: fill(path.read_text("utf-8"), found) for path in
-             (Path(root) / "README.md", *sorted(Path(root, "docs").glob("*.md"))) if path.is_file()}
-    return texts | {Path(root) / "docs" / "results.md": results_page(tables, folder)}
-
-
 def stale(root=ROOT):
-    """Return the pages that differ from what results/ says."""
-    return [path for path, text in pages(root).items()
-            if not path.is_file() or path.read_text("utf-8") != text]
+    """Return {path: the text that results/ asks for} of README and docs, where it differs."""
+    tables, page = read_results(Path(root) / "results"), Path(root) / "docs" / "results.md"
+    lines, paths = blocks(tables), [Path(root) / "README.md", *sorted(Path(root).glob("docs/*.md"))]
+    texts = {path: fill(path.read_text("utf-8"), lines) for path in paths}
+    texts[page] = results_page(tables, Path(root) / "results")
+    return {path: text for path, text in texts.items()
+            if not path.is_file() or path.read_text("utf-8") != text}
 
+
+# ---------------------------------------------------------------- whole runs
 
 @dataclass(frozen=True)
 class RecordConfig:
@@ -284,10 +223,27 @@ class RecordConfig:
     results: str = "results"
 
 
+def row_of(run, label, scores):
+    """Return {column: number} of a stage of a run, or of a baseline; MRL's dims are columns."""
+    row = {name: score_of(scores, *key) for name, key in RUN_COLUMNS.items()}
+    row |= {f"{dims} dims": value for dims, value in ndcg_by_dims(scores).items()}
+    if (Path(run) / label / "log.jsonl").is_file():
+        row["minutes"] = sum(seconds(read_log(Path(run) / label))) / 60
+    return {name: value for name, value in row.items() if value is not None}
+
+
 def record(cfg):
-    """Join the summary.json of some runs to RESULTS/NAME.json; return its path."""
-    runs = [json.loads((Path(run) / "summary.json").read_text("utf-8")) for run in cfg.runs]
-    return write_result(cfg.results, cfg.name, {"runs": runs})
+    """Join the summary.json of some runs to the cells of RESULTS/NAME.json; return its path."""
+    runs = {run: read_json(Path(run) / "summary.json", "train.py") for run in cfg.runs}
+    cells = {label: {str(i): row_of(run, label, summary[label])
+                     for i, (run, summary) in enumerate(runs.items()) if label in summary}
+             for label in RUN_ROWS}
+    minutes = [summary["minutes"] for summary in runs.values()]
+    cores = {summary["cores"] for summary in runs.values()}
+    return write_result(cfg.results, cfg.name, {
+        "seeds": list(range(len(runs))), "cells": cells, "notes": [
+            f"{len(runs)} runs of {min(minutes):.0f} to {max(minutes):.0f} minutes on "
+            f"{', '.join(map(str, cores))} cores. Minutes of a stage are those of its steps."]})
 
 
 def main(argv=None):
@@ -295,15 +251,11 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["record"]:
         return print(record(load_config(RecordConfig, argv[1:])))
-    for path in stale():
-        text = pages()[path]
+    for path, text in stale().items():
         with atomic(path) as file:
             file.write(text)
         print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"experiments.results: error: {error}")
+    run_command(main)

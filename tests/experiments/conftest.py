@@ -8,7 +8,6 @@ import pytest
 
 import train
 from engine.jsonl import write_jsonl
-from experiments.probes import write_collection
 
 WORDS = "sort list tree graph node edge file read write matrix vector random time".split()
 SHAPE = """vocab_size = 400
@@ -31,6 +30,13 @@ STAGES = {"pretrain": "steps = 4\nbatch_size = 4\nwarmup = 0.5\nfinal_lr = 1.0\n
                        "dims = (8, 32)\n"}
 
 
+def write_collection(folder, corpus, queries, qrels):
+    """Write corpus.jsonl, queries.jsonl and qrels.tsv. qrels: {query: document}."""
+    write_jsonl(folder / "corpus.jsonl", corpus)
+    write_jsonl(folder / "queries.jsonl", queries)
+    (folder / "qrels.tsv").write_text("".join(f"{q}\t{d}\t1\n" for q, d in qrels.items()))
+
+
 def write_data(folder):
     """Write a data folder in train.py's layout, of words that the lexicon knows."""
     rng, rows = random.Random(0), []
@@ -51,12 +57,12 @@ def write_data(folder):
         write_collection(folder / split,
                          [{"id": n, "text": p} for n, (_, p) in zip(names, part)],
                          [{"id": n, "text": q} for n, (q, _) in zip(names, part)],
-                         {n: {n: 1} for n in names})
-    queries = [{"id": f"{i}/{lang}", "lang": lang, "text": f"{lang} {rows[80 + i][0]}"}
-               for i in range(6) for lang in ("en", "de", "zh", "ja")]
-    write_collection(folder / "clr_test", [{"id": str(i), "lang": "en", "text": rows[80 + i][1]}
-                                           for i in range(6)], queries,
-                     {row["id"]: {row["id"].split("/")[0]: 1} for row in queries})
+                         {n: n for n in names})
+        queries = [{"id": f"{i}/{lang}", "lang": lang, "text": f"{lang} {part[i][0]}"}
+                   for i in range(6) for lang in ("en", "de", "zh", "ja")]
+        write_collection(folder / f"clr_{split}",
+                         [{"id": str(i), "lang": "en", "text": part[i][1]} for i in range(6)],
+                         queries, {row["id"]: row["id"].split("/")[0] for row in queries})
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 import itertools
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -32,9 +33,7 @@ def arrays(pairs):
 
 def test_a_bag_is_the_mean_of_its_tokens():
     bag = baselines.BagOfVectors(Letters(), [[3, 0], [0, 4], [1, 1]])
-    assert bag.encode(["ab", ""], normalize=False).tolist() == [[1.5, 2.0], [0, 0]]
-    assert bag.encode(["ab"]).tolist() == [pytest.approx([0.6, 0.8])]
-    assert bag.encode(["ab"], truncate_dim=1, prompt="Find").tolist() == [[1.0]]
+    assert bag.encode(["ab", ""], prompt="Find").tolist() == [pytest.approx([0.6, 0.8]), [0, 0]]
 
 
 def test_idf_by_hand():
@@ -119,22 +118,50 @@ def test_mixing_by_hand_and_through_a_third_language():
 
 # ---------------------------------------------------------------- from a folder to the table
 
-def test_every_baseline_is_scored_by_the_same_code(home, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    flags = [f"--data={home.data}", f"--config={home.config / 'embed_sup.py'}", "--dim=256",
-             "--vocab_size=500", f"--out={tmp_path / 'baselines.json'}"]
+def test_every_baseline_is_scored_by_the_same_code(home, tmp_path):
+    flags = [f"--data={home.data}", "--dim=256", "--vocab_size=500",
+             f"--out={tmp_path / 'baselines.json'}"]
     table = json.loads(baselines.main(flags).read_text())
-    rows = table["tables"]["nDCG@10"]
-    assert [row["nDCG@10"] for row in rows] == ["BM25", "IDF bag of random vectors",
-                                                "untrained transformer"]
-    assert rows[0].keys() == {"nDCG@10", "data test", "clr_test all", "clr_test mean"}
-    assert all(0 < row["data test"] < 1 for row in rows)
-    assert table["scores"]["BM25"]["retrieval/data/test/ndcg@10"] == rows[0]["data test"]
+    rows = {row.pop(""): row for row in table["tables"][""]}
+    test = rows["retrieval data test, ndcg@10"]
+    assert list(test) == ["BM25", "IDF bag of random vectors"]
+    assert all(0 < value < 1 for value in test.values())
+    assert table["scores"]["BM25"]["retrieval/data/test/ndcg@10"] == test["BM25"]
+    assert not any(" dev" in name or "clr_dev" in name for name in rows)
 
 
-def test_bitext_brings_the_aligned_bag(home, tmp_path, monkeypatch):
+def test_the_headline_is_the_mean_of_the_foreign_directions():
+    scores = {f"retrieval/x/{pair}/ndcg@10": value for pair, value in
+              {"all": 0.9, "en-en": 0.8, "de-en": 0.4, "zh-en": 0.2, "de-zh": 0.7}.items()}
+    scores |= {"sts/sim/en/spearman": 0.5, "retrieval/x/all/recall@1": 1.0}
+    rows = baselines.headline(scores)
+    assert next(iter(rows)) == baselines.HEADLINE
+    assert rows[baselines.HEADLINE] == pytest.approx(0.3)
+    assert rows["sts sim en, spearman"] == 0.5 and len(rows) == 7
+
+
+def test_public_sets_are_scored_beside_a_trained_model(home, tmp_path):
+    root, word = tmp_path / "root", ("a list", "read", "tree")
+    shutil.copytree(home.data / "clr_test", root / "qa_dev")
+    (root / "sim").mkdir()
+    write_jsonl(root / "sim" / "data.jsonl", [
+        {"sentence1": "sort", "sentence2": word[i], "score": i, "lang": "en", "split": split}
+        for split in ("train", "dev") for i in range(3)])
+    flags = [f"--root={root}", f"--data={home.data}", f"--checkpoint={home.out / 'embed_sup'}",
+             "--vocab_size=500", "--dim=64", f"--out={tmp_path / 'real.json'}"]
+    table = json.loads(baselines.main(flags).read_text())
+    assert list(table["scores"]) == ["nanoConan", "BM25", "IDF bag of random vectors"]
+    names = [row[""] for row in table["tables"][""]]
+    assert names[0] == baselines.HEADLINE and "sts sim en, spearman" in names
+    assert "retrieval qa_dev de-en, ndcg@10" in names
+    with pytest.raises(ValueError, match="max_len -1 must lie in 0 .. 256"):
+        baselines.main([*flags, "--max_len=-1"])
+    with pytest.raises(ValueError, match="nowhere: no set to score"):
+        baselines.main([*flags, "--root=nowhere", f"--data={tmp_path}"])
+
+
+def test_bitext_brings_the_aligned_bag(tmp_path):
     """After alignment a word's nearest token is its translation."""
-    monkeypatch.chdir(tmp_path)
     rng, rows = random.Random(0), []
     words = [f"w{a}{b}" for a in "klmno" for b in "aeiou"]
     for _ in range(600):
@@ -145,10 +172,9 @@ def test_bitext_brings_the_aligned_bag(home, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "pairs" / "bitext.jsonl", rows)
     write_jsonl(tmp_path / "text.jsonl", [{"text": row["query"]} for row in rows]
                 + [{"text": row["pos"][0]} for row in rows])
-    cfg = baselines.BaselinesConfig(data=str(tmp_path), vocab_size=400, dim=64, weight=10.0,
-                                    config=str(home.config / "embed_sup.py"))
-    found = dict(baselines.encoders(cfg))
+    cfg = baselines.BaselinesConfig(data=str(tmp_path), vocab_size=400, dim=64, weight=10.0)
+    by_label = dict(baselines.encoders(cfg))
     for label, low, high in (("IDF bag of random vectors", -1, 0.6),
                              ("the same, aligned by IBM model 1", 0.6, 1.01)):
-        left, right = (found[label].encode([f"{side}{word}" for word in words]) for side in "xy")
+        left, right = (by_label[label].encode([f"{side}{word}" for word in words]) for side in "xy")
         assert low <= np.median((left * right).sum(1)) < high

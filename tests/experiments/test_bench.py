@@ -1,13 +1,13 @@
 """experiments/bench.py: every CPU row runs, on a small scale; ratios and verdicts by hand."""
-import importlib.util
 import json
+import sys
 
 import pytest
 import torch
 
 from experiments import bench
-from experiments.bench import BenchConfig, Plain
-from mask import CAUSAL, FULL
+from experiments.bench import BenchConfig
+from mask import CAUSAL
 
 
 @pytest.fixture
@@ -17,34 +17,37 @@ def tiny(home, tmp_path):
         text = path.read_text().replace("vocab_size = 400", "vocab_size = 4096")
         (tmp_path / path.name).write_text(text.replace(str(home.config), str(tmp_path)))
     return ["--rounds=1", "--device=cpu", "--pairs=4", "--texts=12", "--head_vocab=3000",
-            "--head_tokens=300", "--tokenizer_mb=0.2", "--soft_lengths=64,128",
+            "--head_tokens=300", "--tokenizer_files=9", "--soft_lengths=64,128",
             f"--config={tmp_path}", f"--results={tmp_path}"]
 
 
 def rows_of(tiny, tmp_path, only):
     bench.main([*tiny, f"--only={only}"])
-    return json.loads((tmp_path / "bench_cpu.json").read_text())["rows"]
+    table = json.loads((tmp_path / "bench_cpu.json").read_text())["tables"]["speed"]
+    return {row[""]: row for row in table}
 
 
 def test_every_row_without_extras_runs(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    rows = rows_of(tiny, tmp_path, "lm,growth,soft,dhnm,fixed,encoding,passes,head,tokenizer")
+    for package in ("sentence_transformers", "tokenizers"):
+        monkeypatch.setitem(sys.modules, package, None)            # not installed
+    rows = rows_of(tiny, tmp_path, ",".join(bench.MEASUREMENTS["cpu"]))
     assert set(rows) == {
         "LM float32", "LM bfloat16", "soft step 64", "soft step 128", "DHNM step",
-        "fixed float32 over plain loop", "fixed bfloat16 over plain loop", "two-pass memory",
-        "two-pass time", "head time", "head memory", "latency float32, p50",
-        "latency float32, p99", "latency bfloat16, p50", "latency bfloat16, p99"}
+        "two-pass memory", "two-pass time", "head time", "head memory"}
     assert all(row["measured"] > 0 for row in rows.values())
     content = json.loads((tmp_path / "bench_cpu.json").read_text())
-    assert len(content["growth"]) == 5 and content["machine"]["threads"] == 1
-    assert "tokenizers is not installed" in capsys.readouterr().out
+    assert len(content["tables"]["growth"]) == 5 and ", 1 threads, " in content["notes"][0]
+    printed = capsys.readouterr().out
+    assert all(f"{name}: left out, " in printed for name in (
+        "tokenizer", "fixed", "real", "encoding"))
 
 
 @pytest.mark.extras
 @pytest.mark.parametrize("only, start, packages", [
-    ("encoding", "encoding", ["sentence_transformers"]), ("tokenizer", "tokenizer", ["tokenizers"]),
-    ("fixed,real", "real defaults", ["sentence_transformers", "datasets", "accelerate"])])
+    ("encoding", "encoding bfloat16, one query, p99", ["sentence_transformers"]),
+    ("tokenizer", "tokenizer encoding", ["tokenizers"]),
+    ("fixed,real", "real defaults", ["sentence_transformers"])])
 def test_rows_beside_other_packages_run(tiny, tmp_path, only, start, packages):
     for package in packages:
         pytest.importorskip(package)
@@ -55,40 +58,36 @@ def test_rows_beside_other_packages_run(tiny, tmp_path, only, start, packages):
 
 def test_the_plain_loop_computes_the_same(tiny):
     """Else a ratio would compare two different models."""
-    cfg = bench.load_config(BenchConfig, tiny)
-    model = cfg.model()
-    plain = Plain(model)
+    model = bench.load_config(BenchConfig, tiny).model()
     windows = torch.randint(0, 4096, (3, 20))
     batch = bench.lm_batch(windows)
     ours = model(batch.ids, batch.lengths, CAUSAL, batch.targets)
-    assert plain.lm_loss(windows).item() == pytest.approx(ours.item(), rel=1e-5)
-    ids = [[5, 6, 7], [8, 9, 10, 11, 12]]
-    ours = model(torch.tensor(sum(ids, [])), [3, 5], FULL)
-    assert torch.allclose(plain.embed(ids), ours, rtol=1e-4, atol=1e-6)
+    assert bench.plain_lm_loss(model, windows).item() == pytest.approx(ours.item(), rel=1e-5)
 
 
-def test_sides_are_called_in_turn_and_ratios_are_paired():
+def test_sides_are_called_in_turn_and_ratios_are_paired(tmp_path, monkeypatch):
     calls = []
-    sides = {"a": lambda: calls.append("a") or 2.0 * len(calls),
-             "b": lambda: calls.append("b") or 1.0 * len(calls)}
-    seconds = bench.in_turn(sides, 3)
-    assert calls == ["a", "b", "b", "a"] * 2 and seconds["a"] == [8.0, 10.0, 16.0]
-    assert bench.ratios([1, 9, 4], [1, 3, 2]) == [1, 3, 2]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: len(calls) ** 2)
+    seconds = bench.in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert calls == ["a", "b", "b", "a"] * 2 and seconds == {"a": [7, 9, 15], "b": [5, 11, 13]}
+    rows = bench.Rows(BenchConfig(results=str(tmp_path)))
+    rows.ratio("LM", [1, 9, 4], [1, 3, 2], amount=10)
+    row, = rows.tables["speed"]
+    assert (row["measured"], row["spread"], row["per second"]) == (2, "1.5 to 2.5", 5)
 
 
 def test_verdicts_and_merging(tmp_path):
-    rows = bench.Rows(tmp_path, "cpu")
-    for value, verdict in ((1.2, "MISSED"), (1.1, "floor"), (1.05, "goal"), (0.9, "goal")):
-        rows.add("soft step 512", [value])
-        assert rows.content["rows"]["soft step 512"]["met"] == verdict
-    for values, verdict in (([2.4], "MISSED"), ([1, 2.5, 9], "floor"), ([5.0], "goal")):
-        rows.add("real float32 over plain loop", values)
-        assert rows.content["rows"]["real float32 over plain loop"]["met"] == verdict
-    again = bench.Rows(tmp_path, "cpu")
-    again.add("head time", [1.0])
-    kept = json.loads((tmp_path / "bench_cpu.json").read_text())["rows"]
-    assert kept["soft step 512"]["measured"] == 0.9 and kept["head time"]["met"] == "goal"
-    assert kept["soft step 512"]["spread"] == "0.9 to 0.9"
+    cfg = BenchConfig(results=str(tmp_path))
+    rows = bench.Rows(cfg)
+    for name, value, verdict in (
+            ("soft step 512", 1.2, "MISSED"), ("soft step 512", 1.1, "floor"),
+            ("soft step 512", 1.05, "goal"), ("real float32", 2.4, "MISSED"),
+            ("real float32", 2.5, "floor"), ("real defaults", 5.0, "floor")):
+        rows.add(name, [value])
+        assert rows.tables["speed"][-1]["met"] == verdict
+    bench.Rows(cfg).add("head time", [1.0])
+    table = json.loads((tmp_path / "bench_cpu.json").read_text())["tables"]["speed"]
+    assert [row["measured"] for row in table] == [1.05, 2.5, 5.0, 1.0]
 
 
 def test_the_peak_of_memory_is_seen():
@@ -98,5 +97,5 @@ def test_the_peak_of_memory_is_seen():
 
 
 def test_an_unknown_measurement_is_refused():
-    with pytest.raises(SystemExit, match="no such measurement: speed; there are lm, growth"):
+    with pytest.raises(ValueError, match="no such measurement: speed; there are lm, growth"):
         bench.main(["--only=speed"])

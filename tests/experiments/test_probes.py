@@ -1,4 +1,4 @@
-"""Probes by hand: encoders that see order or numbers, or do not, and ranks that are built in."""
+"""Probes by hand: encoders that see order, or do not, and ranks that are built in."""
 import math
 
 import numpy as np
@@ -46,15 +46,6 @@ def test_order_sees_pairs_of_words_and_no_bag():
     ("Check for this from that.", None), ("Nothing.", None)])
 def test_words_around_a_preposition_change_places(line, other):
     assert probes.swapped(line) == other
-
-
-def test_numbers_are_seen_or_not():
-    assert probes.number_gap(Words()) > 0.05
-    assert probes.preference(Words(), probes.number_triplets()) == 1.0
-    blind = Words()
-    blind.encode = lambda texts, **_: np.ones((len(texts), 2), dtype=np.float32)
-    assert probes.number_gap(blind) == 0
-    assert probes.preference(blind, probes.number_triplets()) == 0.5
 
 
 def test_a_late_sentence_needs_a_reader_of_the_whole(home):

@@ -1,0 +1,87 @@
+"""What a run leaves behind, read back; and how every command here writes its own result.
+
+    read_log("out/embed_weak")[-1]["loss"]         # the last row of log.jsonl
+    read_scores("out/embed_sup")                   # eval.json: {"task/set/subset/metric": number}
+"""
+import json
+import sys
+from pathlib import Path
+
+from engine import checkpoint
+from engine.jsonl import atomic
+
+
+class Missing(ValueError):
+    """A file that a table or figure needs does not exist; the text names what writes it."""
+
+
+def read_json(path, writer):
+    """Return the content of a JSON file. Raises Missing, which names its writer, without it."""
+    if not Path(path).is_file():
+        raise Missing(f"{path} is missing; {writer} writes it")
+    return json.loads(Path(path).read_text("utf-8"))
+
+
+def read_log(folder):
+    """Return the rows of a stage's log.jsonl. Raises Missing without it."""
+    path = Path(folder) / "log.jsonl"
+    if not path.is_file():
+        raise Missing(f"{path} is missing; train.py writes it")
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+
+
+def read_scores(folder):
+    """Return the flat scores of a stage's eval.json. Raises Missing without it."""
+    return read_json(Path(folder) / "eval.json", "train.py")
+
+
+def read_meta(folder):
+    """Return the config.json of a stage's newest checkpoint. Raises Missing without one."""
+    where = checkpoint.latest(Path(folder)) if Path(folder).is_dir() else None
+    if where is None:
+        raise Missing(f"{folder} has no checkpoint; train.py writes it")
+    return json.loads(checkpoint.load(where, "config.json"))
+
+
+def seconds(log):
+    """Return the seconds of each row of a log, from its tokens and its tokens per second."""
+    tokens = [0, *(row["tokens"] for row in log)]
+    return [(b - a) / row["tokens_per_second"] for a, b, row in zip(tokens, tokens[1:], log)]
+
+
+def score_of(scores, start, end):
+    """Return the first score whose key has this start and this end, None without one."""
+    return next((value for key, value in scores.items()
+                 if key.startswith(start) and key.endswith(end)), None)
+
+
+def ndcg_by_dims(scores):
+    """Return {dims: nDCG@10 on the test questions} of the first dims of an embedding (MRL)."""
+    parts = {int(key.partition(":")[2]): value for key, value in scores.items()
+             if key.startswith("retrieval/") and "/test/ndcg@10:" in key}
+    return dict(sorted(parts.items()))
+
+
+def write_result(folder, name, result):
+    """Write FOLDER/NAME.json and return its path."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / f"{name}.json"
+    with atomic(path) as file:
+        file.write(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def choose(commands, argv):
+    """Return (the command that the first word names, all other words). ValueError without one."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["none"]
+    if name not in commands:
+        raise ValueError(f"one of the commands {', '.join(commands)} is needed first, not {name}")
+    return name, rest
+
+
+def run_command(main):
+    """Run a command; a mistake of its user ends it with one line."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
