@@ -210,6 +210,9 @@ def test_what_it_does_not_know_is_named(tmp_path):
     write(tmp_path / "root" / "odd" / "data.jsonl", [{"thing": 1}])
     with pytest.raises(ValueError, match="odd.*thing"):
         sets.ensure(tmp_path / "root", tmp_path / "out")
+    write(tmp_path / "root" / "odd" / "data.jsonl", [{"text": "a", "label": "b"}, {"text": "c"}])
+    with pytest.raises(ValueError, match="data.jsonl:2: key 'label' is missing"):
+        sets.ensure(tmp_path / "root", tmp_path / "out")
     (tmp_path / "root" / "odd" / "data.jsonl").write_text("")
     with pytest.raises(ValueError, match="odd.*no rows"):
         sets.ensure(tmp_path / "root", tmp_path / "out")
