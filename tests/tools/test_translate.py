@@ -8,6 +8,7 @@ from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -97,10 +98,9 @@ def no_long_pauses(monkeypatch):
 
 
 @contextmanager
-def endpoint(behave, **options):
-    timeout = options.pop("timeout", 5.0)
-    with Server(behave) as server:
-        translate = EndpointTranslator(server.url, **options)
+def endpoint(behave, journal=None, timeout=5.0, **options):
+    with TemporaryDirectory() as folder, Server(behave) as server:
+        translate = EndpointTranslator(server.url, journal or f"{folder}/journal", **options)
         translate.timeout = timeout
         yield server, translate
 
@@ -180,11 +180,11 @@ def test_gives_up_on_a_dead_server(behave, at_most):
     assert server.asked.total() <= at_most
 
 
-def test_nobody_listens():
+def test_nobody_listens(tmp_path):
     with Server(lambda prompt, nth: "") as server:
         url = server.url
     with pytest.raises(ConnectionError, match="texts in a row failed"):
-        list(EndpointTranslator(url, tries=1).many(jobs(100)))
+        list(EndpointTranslator(url, tmp_path / "j", tries=1).many(jobs(100)))
 
 
 def test_killed_run_pays_for_nothing_twice(tmp_path):
