@@ -24,7 +24,7 @@ from configurator import load_config
 from data import format_query, format_sft
 from embed import EXPORTED, Embedder
 from engine.run import MACHINE, PATHS
-from mask import CAUSAL
+from sample import generate
 from tokenizer import EOS, PAD, PATTERN
 
 MTEB_NAMES = {"classification": "Classification", "sts": "STS", "bitext": "BitextMining"}
@@ -252,8 +252,8 @@ def golden(embedder, lm):
     """
     if lm:
         inputs = [format_sft(None, text) for text in GOLDEN]
-        ids = embedder.tokenizer.encode_batch(inputs)
-        return {"inputs": inputs, "greedy_ids": [greedy(embedder.model, i, 8) for i in ids]}
+        return {"inputs": inputs, "greedy": [generate(
+            embedder.model, embedder.tokenizer, text, 8, temperature=0) for text in inputs]}
 
     def rounded(vectors):
         return [[round(float(x), 8) for x in vector] for vector in vectors]
@@ -266,7 +266,7 @@ def golden(embedder, lm):
 def check_golden(folder):
     """Load an export by `Embedder`; raise ValueError if it does not give its golden values."""
     expected = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
-    values = golden(Embedder(folder, "cpu", "float32"), "greedy_ids" in expected)
+    values = golden(Embedder(folder, "cpu", "float32"), "greedy" in expected)
     if "embeddings" in expected:
         stack = [np.array([*part["embeddings"], part["query"]]) for part in (values, expected)]
         right = np.abs(stack[0] - stack[1]).max() <= TOLERANCE          # not so for NaN
@@ -274,16 +274,6 @@ def check_golden(folder):
         right = values == expected
     if not right:
         raise ValueError(f"{folder}: gives other values than golden.json has")
-
-
-@torch.no_grad()
-def greedy(model, ids, n):
-    """Return the `n` ids that a causal model holds most likely after `ids`, one by one."""
-    ids = list(ids)
-    for _ in range(n):
-        hidden = model.hidden(torch.tensor(ids), [len(ids)], CAUSAL)                    # (T, D)
-        ids.append(int((hidden[-1] @ model.embed_tokens.weight.T).argmax()))
-    return ids[-n:]
 
 
 # ---------------------------------------------------------------- the model card

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -35,38 +36,22 @@ LANGUAGE_NAMES = {                 # of a repository, where a language goes by a
     "allenai/c4": {"he": "iw"}}                                # the code before 1989
 
 
-@dataclass(frozen=True)
-class PublicSet:
-    """A row of public_sets.tsv: where a set lies, and what a user must know of it.
-
-    columns: what query, passage and negatives are called there, or one of `CONVERTERS`. config,
-    files: "{lang}" stands for --lang. files: read these where the hub's own loader is a script,
-    which `datasets` no longer runs. lang: the default of --lang, empty for one language only.
-    """
-    name: str
-    kind: str
-    hub: str
-    columns: str
-    config: str
-    files: str
-    revision: str
-    split: str
-    lang: str
-    prompt: str
-    size: str
-    licence: str
-
-    def named(self, field, lang):
-        """Return `config` or `files` for a language, by the name that the set has for it."""
-        names = LANGUAGE_NAMES.get(self.hub, {})
-        return getattr(self, field).format(lang=names.get(lang, lang)) or None
-
-
 @cache
 def public_sets():
-    """Return {name: PublicSet}."""
+    """Return {name: entry}: where a set lies, and what a user must know of it.
+
+    An entry has the columns of public_sets.tsv. columns: what query, passage and negatives are
+    called there, or one of `CONVERTERS`. config, files: "{lang}" stands for --lang. files: read
+    these where the hub's own loader is a script, which `datasets` no longer runs. lang: the default
+    of --lang, empty for one language only.
+    """
     with open(Path(__file__).with_name("public_sets.tsv"), encoding="utf-8") as file:
-        return {row["name"]: PublicSet(**row) for row in csv.DictReader(file, delimiter="\t")}
+        return {row["name"]: SimpleNamespace(**row) for row in csv.DictReader(file, delimiter="\t")}
+
+
+def in_language(entry, text, lang):
+    """Put a language, by the name that the set has for it, into its `config` or `files`."""
+    return text.format(lang=LANGUAGE_NAMES.get(entry.hub, {}).get(lang, lang)) or None
 
 
 # ---------------------------------------------------------------- converters: row -> our rows
@@ -221,13 +206,14 @@ def stream(entry, lang, local=()):
     except ImportError:
         raise ValueError("public sets are read with the package datasets: `pip install "
                          "datasets`") from None
-    files = list(local) or [entry.named("files", lang)]
+    files = list(local) or [in_language(entry, entry.files, lang)]
     try:
         if files[0]:
             form = "parquet" if files[0].endswith(".parquet") else "json"
             yield from load_dataset(form, data_files=files, split="train", streaming=True)
         else:
-            yield from load_dataset(entry.hub, entry.named("config", lang), split=entry.split,
+            config = in_language(entry, entry.config, lang)
+            yield from load_dataset(entry.hub, config, split=entry.split,
                                     revision=entry.revision or None, streaming=True)
     except Exception as error:                     # the library's own errors have no common class
         where = ", ".join(local) or f"https://huggingface.co/datasets/{entry.hub}"
@@ -262,7 +248,7 @@ def prepare(cfg):
     if not removed.stat().st_size:
         removed.unlink()
     write_report(path.with_suffix(".json"), path, counts, {
-        "licence": entry.licence, "config": asdict(cfg), "set": asdict(entry)})
+        "licence": entry.licence, "config": asdict(cfg), "set": vars(entry)})
     print(f"{entry.kind}; licence: {entry.licence}")
     return path
 

@@ -40,6 +40,7 @@ MAX_CHARS = 1200                   # of a passage: more than any passage_len her
 SUPERVISED = 3000                  # rows of a set in stage 4: few enough to come back under DHNM
 SMALLEST = 512                     # pairs of a file; smaller ones share one
 LABELS_AS_NEGATIVES = 15           # other labels of a classification row
+FOR_EVALUATION = ("_dev", "_test")     # how the names of sets end that nothing is trained on
 SUFFIX = re.compile(r"\.(jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
 VERSION = 6                        # raise it when the files change: old ones are rebuilt
 
@@ -282,7 +283,7 @@ class Builder:
 
     def read(self, folder):
         """Take one set, each of its files by its form; stage 4 takes `SUPERVISED` rows at most."""
-        self.name, files = folder.name, {stem_of(path): path for path in files_of(folder)}
+        self.name, files = folder.name, files_of(folder)
         before = {kind: len(self.files[kind]) for kind in ("retrieval", "clr", "classification")}
         if {"corpus", "queries"} <= files.keys():
             self.collection(folder)
@@ -307,34 +308,24 @@ class Builder:
 
 
 def files_of(folder):
-    """Return the JSONL files of a set; what tools.prepare took out (*.removed.jsonl) is none."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and SUFFIX.search(path.name)
-                   and not stem_of(path).endswith(".removed"))
-    stems = [stem_of(path) for path in files]
-    for path, stem in zip(files, stems):
-        if stems.count(stem) > 1:
-            raise ValueError(f"{path}: there is another file {stem} with another suffix")
-    return files
+    """Return {name without suffix: JSONL file} of a set; *.removed.jsonl of tools.prepare is none.
 
-
-def stem_of(path):
-    """Return a file's name without the suffixes that it is known by.
-
-    >>> stem_of(Path("train.en-de.jsonl.gz"))
-    'train.en-de'
+    Raises ValueError where two files differ in their suffixes alone.
     """
-    return SUFFIX.sub("", path.name)
+    files = {}
+    for path in sorted(folder.iterdir()):
+        name = SUFFIX.sub("", path.name)
+        if path.is_file() and name != path.name and not name.endswith(".removed"):
+            if name in files:
+                raise ValueError(f"{path}: there is another file {name} with another suffix")
+            files[name] = path
+    return files
 
 
 def held_out_collections(root):
     """Return the collections of `root` that nothing was trained on: folders *_dev and *_test."""
-    return sorted(p.parent for p in Path(root).glob("*/qrels.tsv*")
-                  if is_for_evaluation(p.parent)) if root else []
-
-
-def is_for_evaluation(folder):
-    """Tell whether a set is never trained on."""
-    return folder.name.endswith(("_dev", "_test"))
+    return sorted(path.parent for path in Path(root).glob("*/qrels.tsv*")
+                  if path.parent.name.endswith(FOR_EVALUATION)) if root else []
 
 
 def columns_of(path):
@@ -366,7 +357,7 @@ def ensure(root, out):
         shutil.rmtree(out / old, ignore_errors=True)
     builder = Builder(out)
     for folder in tqdm(folders, desc="sets", unit="set"):
-        if not is_for_evaluation(folder):
+        if not folder.name.endswith(FOR_EVALUATION):
             builder.read(folder)
     builder.join_small()
     for kind, rows in builder.files.items():

@@ -24,7 +24,7 @@ from mask import CAUSAL, FULL, MaskSpec
 from model import Conan, ConanConfig
 from tokenizer import EOS, PAD, Tokenizer
 from tools import export as module
-from tools.export import byte_letters, check_golden, export, greedy, merges, tokenizer_json
+from tools.export import byte_letters, check_golden, export, merges, tokenizer_json
 
 pytestmark = pytest.mark.extras    # an export needs safetensors
 LEXICON = Path(module.__file__).parent.parent / "toy" / "lexicon.tsv"   # 26 languages
@@ -150,7 +150,7 @@ def test_the_files_of_a_language_model(save, tmp_path):
     assert config["tie_word_embeddings"] and "lm_head.weight" not in names
     assert all(name.startswith("model.") for name in names)
     golden = read(out / "golden.json")
-    assert [len(ids) for ids in golden["greedy_ids"]] == [8] * len(golden["inputs"])
+    assert len(golden["greedy"]) == len(golden["inputs"]) and all(golden["greedy"])
 
 
 def test_the_model_card(exported):
@@ -337,8 +337,10 @@ def test_golden_values_are_compared(save, tmp_path, lm):
     out = export(save("sft", CAUSAL), tmp_path / "x", lm=lm)
     check_golden(out)
     golden = read(out / "golden.json")
-    row = golden["greedy_ids" if lm else "embeddings"][1]
-    row[3] += 1 if lm else 2e-5
+    if lm:
+        golden["greedy"][1] += "!"
+    else:
+        golden["embeddings"][1][3] += 2e-5
     (out / "golden.json").write_text(json.dumps(golden))
     with pytest.raises(ValueError, match="other values"):
         check_golden(out)
@@ -374,20 +376,6 @@ def test_the_command_line(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["export.py", "--checkpoint=nowhere", f"--out={out}2"])
     with pytest.raises(SystemExit, match=r"^export: error: nowhere: no checkpoint"):
         module.main()
-
-
-def test_greedy_takes_the_likeliest_id(save):
-    model = Embedder(save("sft", CAUSAL)).model
-    ids = [5, 9, 200]
-    for _ in range(2):                                 # by the loss: which next id costs least
-        text = torch.tensor([*ids, 0])
-        costs = []
-        for candidate in range(model.config.vocab_size):
-            targets = torch.full((len(text),), -100)
-            targets[-2] = candidate
-            costs.append(float(model(text, [len(text)], CAUSAL, targets).detach()))
-        ids.append(int(np.argmin(costs)))
-    assert greedy(model, [5, 9, 200], 2) == ids[3:]
 
 
 # ---------------------------------------------------------------- the tools that people use
@@ -513,7 +501,7 @@ def test_a_language_model_has_the_same_logits_and_words(hub_offline, save, token
     theirs = AutoModelForCausalLM.from_pretrained(where).eval()
     words = AutoTokenizer.from_pretrained(where)
     golden = read(where / "golden.json")
-    for text, expected in zip(golden["inputs"], golden["greedy_ids"]):
+    for text, expected in zip(golden["inputs"], golden["greedy"]):
         ids = words(text, return_tensors="pt")
         assert ids["input_ids"][0].tolist() == tokenizer.encode(text)
         flat = ids["input_ids"][0]
@@ -521,6 +509,6 @@ def test_a_language_model_has_the_same_logits_and_words(hub_offline, save, token
             hidden = ours.hidden(flat, [len(flat)], CAUSAL)
             logits = hidden @ ours.embed_tokens.weight.T
             assert (theirs(**ids).logits[0] - logits).abs().max() < 1e-4 * logits.abs().max()
-        out = theirs.generate(**ids, max_new_tokens=8, do_sample=False)[0, len(flat):].tolist()
-        assert out == expected[:len(out)] and (len(out) == 8 or out[-1] == tokenizer.eos_id)
+        out = theirs.generate(**ids, max_new_tokens=8, do_sample=False)[0, len(flat):]
+        assert words.decode(out, skip_special_tokens=True) == expected
     assert sum(p.numel() for p in theirs.parameters()) == ours.count_params()     # tied

@@ -20,7 +20,7 @@ import pytest
 from data import PARSERS
 from engine.jsonl import read_jsonl
 from tools import filters, prepare
-from tools.prepare import PrepareConfig, convert, public_sets, stream
+from tools.prepare import PrepareConfig, convert, in_language, public_sets, stream
 
 SETS = public_sets()
 
@@ -224,10 +224,11 @@ def test_limit_counts_rows_of_ours(tmp_path, monkeypatch):
 
 
 def test_a_language_goes_by_the_name_that_the_set_has_for_it():
-    assert SETS["mc4"].named("config", "he") == "iw" and SETS["mc4"].named("config", "fi") == "fi"
-    assert SETS["wikipedia"].named("config", "he") == "20231101.he"
-    assert "mrtydi-v1.1-finnish/" in SETS["mrtydi"].named("files", "fi")
-    assert SETS["nq"].named("config", None) is SETS["miracl"].named("files", "fi") is None
+    def config(name, lang):
+        return in_language(SETS[name], SETS[name].config, lang)
+    assert config("mc4", "he") == "iw" and config("mc4", "fi") == "fi"
+    assert config("wikipedia", "he") == "20231101.he" and config("nq", "") is None
+    assert "mrtydi-v1.1-finnish/" in in_language(SETS["mrtydi"], SETS["mrtydi"].files, "fi")
 
 
 def test_one_command_takes_out_what_mteb_evaluates_on(tmp_path, monkeypatch, capsys):
@@ -356,7 +357,7 @@ def on_hub(name, *parts):
     """
     entry, first = SETS[name], FILES[name]
     script = {f"{entry.hub.split('/')[1]}.py": b"raise SystemExit"}
-    config = entry.named("config", entry.lang)
+    config = in_language(entry, entry.config, entry.lang)
     files = {first.replace("00000", f"{k:05}", 1): rows for k, rows in enumerate(parts)}
     wanted = {config or "default": re.sub(r"\d{5}-of-\d{5}", "*", first)}
     if config:
