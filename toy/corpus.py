@@ -322,13 +322,6 @@ def labelled_rows(rows, least=16):
                    "split": "train" if seen[label] % 2 else "test"}
 
 
-def held_out_keys(splits):
-    """Return the keys of all texts of dev and test, and of their sentences."""
-    rows = splits["dev"] + splits["test"]
-    return {key for row in rows for key in row["keys"]} | {
-        key_of(sentence) for row in rows for sentence in sentences_of(row["text"])}
-
-
 def write_collection(directory, documents, queries, qrels):
     """Write a retrieval collection in BEIR's form; qrels: [(query id, id of its document)]."""
     write_jsonl(directory / "corpus.jsonl", documents)
@@ -364,8 +357,10 @@ def ensure(out):
         place.unlink()
     entries = read_all()
     splits = make_splits(entries)
-    train = splits["train"]
-    pairs, banned = [row for row in train if is_pair(row)], held_out_keys(splits)
+    train, held_out = splits["train"], splits["dev"] + splits["test"]
+    pairs = [row for row in train if is_pair(row)]
+    banned = {key for row in held_out for key in
+              (*row["keys"], *map(key_of, sentences_of(row["text"])))}
     write_jsonl(out / "text.jsonl", ({"text": row["text"]} for row in train))
     write_jsonl(out / "text_dev.jsonl", ({"text": row["text"]} for row in splits["dev"]))
     write_jsonl(out / "pairs" / "documentation.jsonl", (

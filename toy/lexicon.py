@@ -87,24 +87,20 @@ class Phrasing:
 
     phrasing.tsv has a row for each language: questions and requests around a "{}", function words
     that may stand between two words, and endings and prefixes that a word may have instead of its
-    dictionary form. All are drawn at random and rarely make good grammar. What they teach is which
-    part of a word carries its meaning, and which words carry none: a query typed by a person has
-    "матрицы" and "how do I", where the lexicon has "матрица" and nothing.
+    dictionary form ("ar,er=o as": a word in -ar or -er may end in -o or -as). All are drawn at
+    random and rarely make good grammar. What they teach is which part of a word carries its
+    meaning, and which words carry none: a query typed by a person has "матрицы" and "how do I",
+    where the lexicon has "матрица" and nothing.
     """
 
     def __init__(self):
         rows = read_table(HERE / "phrasing.tsv")[1:]
         self.frames = {row[0]: row[1].split(" / ") for row in rows}
         self.between = {row[0]: row[2].split() for row in rows}
-        self.endings = {row[0]: [self._rule(rule) for rule in row[3].split(";") if rule]
-                        for row in rows}
         self.prefixes = {row[0]: row[4].split() for row in rows}
-
-    @staticmethod
-    def _rule(text):
-        """Parse "ar,er=o as": a word that ends in one of the first may end in one of the others."""
-        old, new = text.split("=")
-        return sorted(old.split(","), key=len, reverse=True), new.split()
+        rules = {row[0]: [rule.split("=") for rule in row[3].split(";") if rule] for row in rows}
+        self.endings = {lang: [(sorted(old.split(","), key=len, reverse=True), new.split())
+                               for old, new in own] for lang, own in rules.items()}
 
     def inflect(self, word, lang, rng):
         """Return `word` with another ending, by the first rule that fits; most of it stays."""
