@@ -40,23 +40,20 @@ PROMPT = ("Translate this search query into {language}. Leave names, code and fo
           "are. Answer with the translation and nothing else.\n\n{text}")
 
 
-class TableTranslator:
-    """Look translations up in a JSONL of rows {"text", "lang", "translation"} made elsewhere."""
+def table_translator(path):
+    """Return (text, lang) -> translation or None, by a JSONL of rows made elsewhere.
 
-    def __init__(self, path):
-        kinds = {"text": str, "lang": str, "translation": str}
-        self.table = {(row["text"], row["lang"]): row["translation"]
-                      for row in read_jsonl(path, kinds)}
-
-    def __call__(self, text, lang):
-        """Return the translation, None where the table has none."""
-        return self.table.get((text, lang))
+    The rows are {"text", "lang", "translation"}.
+    """
+    kinds = {"text": str, "lang": str, "translation": str}
+    table = {(row["text"], row["lang"]): row["translation"] for row in read_jsonl(path, kinds)}
+    return lambda text, lang: table.get((text, lang))
 
 
 class EndpointTranslator:
     """Ask an OpenAI-compatible server (vLLM, Ollama, llama.cpp ...), `in_flight` texts at a time.
 
-    Answers go to an append-only journal, which is a `TableTranslator` file too. A text that fails
+    Answers go to an append-only journal, which is a table of translations, too. A text that fails
     `tries` times has no translation. After `GIVE_UP` such texts in a row, or when the server
     refuses the key or the model, ConnectionError says so. api_key: sent if it is not empty.
     """
@@ -196,7 +193,7 @@ def make_translator(cfg):
     if cfg.translator == "lexicon":
         return LexiconTranslator()
     if cfg.translator == "table":
-        return TableTranslator(cfg.table)
+        return table_translator(cfg.table)
     translate = EndpointTranslator(cfg.endpoint, cfg.journal or f"{cfg.out}.journal", cfg.model,
                                    cfg.in_flight, cfg.tries, os.environ.get(cfg.api_key_env, ""))
     translate.timeout = cfg.timeout

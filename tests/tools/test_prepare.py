@@ -318,28 +318,6 @@ def test_a_copy_that_is_missing_is_named(tmp_path):
 
 # ---------------------------------------------------------------- the real loader, a hub
 
-FILES = {                                    # set -> its first file, by the name it has on the hub
-    "msmarco": "v2.1/train-00000-of-00007.parquet", "nq": "pair/train-00000-of-00001.parquet",
-    "hotpotqa": "distractor/train-00000-of-00002.parquet",
-    "fever": "fever/train-00000-of-00002.parquet",
-    "squad": "plain_text/train-00000-of-00001.parquet", "dureader": "train.jsonl.gz",
-    "t2ranking": "zh/T2Ranking/t2ranking.jsonl",
-    "miracl": "en-triplet/train-00000-of-00001.parquet",
-    "mrtydi": "mrtydi-v1.1-english/train.jsonl.gz", "stsb": "data/train-00000-of-00001.parquet",
-    "afqmc": "data/train-00000-of-00001.parquet", "mkqa": "mkqa/train-00000-of-00001.parquet",
-    "amazon_reviews": "en/train-00000-of-00001.parquet",
-    "cc_news": "plain_text/train-00000-of-00005.parquet",
-    "cc_news_pairs": "plain_text/train-00000-of-00005.parquet",
-    "wikipedia": "20231101.en/train-00000-of-00041.parquet",
-    "wikipedia_pairs": "20231101.en/train-00000-of-00041.parquet",
-    "mc4": "en/c4-train.00000-of-01024.json.gz",
-    "triviaqa": "pair/train-00000-of-00001.parquet",
-    **{f"sts{year}": "data/test-00000-of-00001.parquet" for year in (13, 14, 15, 16)},
-    **{name: "train.jsonl.gz" for name in ("sts12", "banking77", "emotion", "imdb", "toxic",
-                                           "tweets")},
-    **{name: "en/train.jsonl.gz" for name in (
-        "sts22", "amazon_counterfactual", "massive_intent", "massive_scenario", "mtop_intent",
-        "mtop_domain")}}
 RUN = """
 import json, sys, datasets
 from tools import prepare
@@ -349,13 +327,21 @@ for argv in json.loads(sys.argv[1]):
 """
 
 
+def first_file(entry):
+    """The first of two files of a set, by a name of the form that the hub has."""
+    path = in_language(entry, entry.files, entry.lang)
+    return path.removeprefix(f"hf://datasets/{entry.hub}/") if path else \
+        f"{in_language(entry, entry.config, entry.lang) or 'data'}/train-00000-of-00002.parquet"
+
+
 def on_hub(name, *parts):
     """The repository of a set whose files hold these rows, and what a wrong request would meet.
 
     That is a configuration of another set, before the right one, and a loader that is a script,
     which `datasets` refuses, where the hub has one.
     """
-    entry, first = SETS[name], FILES[name]
+    entry = SETS[name]
+    first = first_file(entry)
     script = {f"{entry.hub.split('/')[1]}.py": b"raise SystemExit"}
     config = in_language(entry, entry.config, entry.lang)
     files = {first.replace("00000", f"{k:05}", 1): rows for k, rows in enumerate(parts)}
@@ -410,7 +396,7 @@ def test_a_run_that_lost_the_hub_between_two_files_leaves_nothing(tmp_path, name
         return from_hub(server.address, tmp_path / "home", "-c", RUN, json.dumps([argv]))
 
     with hub.serve(on_hub(name, rows[:25], rows[25:])) as server:
-        server.gone.add(FILES[name].replace("00000", "00001", 1))
+        server.gone.add(first_file(SETS[name]).replace("00000", "00001", 1))
         lost = run()
         assert lost.returncode == 1 and "cannot be read" in lost.stderr
         assert list((tmp_path / "out").iterdir()) == []
