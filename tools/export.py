@@ -24,14 +24,9 @@ from configurator import load_config
 from data import format_query, format_sft
 from embed import EXPORTED, Embedder
 from engine.run import MACHINE, PATHS
-from mask import CAUSAL
+from sample import generate
 from tokenizer import EOS, PAD, PATTERN
 
-NEEDS = "sentence-transformers >= 6.0, transformers >= 5.2"
-FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", EXPORTED,
-         "golden.json", "modules.json", "sentence_bert_config.json", "1_Pooling", "2_Normalize",
-         "config_sentence_transformers.json", "tokenizer.json", "tokenizer_config.json",
-         "tokenizer.tiktoken", "eval.json", "mteb"}     # the last two: scores that eval.py adds
 MTEB_NAMES = {"classification": "Classification", "sts": "STS", "bitext": "BitextMining"}
 GOLDEN = ("The determinant of a matrix is zero if its rows are linearly dependent.",
           "def area(r):\n    return 3.14159 * r ** 2  # of a circle", "矩阵的行列式",
@@ -44,18 +39,19 @@ TOLERANCE = 1e-5
 class ExportConfig:
     """Every setting of an export."""
     checkpoint: str                # a folder of train.py, or one checkpoint in it
-    out: str                       # the folder to write
+    out: str                       # the folder to write; it must be new or empty
     lm: bool = False               # a causal language model, of stage pretrain or sft
 
 
 def export(checkpoint, out, lm=False):
     """Write the folder `out` and return its path; it appears whole or not at all.
 
-    An earlier export in its place is replaced. Raises ValueError for a soft mask, a bidirectional
-    `lm`, a folder with other files in it, and vectors that came out wrong.
+    Raises ValueError for a soft mask, a bidirectional `lm`, a place that is taken, and vectors that
+    came out wrong.
     """
     out = Path(out).resolve()                          # so that "." has a name
-    check_place(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already; delete it, or choose another --out")
     embedder = Embedder(checkpoint, "cpu", "float32")
     check_mask(embedder, lm)
     part = out.parent / f".{out.name}.{os.getpid()}"
@@ -67,27 +63,10 @@ def export(checkpoint, out, lm=False):
         for path in filter(Path.is_file, part.rglob("*")):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        if out.exists():
-            old = part.with_name(f"{part.name}.old")
-            os.rename(out, old)
-            os.rename(part, out)
-            shutil.rmtree(old)
-        else:
-            os.rename(part, out)
+        os.rename(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
-
-
-def check_place(out):
-    """Raise ValueError if `out` holds anything that an export would not have written."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file")
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    foreign = {name for name in names - FILES if not name.startswith("index-")}
-    if foreign or names and EXPORTED not in names:
-        raise ValueError(f"{out} holds {', '.join(sorted(foreign or names)[:3])}, not of an "
-                         "export; choose another --out")
 
 
 def check_mask(embedder, lm):
@@ -111,37 +90,32 @@ def write(embedder, folder, name, lm):
     """Fill `folder` with all the files of an export that is to be called `name`."""
     from safetensors.torch import save_file
     folder.mkdir(parents=True, exist_ok=True)
-
-    def put(file, content):
-        text = content if isinstance(content, str) else json.dumps(content, indent=1,
-                                                                   ensure_ascii=False) + "\n"
-        (folder / file).parent.mkdir(exist_ok=True)
-        (folder / file).write_text(text, encoding="utf-8")
-
-    meta, tokenizer, recipe = embedder.meta, embedder.tokenizer, recipe_of(embedder.meta)
-    prefix = "model." if lm else ""
+    meta, tokenizer, prefix = embedder.meta, embedder.tokenizer, "model." if lm else ""
     save_file({prefix + key: tensor.contiguous() for key, tensor in
                embedder.model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"})
     tokenizer.save(folder / "tokenizer.tiktoken")
-    put("config.json", architecture(embedder, lm))
-    put("tokenizer.json", tokenizer_json(tokenizer, None if lm else end_template(tokenizer)))
-    put("tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD,
-        "split_special_tokens": True, "clean_up_tokenization_spaces": False,
-        "padding_side": "left" if lm else "right",
-        "model_max_length": embedder.model.config.block_size if lm else embedder.max_len})
-    if lm:
-        put("generation_config.json", {"eos_token_id": tokenizer.eos_id, "do_sample": False,
-                                       "pad_token_id": tokenizer.pad_id})
-    else:
-        for file, content in sentence_transformers_files(embedder).items():
-            put(file, content)
-    put("golden.json", golden(embedder, lm))
-    put("README.md", model_card(embedder, name, lm))
-    put(EXPORTED, {key: meta[key] for key in ("model", "mask", "passage_len", "step", "versions")} |
-        {"prompts": embedder.prompts, "train": recipe, "files": {
+    files = sentence_transformers_files(embedder) if not lm else {
+        "generation_config.json": {"eos_token_id": tokenizer.eos_id, "do_sample": False,
+                                   "pad_token_id": tokenizer.pad_id}}
+    files |= {
+        "config.json": architecture(embedder, lm),
+        "tokenizer.json": tokenizer_json(tokenizer, None if lm else end_template(tokenizer)),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD,
+            "split_special_tokens": True, "clean_up_tokenization_spaces": False,
+            "padding_side": "left" if lm else "right",
+            "model_max_length": embedder.model.config.block_size if lm else embedder.max_len},
+        "golden.json": golden(embedder, lm),
+        "README.md": model_card(embedder, name, lm),
+        EXPORTED: {key: meta[key] for key in ("model", "mask", "passage_len", "step", "versions")} |
+        {"prompts": embedder.prompts, "train": recipe_of(meta), "files": {
             file: hashlib.sha256((folder / file).read_bytes()).hexdigest()
-            for file in ("model.safetensors", "tokenizer.tiktoken")}})
+            for file in ("model.safetensors", "tokenizer.tiktoken")}}}
+    for file, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(
+            content, indent=1, ensure_ascii=False) + "\n"
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the files
@@ -278,8 +252,8 @@ def golden(embedder, lm):
     """
     if lm:
         inputs = [format_sft(None, text) for text in GOLDEN]
-        ids = embedder.tokenizer.encode_batch(inputs)
-        return {"inputs": inputs, "greedy_ids": [greedy(embedder.model, i, 8) for i in ids]}
+        return {"inputs": inputs, "greedy": [generate(
+            embedder.model, embedder.tokenizer, text, 8, temperature=0) for text in inputs]}
 
     def rounded(vectors):
         return [[round(float(x), 8) for x in vector] for vector in vectors]
@@ -292,7 +266,7 @@ def golden(embedder, lm):
 def check_golden(folder):
     """Load an export by `Embedder`; raise ValueError if it does not give its golden values."""
     expected = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
-    values = golden(Embedder(folder, "cpu", "float32"), "greedy_ids" in expected)
+    values = golden(Embedder(folder, "cpu", "float32"), "greedy" in expected)
     if "embeddings" in expected:
         stack = [np.array([*part["embeddings"], part["query"]]) for part in (values, expected)]
         right = np.abs(stack[0] - stack[1]).max() <= TOLERANCE          # not so for NaN
@@ -300,16 +274,6 @@ def check_golden(folder):
         right = values == expected
     if not right:
         raise ValueError(f"{folder}: gives other values than golden.json has")
-
-
-@torch.no_grad()
-def greedy(model, ids, n):
-    """Return the `n` ids that a causal model holds most likely after `ids`, one by one."""
-    ids = list(ids)
-    for _ in range(n):
-        hidden = model.hidden(torch.tensor(ids), [len(ids)], CAUSAL)                    # (T, D)
-        ids.append(int((hidden[-1] @ model.embed_tokens.weight.T).argmax()))
-    return ids[-n:]
 
 
 # ---------------------------------------------------------------- the model card
@@ -324,19 +288,12 @@ tags: [{tags}]
 A {kind} of {n_params:,} parameters, trained from random weights with nanoConan, an open
 rebuild of Conan-Embedding-v2 (Li et al., EMNLP 2025, arXiv 2509.12892).
 
-{facts}
-
-## Use
-
 ```python
 {code}
 ```
 
-{notes}
 `golden.json` holds inputs in several languages and what they gave before the export: a wrong
 version, device or data type shows in it first.
-
-## Recipe
 
 Stage `{stage}`, {step:,} of {steps:,} steps, nanoConan {git}, torch {torch}.
 
@@ -346,52 +303,42 @@ Stage `{stage}`, {step:,} of {steps:,} steps, nanoConan {git}, torch {torch}.
 
 {results}
 """
-EMBED_CODE = """from sentence_transformers import SentenceTransformer
+EMBEDDER = {
+    "library": "sentence-transformers", "task": "sentence-similarity", "kind": "text embedder",
+    "tags": "nanoconan, sentence-transformers, feature-extraction",
+    "code": """import json
+import numpy as np
+from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{name}")
+# needs sentence-transformers >= 6.0, transformers >= 5.2: older ones take the model for causal
+model = SentenceTransformer("{name}")                             # texts up to {length:,} tokens
 queries = model.encode_query(["how do I invert a matrix"])         # in front: {prompt!r}
 documents = model.encode_document(["Compute the inverse of a matrix."])
 print(model.similarity(queries, documents))
 golden = json.load(open("{name}/golden.json", encoding="utf-8"))
-print(abs(model.encode(golden["inputs"]) - np.array(golden["embeddings"])).max())   # below 1e-5"""
-LM_CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+print(abs(model.encode(golden["inputs"]) - np.array(golden["embeddings"])).max())   # below 1e-5"""}
+LANGUAGE_MODEL = {
+    "library": "transformers", "task": "text-generation", "kind": "causal language model",
+    "tags": "nanoconan",
+    "code": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = (c.from_pretrained("{name}") for c in (AutoModelForCausalLM, AutoTokenizer))
 ids = tokenizer({text!r}, return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=32)[0]))"""
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=32)[0]))"""}
 
 
 def model_card(embedder, name, lm):
     """Return README.md: what the model is, how to use and check it, its recipe and its scores."""
-    meta, c, recipe = embedder.meta, embedder.model.config, recipe_of(embedder.meta)
-    dims, prompts = recipe.get("dims"), prompts_of(embedder)
-    facts = {
-        "dimensions": f"{c.n_embd}" + (f"; the first {', '.join(map(str, dims))} are embeddings "
-                                       "too (Matryoshka), once normalised again" if dims else ""),
-        "longest text": f"{c.block_size:,} tokens" if lm else
-                        f"{embedder.max_len:,} tokens, the end-of-text token included",
-        "vocabulary": f"{embedder.tokenizer.vocab_size:,}, byte-level BPE",
-        "attention": "causal" if embedder.mask.is_causal else "bidirectional",
-        "layout": f"llama: {c.n_layer} layers, {c.n_head} heads, {c.n_kv_head} key/value heads"}
-    if not lm:
-        facts |= {"pooling": c.pooling + ("" if c.pool_prompt else ", without the prompt"),
-                  "prompts": ", ".join(f"{key} `{text!r}`" for key, text in prompts.items()
-                                       if text)}
-    code = LM_CODE.format(name=name, text=format_sft(None, GOLDEN[0])) if lm else \
-        "import json\nimport numpy as np\n" + EMBED_CODE.format(name=name, prompt=prompts["query"])
-    notes = "" if lm else (f"Needs {NEEDS}: older ones take the model for a causal one without a "
-                           "word.\n")
-    tags = ["nanoconan"] if lm else ["nanoconan", "sentence-transformers", "feature-extraction"]
-    return CARD.format(
-        library="transformers" if lm else "sentence-transformers", name=name, code=code,
-        task="text-generation" if lm else "sentence-similarity", tags=", ".join(tags),
-        kind="causal language model" if lm else "text embedder", notes=notes,
-        n_params=embedder.model.count_params(), facts=markdown(["", ""], facts.items()),
-        stage=meta["train"]["stage"], step=meta["step"], steps=meta["train"]["steps"],
-        git=meta["versions"]["git"] or "", torch=meta["versions"]["torch"],
-        recipe=markdown(["setting", "value"], [(k, json.dumps(v, ensure_ascii=False)) for k, v in
-                                               recipe.items() if v not in ([], {}, "")]),
-        results=scores_of(embedder))
+    meta, kind = embedder.meta, LANGUAGE_MODEL if lm else EMBEDDER
+    code = kind["code"].format(name=name, text=format_sft(None, GOLDEN[0]), length=embedder.max_len,
+                               prompt=prompts_of(embedder)["query"])
+    recipe = [(f"`{key}`", json.dumps(value, ensure_ascii=False)) for key, value
+              in recipe_of(meta).items() if value not in ([], {}, "")]
+    return CARD.format(**kind | {"code": code}, name=name, n_params=embedder.model.count_params(),
+                       stage=meta["train"]["stage"], step=meta["step"],
+                       steps=meta["train"]["steps"], git=meta["versions"]["git"] or "",
+                       torch=meta["versions"]["torch"], results=scores_of(embedder),
+                       recipe=markdown(("setting", "value"), recipe))
 
 
 def scores_of(embedder):
@@ -401,15 +348,14 @@ def scores_of(embedder):
     if not last or not path.is_file() or (embedder.checkpoint / EXPORTED).is_file():
         return "Nothing was measured with this checkpoint."
     scores = json.loads(path.read_text(encoding="utf-8"))
-    rows = [(f"`{key}`", f"{value:.4f}") for key, value in scores.items()
-            if not key.startswith(("dhnm/", "model/")) and isinstance(value, float)]
-    return markdown(["task / set / subset / metric", "score"], rows)
+    return markdown(("task / set / subset / metric", "score"), [
+        (f"`{key}`", f"{value:.4f}") for key, value in scores.items()
+        if not key.startswith(("dhnm/", "model/")) and isinstance(value, float)])
 
 
 def markdown(head, rows):
-    """Return a Markdown table."""
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in
-                     (head, ["---"] * len(head), *rows))
+    """Return a Markdown table of two columns."""
+    return "\n".join(f"| {left} | {right} |" for left, right in (head, ("---", "---"), *rows))
 
 
 def main():
@@ -419,9 +365,7 @@ def main():
         out = export(config.checkpoint, config.out, config.lm)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"export: error: {error}")
-    use = f'AutoModelForCausalLM.from_pretrained("{out}")' if config.lm else \
-        f'SentenceTransformer("{out}")'
-    print(f"wrote {out}, checked against golden.json; load it with {use}")
+    print(f"wrote {out}, checked against golden.json; its README.md says how to use it")
 
 
 if __name__ == "__main__":

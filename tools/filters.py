@@ -1,21 +1,19 @@
-"""Filters over rows: the scorer's 0.4, exact duplicates, overlap with evaluation texts.
+"""Filters over rows: exact duplicates, overlap with evaluation texts, the scorer's 0.4.
 
-    python -m tools.filters --input=pairs.jsonl --out=clean.jsonl --dedup
+    python -m tools.filters --input=pairs.jsonl --out=clean.jsonl --dedup \\
+        --decontaminate="mteb:MTEB(eng, v2)"
     python -m tools.filters --input=pairs.jsonl --out=clean.jsonl --min_score=0.4 \\
         --scorer=Alibaba-NLP/gte-Qwen2-7B-instruct
-    python -m tools.filters --input=pairs.jsonl --out=clean.jsonl \\
-        --decontaminate="mteb:MTEB(eng, v2)"
 
 PAPER Sec. 3.1.2: pairs that gte-Qwen2-7B-instruct scores below 0.4 are dropped before stage 3. A
-scorer is any sentence-transformers model, a folder of train.py or an exported one, and is asked
-with its own query prompt. Each filter is a generator (rows, drop) -> rows that calls drop(row,
-reason) for what it leaves out. Memory: 16 bytes a row for duplicates. Length, script and near
-duplicates are Data-Juicer's job (docs/data.md).
+scorer is any sentence-transformers model, a folder of train.py or an exported one, with its own
+query prompt. Each filter is a generator (rows, drop) -> rows that calls drop(row, reason) for what
+it leaves out. Memory: 16 bytes a row for duplicates. Length, script and near duplicates are
+Data-Juicer's job (docs/data.md).
 UNSPECIFIED: everything but the 0.4. OUT.report.json says what ran and what it dropped.
 """
 import hashlib
 import json
-import math
 import sys
 import unicodedata
 from collections import Counter
@@ -30,7 +28,11 @@ import regex
 from tqdm import tqdm
 
 from configurator import load_config
+from data import parse_pair
+from embed import EXPORTED, Embedder
 from engine.jsonl import atomic, read_jsonl, to_line
+from engine.mteb_bridge import mteb_tasks
+from eval import join_names
 
 TEXT_KEYS = ("text", "query", "input", "pos", "output", "sentence1", "sentence2")
 NOT_TEXT = {"id", "_id", "lang", "split", "label", "prompt", "instruction"}
@@ -90,52 +92,23 @@ def exact_duplicates(rows, drop):
 def by_score(rows, drop, encode, least=0.4, batch=256):
     """Keep the pairs whose query and passage have at least this cosine (PAPER Sec. 3.1.2).
 
-    encode: (queries, passages) -> two arrays (N, D), of any norm; None if every row has its own
-    "score", a number, which is then its cosine. Of several positives those above stay, and their
-    "pos_scores" with them; the row goes when none does. Raises ValueError for a row without score.
+    encode: (queries, passages) -> two arrays (N, D), of any norm. Of several positives those above
+    stay, and their "pos_scores" with them; the row goes when none does.
     """
     rows = iter(rows)
     while chunk := list(islice(rows, batch)):
-        new = [(row, *sides_of(row, encode)) for row in chunk if "score" not in row]
-        cosines = iter(())
-        if new:
-            queries, passages = map(_unit, encode(
-                [query for _, query, _, _ in new],
-                [text for _, _, positives, _ in new for text in positives]))
-            queries = np.repeat(queries, [len(positives) for _, _, positives, _ in new], axis=0)
-            cosines = iter((queries * passages).sum(1))
-        scored = {id(row): (key, [next(cosines) for _ in positives])
-                  for row, _, positives, key in new}
-        for row in chunk:
-            key, scores = scored.get(id(row)) or (None, [own_score(row)])
-            good = [i for i, score in enumerate(scores) if score >= least]
-            if not good:
+        pairs = [parse_pair(row) for row in chunk]
+        queries, passages = map(_unit, encode([pair["query"] for pair in pairs],
+                                              [text for pair in pairs for text in pair["pos"]]))
+        ends = np.cumsum([len(pair["pos"]) for pair in pairs])
+        for row, query, own in zip(chunk, queries, np.split(passages, ends)):
+            good = np.flatnonzero(own @ query >= least)
+            if not len(good):
                 drop(row, "score")
-            elif len(good) < len(scores):
-                shorter = {name: [row[name][i] for i in good] for name in (key, "pos_scores")
-                           if isinstance(row.get(name), list) and len(row[name]) == len(scores)}
-                yield {**row, **shorter}
-            else:
-                yield row
-
-
-def sides_of(row, encode):
-    """Return (query, positives, the key of the positives) of a pair that `encode` has to score."""
-    query, key = ("input", "output") if "input" in row else ("query", "pos")
-    if encode is None or query not in row or key not in row:
-        raise ValueError(f"a score needs {query!r} and {key!r} and a scorer, or 'score' in the "
-                         f"row; the keys are {sorted(row)[:8]}")
-    texts_of(row)                                      # are they strings?
-    positives = [row[key]] if isinstance(row[key], str) else row[key]
-    return row[query] or row.get("instruction") or "", positives, key
-
-
-def own_score(row):
-    """Return the score that a row brings; ValueError for what is no finite number."""
-    score = row["score"]
-    if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-        raise ValueError(f"key 'score' must be a number, not {score!r}")
-    return score
+                continue
+            lists = {key: row[key] for key in ("pos", "pos_scores")
+                     if isinstance(row.get(key), list) and len(row[key]) == len(own)}
+            yield row | {key: [values[i] for i in good] for key, values in lists.items()}
 
 
 def _unit(vectors):
@@ -148,9 +121,9 @@ def load_scorer(path):
 
     Our folders are read by Embedder, everything else by sentence-transformers.
     """
-    from embed import EXPORTED, Embedder               # nothing else here needs a model
-    if Path(path).is_dir() and ((Path(path) / EXPORTED).is_file()
-                                or not (Path(path) / "modules.json").is_file()):
+    folder = Path(path)
+    if folder.is_dir() and ((folder / EXPORTED).is_file()
+                            or not (folder / "modules.json").is_file()):
         ours = Embedder(path)
         prompt = ours.prompts.get("retrieval")
         return lambda queries, passages: (ours.encode(queries, prompt=prompt),
@@ -166,8 +139,8 @@ def load_scorer(path):
 
 # ---------------------------------------------------------------- evaluation texts
 
-class Decontaminator:
-    """The evaluation texts as hashes; `reason(row)` tells whether a training row overlaps them.
+def decontaminate(rows, drop, paths):
+    """Keep the rows that do not overlap the evaluation texts, which are held as hashes.
 
     paths: JSONL(.gz) files, or folders of them, of which corpus.jsonl is passed over: a
     collection's documents are common background (Wikipedia), its queries are not. Name the file
@@ -175,37 +148,24 @@ class Decontaminator:
     counts as a text, but ids and labels do not. A text overlaps if it is equal, or if 13 words in
     a row are; a text below 13 words has only the first.
     """
-
-    def __init__(self, paths):
-        self.whole, self.grams = set(), set()
-        for path in paths:
-            mteb = str(path).startswith("mteb:")
-            for row in mteb_rows(path.removeprefix("mteb:")) if mteb else _rows(path):
-                for text in _strings(row):
-                    words = words_of(text)
-                    if len(words) >= 3:                # "yes", a label: equal by chance
-                        self.whole.add(digest(words))
-                    self.grams.update(_grams(words))
-        if not self.whole:
-            raise ValueError(f"{', '.join(map(str, paths))}: no evaluation text in there")
-
-    def reason(self, row):
-        """Return "equal to an evaluation text", "13 words ..." or None."""
-        words = [words_of(text) for text in texts_of(row)]
-        if any(len(w) >= 3 and digest(w) in self.whole for w in words):
-            return "equal to an evaluation text"
-        if any(not self.grams.isdisjoint(_grams(w)) for w in words):
-            return f"{NGRAM} words of an evaluation text"
-        return None
-
-    def __call__(self, rows, drop):
-        """Keep the rows that do not overlap."""
-        for row in rows:
-            reason = self.reason(row)
-            if reason:
-                drop(row, reason)
-            else:
-                yield row
+    whole, grams = set(), set()
+    for path in join_names(map(str, paths)):           # "mteb:MTEB(eng, v2)" holds a comma
+        mteb = path.startswith("mteb:")
+        for row in mteb_rows(path.removeprefix("mteb:")) if mteb else _rows(path):
+            for words in map(words_of, _strings(row)):
+                if len(words) >= 3:                    # "yes", a label: equal by chance
+                    whole.add(digest(words))
+                grams.update(_grams(words))
+    if not whole:
+        raise ValueError(f"{', '.join(map(str, paths))}: no evaluation text in there")
+    for row in rows:
+        texts = [words_of(text) for text in texts_of(row)]
+        if any(len(words) >= 3 and digest(words) in whole for words in texts):
+            drop(row, "equal to an evaluation text")
+        elif any(not grams.isdisjoint(_grams(words)) for words in texts):
+            drop(row, f"{NGRAM} words of an evaluation text")
+        else:
+            yield row
 
 
 def mteb_rows(name):
@@ -214,7 +174,6 @@ def mteb_rows(name):
     Of retrieval the queries only, as of a collection. Raises ValueError for an unknown name,
     ImportError without mteb.
     """
-    from engine.mteb_bridge import mteb_tasks
     for task in tqdm(mteb_tasks(name)[0], desc=name, unit="task", disable=None):
         task.load_data()
         yield from _held_out(task.dataset, set(task.metadata.eval_splits))
@@ -230,12 +189,6 @@ def _held_out(data, splits):
         background = key in ("corpus", "relevant_docs", "top_ranked")
         if not background and (key in splits or key not in ("train", "validation", "dev", "test")):
             yield from _held_out(data[key], splits)
-
-
-def join_names(names):
-    """Undo the command line's split of "mteb:MTEB(eng, v2)" at its comma."""
-    from eval import join_names as join
-    return join(names) if any("(" in name for name in names) else list(names)
 
 
 def _rows(path):
@@ -274,58 +227,69 @@ class FilterConfig:
     min_score: float | None = None             # least cosine of query and passage; the paper's 0.4
     scorer: str | None = None                  # checkpoint, exported or sentence-transformers model
 
+    def __post_init__(self):
+        if self.min_score is not None and not self.scorer:
+            raise ValueError(f"min_score {self.min_score} needs --scorer=MODEL")
 
-def read_input(paths, check, counts):
-    """Yield the rows of some files and count them; a row that `check` refuses is named by line."""
+
+def read_input(paths, checks, counts):
+    """Yield the rows of some files and count them; a row that a check refuses is named by line."""
     for path in paths:
         rows = tqdm(read_jsonl(path), desc=Path(path).name, unit="row", disable=None)
         for number, row in enumerate(rows, 1):
             try:
-                check(row)
+                for check in checks:
+                    check(row)
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
             counts["read"] += 1
             yield row
 
 
-def main(argv=None):
-    """Filter some files; see the module docstring."""
-    cfg, counts, filters, check = load_config(FilterConfig, argv), Counter(), [], texts_of
-    if cfg.dedup:
-        filters.append(exact_duplicates)
-    if cfg.decontaminate:
-        filters.append(Decontaminator(join_names(cfg.decontaminate)))
-    if cfg.min_score is not None:                      # last: it costs most
-        encode = load_scorer(cfg.scorer) if cfg.scorer else None
-        filters.append(partial(by_score, encode=encode, least=cfg.min_score))
+def write_rows(out, rows, filters, counts, dropped=None):
+    """Write the rows that pass all filters, and the others with their reason to `dropped`.
 
-        def check(row):
-            if "score" in row:
-                own_score(row)
-            else:
-                sides_of(row, encode)
-
+    counts: a Counter, of "kept" and of each reason.
+    """
     with ExitStack() as stack:
-        file = stack.enter_context(atomic(cfg.out, "wb"))
-        aside = stack.enter_context(atomic(cfg.dropped, "wb")) if cfg.dropped else None
+        file = stack.enter_context(atomic(out, "wb"))
+        aside = stack.enter_context(atomic(dropped, "wb")) if dropped else None
 
         def drop(row, reason):
             counts[reason] += 1
             if aside:
                 aside.write(to_line({**row, "reason": reason}))
 
-        rows = stack.enter_context(closing(read_input(cfg.input, check, counts)))
+        rows = stack.enter_context(closing(rows))
         for one in filters:
             rows = one(rows, drop)
         for row in rows:
             counts["kept"] += 1
             file.write(to_line(row))
-    reasons = {k: n for k, n in counts.most_common() if k not in ("read", "kept")}
-    with atomic(f"{cfg.out}.report.json") as file:
-        json.dump({"read": counts["read"], "kept": counts["kept"], "dropped": reasons,
-                   "config": asdict(cfg)}, file, indent=1, ensure_ascii=False)
-    print(f"{cfg.out}: {counts['kept']:,} of {counts['read']:,} rows")
-    print("dropped: " + (", ".join(f"{k} {n:,}" for k, n in reasons.items()) or "none"))
+
+
+def write_report(path, out, counts, about):
+    """Write what was read, kept and dropped of `out`, with what else is to be known; print it."""
+    counts = {key: n for key, n in counts.items() if n}
+    total = {"read": counts.pop("read", 0), "kept": counts.pop("kept", 0), "dropped": counts}
+    with atomic(path) as file:
+        json.dump(total | about, file, indent=1, ensure_ascii=False)
+    print(f"{out}: {total['kept']:,} of {total['read']:,} rows\ndropped: "
+          + (", ".join(f"{reason} {n:,}" for reason, n in counts.items()) or "none"))
+
+
+def main(argv=None):
+    """Filter some files; see the module docstring."""
+    cfg, counts, filters, checks = load_config(FilterConfig, argv), Counter(), [], [texts_of]
+    if cfg.dedup:
+        filters.append(exact_duplicates)
+    if cfg.decontaminate:
+        filters.append(partial(decontaminate, paths=cfg.decontaminate))
+    if cfg.min_score is not None:                      # last: it costs most
+        checks.append(parse_pair)
+        filters.append(partial(by_score, encode=load_scorer(cfg.scorer), least=cfg.min_score))
+    write_rows(cfg.out, read_input(cfg.input, checks, counts), filters, counts, cfg.dropped)
+    write_report(f"{cfg.out}.report.json", cfg.out, counts, {"config": asdict(cfg)})
 
 
 if __name__ == "__main__":

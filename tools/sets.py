@@ -40,6 +40,7 @@ MAX_CHARS = 1200                   # of a passage: more than any passage_len her
 SUPERVISED = 3000                  # rows of a set in stage 4: few enough to come back under DHNM
 SMALLEST = 512                     # pairs of a file; smaller ones share one
 LABELS_AS_NEGATIVES = 15           # other labels of a classification row
+FOR_EVALUATION = ("_dev", "_test")     # how the names of sets end that nothing is trained on
 SUFFIX = re.compile(r"\.(jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
 VERSION = 6                        # raise it when the files change: old ones are rebuilt
 
@@ -49,13 +50,25 @@ def is_held_out(key):
     return text_id(str(key)) % HELD_OUT_SHARE == 0
 
 
+def for_training(rows):
+    """Return the rows of split "train" and those of none."""
+    return [row for row in rows if row.get("split", "train") == "train"]
+
+
 class Builder:
-    """Collects rows of every kind from set after set; `files` maps kind to rows."""
+    """Collects rows of every kind from set after set; `files` maps kind to rows.
+
+    name, file: the set and the file that are being read. document_of: {id: document} of the set.
+    """
 
     def __init__(self, out, seed=0):
         self.out, self.rng = Path(out), random.Random(seed)
         self.files = defaultdict(list)
-        self.name = ""
+        self.name, self.file, self.document_of = "", "", {}
+
+    def text(self, text):
+        """Take a document of stage 1."""
+        self.files["text"].append({"text": text})
 
     def add(self, kind, query, passage, **rest):
         """Take a row {query, pos}; a query equal to its passage teaches nothing.
@@ -72,6 +85,11 @@ class Builder:
                 kind += f"-{rest['lang_q']}" if form + rest["lang_p"] == "bitext-en" else ""
             self.files[kind].append({"query": query, "pos": [passage[:MAX_CHARS]], **rest})
 
+    def ask(self, query, passage, lang_q, lang_p):
+        """Take a question: in one language it is retrieval, across languages CLR; pairs as well."""
+        for kind in ("pairs", "retrieval" if lang_q == lang_p else "clr"):
+            self.add(kind, query, passage, lang_q=lang_q, lang_p=lang_p)
+
     def bitext(self, left, right, lang_l, lang_r):
         """Take a pair of translations, asked in a direction drawn by chance; no instruction.
 
@@ -81,7 +99,7 @@ class Builder:
             left, right, lang_l, lang_r = right, left, lang_r, lang_l
         self.add("pairs", left, right, prompt="", lang_q=lang_l, lang_p=lang_r)
         if lang_l != lang_r:
-            self.files["text"].append({"text": f"{left}\n{right}"})
+            self.text(f"{left}\n{right}")
 
     def crop(self, text, lang):
         """Take a sentence of a passage and what is left of it: the pair that any text gives."""
@@ -91,9 +109,9 @@ class Builder:
             self.add("pairs", parts[i], " ".join(parts[:i] + parts[i + 1:]), lang_q=lang,
                      lang_p=lang, prompt=None)
 
-    def hold_out(self, name, file, rows):
-        """Write the held-out rows of a set, for the evaluation."""
-        write_jsonl(self.out / "held_out" / name / f"{file}.jsonl", rows)
+    def hold_out(self, rows):
+        """Write the held-out rows of a file, for the evaluation."""
+        write_jsonl(self.out / "held_out" / self.name / f"{self.file}.jsonl", rows)
 
     def join_small(self):
         """Put files of too few pairs together: bitext into English by set, then all the rest."""
@@ -106,11 +124,11 @@ class Builder:
 
     # ------------------------------------------------------------ one method for each form
 
-    def collection(self, name, folder):
-        """Take question -> passage: in one language to retrieval, across languages to CLR."""
+    def collection(self, folder):
+        """Take questions and their passages; a question in several languages is bitext."""
         collection = load_collection(folder)
         documents = {row["id"]: row for row in collection.corpus}
-        queries = [row for row in collection.queries if row.get("split", "train") == "train"]
+        queries = for_training(collection.queries)
         for row in collection.corpus + queries:
             if "lang" not in row:
                 raise ValueError(f"{folder}: {row['id']}: key 'lang' is missing; the keys are "
@@ -121,53 +139,50 @@ class Builder:
             for key in (key for key, score in collection.qrels[row["id"]].items() if score > 0):
                 passage = documents[key]
                 crossing |= passage["lang"] != row["lang"]
-                kind = "retrieval" if passage["lang"] == row["lang"] else "clr"
-                for to in ("pairs", kind):
-                    self.add(to, row["text"], document_text(passage), lang_q=row["lang"],
-                             lang_p=passage["lang"])
-        for rows in same.values() if crossing else ():     # a question in several languages
+                self.ask(row["text"], document_text(passage), row["lang"], passage["lang"])
+        for rows in same.values() if crossing else ():
             for i, row in enumerate(rows):
                 for other in rows[:i]:
                     self.bitext(row["text"], other["text"], row["lang"], other["lang"])
-        for row in collection.corpus:
-            if row.get("split", "train") == "train":
-                self.files["text"].append({"text": document_text(row)})
-                self.crop(row["text"], row["lang"])
-        self.files["text"] += [{"text": row["text"]} for row in queries]
+        for row in for_training(collection.corpus):
+            self.text(document_text(row))
+            self.crop(row["text"], row["lang"])
+        for row in queries:
+            self.text(row["text"])
 
-    def bitext_rows(self, name, file, rows):
+    def bitext_rows(self, rows):
         """Take {query, pos, lang_q, lang_p}; held out by the passage side."""
         rows = [row | {"pos": parse_pair(row)["pos"][0]} for row in rows]
-        self.hold_out(name, file, [row for row in rows if is_held_out(row["pos"])])
+        self.hold_out([row for row in rows if is_held_out(row["pos"])])
         for row in rows:
             if not is_held_out(row["pos"]):
                 self.bitext(row["query"], row["pos"], row["lang_q"], row["lang_p"])
-                self.files["text"].append({"text": row["query"]})
+                self.text(row["query"])
 
-    def questions(self, name, file, rows):
-        """Take {query, pos, neg?, prompt?}, in one language or in `lang_q` and `lang_p`."""
-        for row in (row for row in rows if row.get("split", "train") == "train"):
-            pair = parse_pair(row)
-            pair = {key: value for key, value in pair.items() if value}
-            self.files[f"pairs/{name}"].append(pair)
+    def questions(self, rows):
+        """Take {query, pos, neg?, prompt?} of one language."""
+        for row in for_training(rows):
+            pair = {key: value for key, value in parse_pair(row).items() if value}
+            self.files[f"pairs/{self.name}"].append(pair)
             self.files["retrieval"].append(pair)
-            self.files["text"] += [{"text": text} for text in pair["pos"]]
+            for text in pair["pos"]:
+                self.text(text)
 
-    def parallel(self, name, file, rows, documents):
+    def parallel(self, rows):
         """Take {id, lang, text}: each sentence with English and with one other language.
 
-        With `documents` ({id: document}) whole documents are held out, and a sentence also asks
-        for the paragraph around it in another language: one half of the time in English.
+        With docs whole documents are held out, and a sentence also asks for the paragraph around
+        it in another language: one half of the time in English.
         """
-        held = {row["id"] for row in rows if is_held_out(documents.get(row["id"], row["id"]))} \
-            if documents or not any("split" in row for row in rows) else set()
+        documents, held, texts = self.document_of, set(), defaultdict(dict)
+        if documents or not any("split" in row for row in rows):
+            held = {row["id"] for row in rows if is_held_out(documents.get(row["id"], row["id"]))}
         if held:
-            self.hold_out(name, file, [row for row in rows if row["id"] in held])
-        texts = defaultdict(dict)
-        for row in rows:
-            if row["id"] not in held and row.get("split", "train") == "train":
+            self.hold_out([row for row in rows if row["id"] in held])
+        for row in for_training(rows):
+            if row["id"] not in held:
                 texts[row["id"]][row["lang"]] = row["text"]
-                self.files["text"].append({"text": row["text"]})
+                self.text(row["text"])
         for key, by_language in texts.items():
             for lang, text in by_language.items():
                 others = sorted(by_language.keys() - {lang, "en"})
@@ -176,27 +191,28 @@ class Builder:
                     self.bitext(text, by_language[other], lang, other)
                 target = "en" if self.rng.random() < 0.5 and lang != "en" else \
                     self.rng.choice(others or [lang])
-                for to in ("pairs", "clr") if documents and target in by_language else ():
-                    self.add(to, text, self.paragraph(texts, documents, key, target),
-                             lang_q=lang, lang_p=target)
+                for kind in ("pairs", "clr") if documents and target in by_language else ():
+                    self.add(kind, text, self.paragraph(texts, key, target), lang_q=lang,
+                             lang_p=target)
+        if "label" in rows[0]:
+            self.labels(rows)
 
-    def paragraph(self, texts, documents, key, lang):
+    def paragraph(self, texts, key, lang):
         """Return up to `WINDOW` neighbouring sentences of one document, `key` among them."""
-        first = key - self.rng.randrange(WINDOW)
+        first, document_of = key - self.rng.randrange(WINDOW), self.document_of
         return " ".join(texts[i][lang] for i in range(first, first + WINDOW)
-                        if documents.get(i) == documents[key] and lang in texts.get(i, ()))
+                        if document_of.get(i) == document_of[key] and lang in texts.get(i, ()))
 
-    def sts(self, name, file, rows):
+    def sts(self, rows):
         """Take scored pairs; equal ids in two languages give bitext and cross-lingual pairs."""
-        train = [row for row in rows if row.get("split", "train") == "train"]
         same = defaultdict(list)
-        for row in train:
+        for row in for_training(rows):
             self.files["sts"].append({k: row[k] for k in ("sentence1", "sentence2", "score")})
-            self.files["text"].append({"text": row["sentence1"]})
-            same[row.get("id")].append(row)
+            self.text(row["sentence1"])
+            same[row.get("id", id(row))].append(row)
         for group in same.values():
             for row in group:
-                others = [other for other in group if other["lang"] != row["lang"]]
+                others = [other for other in group if other.get("lang") != row.get("lang")]
                 for other in self.rng.sample(others, min(2, len(others))):
                     self.bitext(row["sentence1"], other["sentence1"], row["lang"], other["lang"])
                 if others:
@@ -205,137 +221,116 @@ class Builder:
                     self.files["sts"].append({"sentence1": row["sentence1"], "score": row["score"],
                                               "sentence2": other["sentence2"]})
 
-    def paraphrases(self, name, file, rows):
-        """Take {sentence1, sentence2, label}: 1 is a pair, 0 a hard negative of its sentence."""
-        self.hold_out(name, file, [row for row in rows if is_held_out(row["id"])])
+    def paraphrases(self, rows):
+        """Take {sentence1, sentence2, label}: 1 is a pair, 0 is left out."""
+        self.hold_out([row for row in rows if is_held_out(row["id"])])
         for row in rows:
             if not is_held_out(row["id"]):
-                self.files["text"].append({"text": row["sentence1"]})
+                self.text(row["sentence1"])
                 if row["label"] == 1:
                     self.bitext(row["sentence1"], row["sentence2"], row["lang"], row["lang"])
 
-    def labels(self, name, file, rows):
+    def labels(self, rows):
         """Take {text, label}: the label's text is the positive, other labels the negatives."""
-        train = [row for row in rows if row.get("split", "train") == "train"]
-        names = sorted({row["label"] for row in train})
-        for row in train:
-            others = [label for label in names if label != row["label"]]
-            self.files["classification"].append({
-                "query": row["text"], "pos": [readable(row["label"])], "neg": [
-                    readable(n) for n in self.rng.sample(others, min(LABELS_AS_NEGATIVES,
-                                                                     len(others)))]})
-            if "id" not in row:                    # parallel sentences have come as text already
-                self.files["text"].append({"text": row["text"]})
+        def readable(label):                       # science/technology, credit_score
+            return re.sub(r"[_/]", " ", str(label))
 
-    def documents(self, name, file, rows):
+        rows = for_training(rows)
+        names = sorted({row["label"] for row in rows})
+        for row in rows:
+            others = [label for label in names if label != row["label"]]
+            others = self.rng.sample(others, min(LABELS_AS_NEGATIVES, len(others)))
+            self.files["classification"].append({
+                "query": row["text"], "pos": [readable(row["label"])],
+                "neg": [readable(label) for label in others]})
+            if "id" not in row:                    # parallel sentences have come as text already
+                self.text(row["text"])
+
+    def documents(self, rows):
         """Take documents: title (and summary, or keywords) -> text, also across languages."""
         by_language = defaultdict(dict)
-        for row in rows:
-            if row.get("split", "train") != "train":
-                continue
+        for row in for_training(rows):
             head = ". ".join(filter(None, (row.get("title"), row.get("summary")))) \
                 or " ".join(row.get("keywords") or ())
-            self.files["text"].append({"text": document_text({"title": head, "text": row["text"]})})
+            self.text(document_text({"title": head, "text": row["text"]}))
             self.crop(row["text"], row["lang"])
             if head:
                 by_language[row.get("id", row["text"])][row["lang"]] = (head, row["text"])
         for languages in by_language.values():
             for lang, (head, text) in languages.items():
-                for to in ("pairs", "retrieval"):
-                    self.add(to, head, text, lang_q=lang, lang_p=lang)
+                self.ask(head, text, lang, lang)
                 others = sorted(languages.keys() - {lang})
                 if others:
                     other = "en" if "en" in others else self.rng.choice(others)
                     self.bitext(head, languages[other][0], lang, other)
-                    for to in ("pairs", "clr"):
-                        self.add(to, head, languages[other][1], lang_q=lang, lang_p=other)
+                    self.ask(head, languages[other][1], lang, other)
 
-    def running_text(self, name, file, rows):
-        """Take {text}: for the language model alone."""
-        self.files["text"] += [{"text": row["text"]} for row in rows]
+    def running_text(self, rows):
+        """Take {text}: for the language model, and crops of it."""
         for row in rows:
-            for at in range(0, len(row["text"]), MAX_CHARS):
-                self.crop(row["text"][at:at + MAX_CHARS], row.get("lang"))
+            self.text(row["text"])
+            for start in range(0, len(row["text"]), MAX_CHARS):
+                self.crop(row["text"][start:start + MAX_CHARS], row.get("lang"))
+
+    # ------------------------------------------------------------ which form it is
+
+    FORMS = ((bitext_rows, {"query", "pos", "lang_q", "lang_p"}), (questions, {"query", "pos"}),
+             (sts, {"sentence1", "sentence2", "score"}),
+             (paraphrases, {"sentence1", "sentence2", "label"}),
+             (documents, {"text", "title", "id"}), (documents, {"text", "keywords"}),
+             (parallel, {"id", "lang", "text"}), (labels, {"text", "label"}),
+             (running_text, {"text"}))             # the first whose keys are there
 
     def read(self, folder):
-        """Take one set, whatever its form."""
-        self.name = folder.name
+        """Take one set, each of its files by its form; stage 4 takes `SUPERVISED` rows at most."""
+        self.name, files = folder.name, files_of(folder)
         before = {kind: len(self.files[kind]) for kind in ("retrieval", "clr", "classification")}
-        self.read_files(folder)
+        if {"corpus", "queries"} <= files.keys():
+            self.collection(folder)
+        else:
+            docs = read_jsonl(files.pop("docs"), {"id": int, "doc": str}) if "docs" in files else ()
+            self.document_of = {row["id"]: row["doc"] for row in docs}
+            for self.file, path in files.items():
+                self.read_rows(path)
         for kind, start in before.items():
             rows = self.files[kind][start:]
             self.files[kind][start:] = self.rng.sample(rows, min(len(rows), SUPERVISED))
 
-    def read_files(self, folder):
-        """Take the files of a set, each by its form."""
-        files = {stem_of(path): path for path in files_of(folder)}
-        if {"corpus", "queries"} <= files.keys():
-            return self.collection(folder.name, folder)
-        documents = {row["id"]: row["doc"] for row in read_jsonl(files.pop("docs"))} \
-            if "docs" in files else {}
-        for file, path in files.items():
-            rows = list(read_jsonl(path))
-            if not rows:
-                raise ValueError(f"{path}: no rows")
-            for form, needed, rest in (
-                    (self.bitext_rows, {"query", "pos", "lang_q", "lang_p"}, ()),
-                    (self.questions, {"query", "pos"}, ()),
-                    (self.sts, {"sentence1", "sentence2", "score"}, ()),
-                    (self.paraphrases, {"sentence1", "sentence2", "label"}, ()),
-                    (self.documents, {"text", "title", "id"}, ()),
-                    (self.documents, {"text", "keywords"}, ()),
-                    (self.parallel, {"id", "lang", "text"}, (documents,)),
-                    (self.labels, {"text", "label"}, ()),
-                    (self.running_text, {"text"}, ())):
-                if needed <= rows[0].keys():
-                    form(folder.name, file, rows, *rest)
-                    if form == self.parallel and "label" in rows[0]:
-                        self.labels(folder.name, file, rows)
-                    break
-            else:
-                raise ValueError(f"{path}: rows with {sorted(rows[0])} have none of the known "
-                                 "forms, see `python -m tools.sets --help`")
+    def read_rows(self, path):
+        """Take the rows of a file, by the form of the first one; ValueError by file and line."""
+        columns = columns_of(path)
+        for form, needed in self.FORMS:
+            if needed <= columns:
+                return form(self, list(read_jsonl(path, dict.fromkeys(needed, object))))
+        raise ValueError(f"{path}: no rows" if not columns else
+                         f"{path}: rows with {sorted(columns)} have none of the known forms, see "
+                         "`python -m tools.sets --help`")
 
 
 def files_of(folder):
-    """Return the JSONL files of a set; what tools.prepare took out (*.removed.jsonl) is none."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and SUFFIX.search(path.name)
-                   and not stem_of(path).endswith(".removed"))
-    stems = [stem_of(path) for path in files]
-    for path, stem in zip(files, stems):
-        if stems.count(stem) > 1:
-            raise ValueError(f"{path}: there is another file {stem} with another suffix")
-    return files
+    """Return {name without suffix: JSONL file} of a set; *.removed.jsonl of tools.prepare is none.
 
-
-def stem_of(path):
-    """Return a file's name without the suffixes that it is known by.
-
-    >>> stem_of(Path("train.en-de.jsonl.gz"))
-    'train.en-de'
+    Raises ValueError where two files differ in their suffixes alone.
     """
-    return SUFFIX.sub("", path.name)
+    files = {}
+    for path in sorted(folder.iterdir()):
+        name = SUFFIX.sub("", path.name)
+        if path.is_file() and name != path.name and not name.endswith(".removed"):
+            if name in files:
+                raise ValueError(f"{path}: there is another file {name} with another suffix")
+            files[name] = path
+    return files
 
 
 def held_out_collections(root):
     """Return the collections of `root` that nothing was trained on: folders *_dev and *_test."""
-    return sorted(p.parent for p in Path(root).glob("*/qrels.tsv*")
-                  if is_for_evaluation(p.parent)) if root else []
-
-
-def is_for_evaluation(folder):
-    """Tell whether a set is never trained on."""
-    return folder.name.endswith(("_dev", "_test"))
+    return sorted(path.parent for path in Path(root).glob("*/qrels.tsv*")
+                  if path.parent.name.endswith(FOR_EVALUATION)) if root else []
 
 
 def columns_of(path):
     """Return the keys of a file's first row."""
     return next(iter(read_jsonl(path)), {}).keys()
-
-
-def readable(label):
-    """Write a label as words: science/technology and credit_score have none between them."""
-    return re.sub(r"[_/]", " ", str(label))
 
 
 def fingerprint(folders):
@@ -362,7 +357,7 @@ def ensure(root, out):
         shutil.rmtree(out / old, ignore_errors=True)
     builder = Builder(out)
     for folder in tqdm(folders, desc="sets", unit="set"):
-        if not is_for_evaluation(folder):
+        if not folder.name.endswith(FOR_EVALUATION):
             builder.read(folder)
     builder.join_small()
     for kind, rows in builder.files.items():

@@ -32,57 +32,48 @@ from tqdm import tqdm
 import clr
 from clr import LANGUAGES, TABLE_7
 from configurator import load_config
-from engine.jsonl import read_jsonl, to_line, write_jsonl
+from embed import Embedder
+from engine.jsonl import atomic, read_jsonl, to_line
 from toy.lexicon import LexiconTranslator
 
 PROMPT = ("Translate this search query into {language}. Leave names, code and formulas as they "
           "are. Answer with the translation and nothing else.\n\n{text}")
 
 
-class TableTranslator:
-    """Look translations up in a JSONL of rows {"text", "lang", "translation"} made elsewhere."""
+def table_translator(path):
+    """Return (text, lang) -> translation or None, by a JSONL of rows made elsewhere.
 
-    def __init__(self, path):
-        kinds = {"text": str, "lang": str, "translation": str}
-        self.table = {(row["text"], row["lang"]): row["translation"]
-                      for row in read_jsonl(path, kinds)}
-
-    def __call__(self, text, lang):
-        """Return the translation, None where the table has none."""
-        return self.table.get((text, lang))
+    The rows are {"text", "lang", "translation"}.
+    """
+    kinds = {"text": str, "lang": str, "translation": str}
+    table = {(row["text"], row["lang"]): row["translation"] for row in read_jsonl(path, kinds)}
+    return lambda text, lang: table.get((text, lang))
 
 
 class EndpointTranslator:
     """Ask an OpenAI-compatible server (vLLM, Ollama, llama.cpp ...), `in_flight` texts at a time.
 
-    Answers go to an append-only journal, which is a `TableTranslator` file too. A text that fails
+    Answers go to an append-only journal, which is a table of translations, too. A text that fails
     `tries` times has no translation. After `GIVE_UP` such texts in a row, or when the server
     refuses the key or the model, ConnectionError says so. api_key: sent if it is not empty.
     """
     GIVE_UP = 20
     BACKOFF = 1.0                  # seconds before the second request for a text, doubled each time
 
-    def __init__(self, endpoint, model="Qwen2.5-7B-Instruct", journal=None, in_flight=16,
-                 tries=5, api_key=""):
+    def __init__(self, endpoint, journal, model="Qwen2.5-7B-Instruct", in_flight=16, tries=5,
+                 api_key=""):
         self.url, self.model = endpoint.rstrip("/") + "/chat/completions", model
         self.in_flight, self.tries, self.timeout = in_flight, tries, 60.0
         self.headers = {"Content-Type": "application/json"}
         if api_key:
             self.headers["Authorization"] = f"Bearer {api_key}"
-        self.known, self.failed_in_a_row = {}, 0
-        self.lock, self.stop, self.journal = threading.Lock(), threading.Event(), None
-        if journal:
-            self._open(Path(journal))
-
-    def _open(self, path):
-        """Read the journal, cut off a last line that was torn by a kill, and open it to append."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.journal = open(path, "a+b")
+        self.lock, self.stop, self.failed_in_a_row = threading.Lock(), threading.Event(), 0
+        Path(journal).parent.mkdir(parents=True, exist_ok=True)
+        self.journal = open(journal, "a+b")
         self.journal.seek(0)
-        content = self.journal.read()
-        self.journal.truncate(content.rfind(b"\n") + 1)
-        for row in read_jsonl(path, {"key": str, "translation": str}):
-            self.known[row["key"]] = row["translation"]
+        self.journal.truncate(self.journal.read().rfind(b"\n") + 1)      # a kill tore the last line
+        self.known = {row["key"]: row["translation"]
+                      for row in read_jsonl(journal, {"key": str, "translation": str})}
 
     def _key(self, text, lang):
         """Hash what decides an answer; the prompt is its own version number."""
@@ -134,10 +125,9 @@ class EndpointTranslator:
                 return self._fail(text, reason)
         with self.lock:
             self.known[key], self.failed_in_a_row = answer, 0
-            if self.journal:
-                self.journal.write(to_line({"key": key, "text": text, "lang": lang,
-                                            "translation": answer}))
-                self.journal.flush()
+            self.journal.write(to_line({"key": key, "text": text, "lang": lang,
+                                        "translation": answer}))
+            self.journal.flush()
         return answer
 
     def _ask(self, text, lang):
@@ -203,8 +193,8 @@ def make_translator(cfg):
     if cfg.translator == "lexicon":
         return LexiconTranslator()
     if cfg.translator == "table":
-        return TableTranslator(cfg.table)
-    translate = EndpointTranslator(cfg.endpoint, cfg.model, cfg.journal or f"{cfg.out}.journal",
+        return table_translator(cfg.table)
+    translate = EndpointTranslator(cfg.endpoint, cfg.journal or f"{cfg.out}.journal", cfg.model,
                                    cfg.in_flight, cfg.tries, os.environ.get(cfg.api_key_env, ""))
     translate.timeout = cfg.timeout
     return translate
@@ -215,7 +205,6 @@ def make_gates(cfg):
     gates = [clr.script_gate(cfg.min_script), clr.length_gate(*cfg.length_ratio)]
     gates += [clr.copy_gate] if cfg.drop_copies else []
     if cfg.min_score is not None:
-        from embed import Embedder                     # nothing else here needs a model
         gates.append(clr.score_gate(Embedder(cfg.scorer), cfg.min_score))
     return clr.Gates(*gates)
 
@@ -228,17 +217,12 @@ def main(argv=None):
     gates = make_gates(cfg)
     translated = clr.build_clr(queries, make_translator(cfg), cfg.shares, cfg.source_lang, cfg.seed,
                                gates)
-
-    def written():
+    with closing(translated), atomic(cfg.out, "wb") as file:
         for new in tqdm(translated, total=len(rows), desc="clr", unit="row", disable=None):
             langs[new["lang"]] += 1
-            old = new.pop("row")
-            query = new.pop("query")
-            yield {**old, **new, cfg.key: query, "source_id": old.get("id", old.get(
-                "_id", new["source_id"]))}
-
-    with closing(translated):
-        write_jsonl(cfg.out, written())
+            old, query = new.pop("row"), new.pop("query")
+            file.write(to_line({**old, **new, cfg.key: query, "source_id": old.get("id", old.get(
+                "_id", new["source_id"]))}))
     print(f"{cfg.out}: {langs.total():,} of {len(rows):,} rows")
     for name, counts in (("languages", langs), ("dropped", gates.dropped)):
         print(f"{name}: " + (", ".join(f"{k} {n:,}" for k, n in counts.most_common()) or "none"))

@@ -43,15 +43,11 @@ def language_documents(summaries, n_characters, translate, phrase, seed=0):
 def write_questions(folder, source, translate):
     """Write the first `QUESTIONS` queries of a collection's folder in all languages."""
     queries = list(read_jsonl(source / "queries.jsonl"))[:QUESTIONS]
-    translated = [({"id": f"{query['id']}/{lang}", "lang": lang, "text": query["text"]
-                    if lang == "en" else translate(query["text"], lang)}, query["id"])
-                  for query in queries for lang in LANGUAGES]
-    write_jsonl(folder / "corpus.jsonl",
-                ({**row, "lang": "en"} for row in read_jsonl(source / "corpus.jsonl")))
-    write_jsonl(folder / "queries.jsonl", (row for row, _ in translated))
-    with atomic(folder / "qrels.tsv") as file:
-        file.write("query-id\tcorpus-id\tscore\n")
-        file.writelines(f"{row['id']}\t{source}\t1\n" for row, source in translated)
+    corpus.write_collection(
+        folder, ({**row, "lang": "en"} for row in read_jsonl(source / "corpus.jsonl")),
+        ({"id": f"{query['id']}/{lang}", "lang": lang, "text": query["text"] if lang == "en" else
+          translate(query["text"], lang)} for query in queries for lang in LANGUAGES),
+        ((f"{query['id']}/{lang}", query["id"]) for query in queries for lang in LANGUAGES))
 
 
 def ensure(folder):
@@ -62,7 +58,7 @@ def ensure(folder):
     """
     folder, stamp = Path(folder), Path(folder) / "languages.json"
     manifest = corpus.ensure(folder)
-    tables = b"".join(Path(lexicon.__file__).with_name(name).read_bytes()
+    tables = b"".join((lexicon.HERE / name).read_bytes()
                       for name in ("lexicon.tsv", "phrasing.tsv"))
     made_of = {"version": VERSION, "corpus": manifest["versions"],
                "tables": hashlib.sha256(tables).hexdigest()}

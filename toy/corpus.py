@@ -5,7 +5,7 @@ download: the docstrings of the standard library, torch, numpy, sympy, networkx,
 language reference that pydoc carries. It stands in for the paper's data at laptop scale
 (PAPER Sec. 3.1.1, 3.1.2, Table 10, Table 11); every file is in a format that a user's own data has.
 
-    python -m toy.corpus --out=out/installed_docs     # train.py does it on the first run
+    corpus.ensure("out/installed_docs")               # toy.build does it, and adds the languages
 
 Nothing is imported to be read: Python sources are parsed with `ast`, and only the C modules of the
 standard library, which have no source, are asked for their docstrings. Whole docstrings are the
@@ -27,6 +27,7 @@ import sysconfig
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 from engine.jsonl import atomic, write_jsonl
@@ -214,10 +215,10 @@ def split_summary(text):
     return summary, "\n\n".join(b for b in body if b)[:MAX_BODY_CHARS].strip()
 
 
-def read_all(workers=None):
+def read_all():
     """Return the whole documentation as a sorted list of (qualified name, docstring)."""
     items = list(source_files())
-    with ProcessPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         entries = [e for part in pool.map(read_source, items, chunksize=64) for e in part]
     entries += read_builtins() + read_topics()
     unique, seen = {}, set()
@@ -321,27 +322,17 @@ def labelled_rows(rows, least=16):
                    "split": "train" if seen[label] % 2 else "test"}
 
 
-def held_out_keys(splits):
-    """Return the keys of all texts of dev and test, and of their sentences."""
-    rows = splits["dev"] + splits["test"]
-    return {key for row in rows for key in row["keys"]} | {
-        key_of(sentence) for row in rows for sentence in sentences_of(row["text"])}
-
-
-def write_collection(directory, rows):
-    """Write dev or test rows as a retrieval collection in BEIR's form: summary -> body."""
-    write_jsonl(directory / "corpus.jsonl",
-                ({"id": row["name"], "title": "", "text": row["body"]} for row in rows))
-    write_jsonl(directory / "queries.jsonl",
-                ({"id": row["name"], "text": row["summary"]} for row in rows))
+def write_collection(directory, documents, queries, qrels):
+    """Write a retrieval collection in BEIR's form; qrels: [(query id, id of its document)]."""
+    write_jsonl(directory / "corpus.jsonl", documents)
+    write_jsonl(directory / "queries.jsonl", queries)
     with atomic(directory / "qrels.tsv") as file:
         file.write("query-id\tcorpus-id\tscore\n")
-        file.writelines(f"{row['name']}\t{row['name']}\t1\n" for row in rows)
+        file.writelines(f"{query}\t{document}\t1\n" for query, document in qrels)
 
 
 def fingerprint():
     """Return what decides the corpus: this file's version, Python's and the packages' versions."""
-    from importlib import metadata
     versions = {"corpus": VERSION, "python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
@@ -351,22 +342,25 @@ def fingerprint():
     return versions
 
 
-def build(out):
-    """Write the embedded corpus into the folder `out` and return its manifest.
+def ensure(out):
+    """Write the corpus into the folder `out`, unless it is there and of the installed versions.
 
-    text.jsonl {text}, text_dev.jsonl for the validation loss; pairs/documentation.jsonl {input,
-    output, name}, pairs/sentences.jsonl, names.jsonl, parameters.jsonl {query, pos, name};
-    retrieval.jsonl {query, pos}, classification.jsonl {query, pos, neg}, sts.jsonl {sentence1,
-    sentence2, score}; dev/ and test/ {corpus, queries, qrels}; search/corpus.jsonl with everything,
-    for `embed.py --query`; sts_test.jsonl and labels_test.jsonl {text, label, split} of test
-    documents. The manifest is written last.
+    docs/data.md lists the files; search/corpus.jsonl has everything, for `embed.py --query`;
+    sts_test.jsonl and labels_test.jsonl {text, label, split} are of test documents. The manifest,
+    which is returned, is written last.
     """
-    out = Path(out)
-    (out / "manifest.json").unlink(missing_ok=True)
+    out, place = Path(out), Path(out) / "manifest.json"
+    if place.is_file():
+        manifest = json.loads(place.read_text(encoding="utf-8"))
+        if manifest["versions"] == fingerprint():
+            return manifest
+        place.unlink()
     entries = read_all()
     splits = make_splits(entries)
-    train = splits["train"]
-    pairs, banned = [row for row in train if is_pair(row)], held_out_keys(splits)
+    train, held_out = splits["train"], splits["dev"] + splits["test"]
+    pairs = [row for row in train if is_pair(row)]
+    banned = {key for row in held_out for key in
+              (*row["keys"], *map(key_of, sentences_of(row["text"])))}
     write_jsonl(out / "text.jsonl", ({"text": row["text"]} for row in train))
     write_jsonl(out / "text_dev.jsonl", ({"text": row["text"]} for row in splits["dev"]))
     write_jsonl(out / "pairs" / "documentation.jsonl", (
@@ -383,35 +377,16 @@ def build(out):
     write_jsonl(out / "sts_test.jsonl", sts_rows(test, n=1000))
     write_jsonl(out / "labels_test.jsonl", labelled_rows(test))
     for split in ("dev", "test"):
-        write_collection(out / split, splits[split])
+        rows = splits[split]
+        write_collection(out / split,
+                         ({"id": row["name"], "title": "", "text": row["body"]} for row in rows),
+                         ({"id": row["name"], "text": row["summary"]} for row in rows),
+                         ((row["name"], row["name"]) for row in rows))
     write_jsonl(out / "search" / "corpus.jsonl",
                 ({"id": name, "title": name, "text": text} for name, text in entries))
     manifest = {"versions": fingerprint(), "entries": len(entries), "train": len(train),
                 "pairs": len(pairs), "dev": len(splits["dev"]), "test": len(splits["test"]),
                 "characters": sum(len(text) for _, text in entries)}
-    with atomic(out / "manifest.json") as file:
+    with atomic(place) as file:
         json.dump(manifest, file, indent=1)
     return manifest
-
-
-def ensure(out):
-    """Build the corpus unless `out` already holds the one of the installed versions."""
-    path = Path(out) / "manifest.json"
-    if path.is_file():
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["versions"] == fingerprint():
-            return manifest
-    return build(out)
-
-
-def main():
-    """Build the corpus on the command line: python -m toy.corpus --out=out/installed_docs"""
-    import argparse
-    parser = argparse.ArgumentParser(description="build the embedded corpus")
-    parser.add_argument("--out", default="out/installed_docs", help="folder to write")
-    manifest = build(parser.parse_args().out)
-    print(", ".join(f"{key} {value:,}" for key, value in manifest.items() if key != "versions"))
-
-
-if __name__ == "__main__":
-    main()

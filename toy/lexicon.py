@@ -8,49 +8,32 @@ lingual retrieval, a dictionary and no grammar, and it is no translation: functi
 dropped, inflections folded, words that are not in the table stay as technical terms do, one sense
 stands for all. Word order follows the language in three rules; `Phrasing` adds what people type
 around and onto the words. Offline, it gives stage 1 text in many languages and stage 4 its CLR rows
-(PAPER Sec. 3.3; DEVIATES from the paper's LLM, which translates).
+(PAPER Sec. 3.3; DEVIATES from the paper's LLM, which translates). words.tsv has the English words
+that order and folding turn on.
 """
 import re
+from functools import cache
 from pathlib import Path
 
-FUNCTION_WORDS = frozenset("""
-I a about above according across after against all along also although always am an and
-any are around as at be because been before being below between both but by can could did
-do does doing during each either else etc even every few for from given had has have
-having he here how however i if in into is it its itself just like many may me might more
-most much must my neither no non not of off on once one ones only onto or other otherwise
-our out over own per rather same she should since so some something still such than that
-the their them themselves then there these they this those through thus to too toward
-towards under until up upon us very via was we were what when where whereas whether which
-while who whose why will with within without would yet you your""".split())
+HERE = Path(__file__).parent
 ATTRIBUTIVE = frozenset("between for in of on".split())   # what follows describes what precedes
-PHRASE_ENDS = ATTRIBUTIVE | frozenset("""
-and as at before after by from if into or per so than that through to using via when where whether
-which while with without within""".split())
-VERBS = frozenset("""
-accept acquire add allocate allow append apply assign associate attach avoid begin bind break
-broadcast build calculate call cancel capture change check choose clear clone close collect
-combine compare compile complete compose compress compute concatenate configure connect construct
-contain control convert copy correspond count create decide decode decompress define delete depend
-derive describe detect determine disable dispatch display distribute divide download draw enable
-encode encrypt ensure escape estimate evaluate exclude execute exist exit expand export extend
-extract fail fetch fill find finish fix flatten follow fuse gather generate get give handle hold
-ignore implement import include indicate initialize insert install integrate interpolate invoke
-iterate join keep learn load look make mark match measure merge modify move multiply need
-normalize obtain occur open override pad parse pass perform prepare preserve prevent print produce
-provide quantize raise reach read receive recognize reduce register release remove rename repeat
-replace represent require reset restore retrieve return reverse rewrite rotate round run save scan
-search see select send separate share shift show simplify skip solve sort specify split start stop
-store subtract support swap switch take test track transform translate transpose traverse truncate
-try update use validate verify wait work wrap write""".split())
-IRREGULAR = {"axes": "axis", "built": "build", "children": "child", "found": "find", "got": "get",
-             "held": "hold", "indices": "index", "kept": "keep", "leaves": "leaf", "made": "make",
-             "matrices": "matrix", "sent": "send", "taken": "take", "used": "use",
-             "using": "use", "written": "write"}
 HEAD_FIRST = frozenset("ar es fr he it km ms pt th vi".split())   # matrix of adjacency
 HEAD_LAST = frozenset("bn fi hi hu ja ko tr zh".split())          # the matrix's determinant
 VERB_LAST = frozenset("bn hi ja ko tr".split())
 UNSPACED = frozenset("ja km th zh".split())
+
+
+def read_table(path):
+    """Return the lines of a TSV file as lists of cells."""
+    with open(path, encoding="utf-8") as file:
+        return [line.rstrip("\r\n").split("\t") for line in file]
+
+
+@cache
+def english(kind):
+    """Return {word: its lemma, or itself} of a row of words.tsv, "verbs" for example."""
+    words = dict(read_table(HERE / "words.tsv"))[kind].split()
+    return {word: lemma or word for word, _, lemma in (pair.partition("=") for pair in words)}
 
 
 def fold(word, known):
@@ -60,7 +43,7 @@ def fold(word, known):
     ...  "classes matrices copied mapping using this".split()]
     ['class', 'matrix', 'copy', 'map', 'use', None]
     """
-    forms = [word, IRREGULAR.get(word)]
+    forms = [word, english("irregular").get(word)]
     if word.endswith("s") and not word.endswith(("ss", "us", "is")):
         forms += [word[:-1], word[:-2], word[:-3] + "y"]
     for ending in ("ed", "ing"):
@@ -77,9 +60,8 @@ class LexiconTranslator:
     path: a TSV whose header names the languages, "en" first; ValueError by line if a cell is empty.
     """
 
-    def __init__(self, path=Path(__file__).with_name("lexicon.tsv")):
-        with open(path, encoding="utf-8") as file:
-            header, *rows = [line.rstrip("\r\n").split("\t") for line in file]
+    def __init__(self, path=HERE / "lexicon.tsv"):
+        header, *rows = read_table(path)
         for number, row in enumerate(rows, 2):
             if len(row) != len(header) or not all(cell.strip() for cell in row):
                 raise ValueError(f"{path}:{number}: {len(header)} words are needed, not {row}")
@@ -105,25 +87,20 @@ class Phrasing:
 
     phrasing.tsv has a row for each language: questions and requests around a "{}", function words
     that may stand between two words, and endings and prefixes that a word may have instead of its
-    dictionary form. All are drawn at random and rarely make good grammar. What they teach is which
-    part of a word carries its meaning, and which words carry none: a query typed by a person has
-    "матрицы" and "how do I", where the lexicon has "матрица" and nothing.
+    dictionary form ("ar,er=o as": a word in -ar or -er may end in -o or -as). All are drawn at
+    random and rarely make good grammar. What they teach is which part of a word carries its
+    meaning, and which words carry none: a query typed by a person has "матрицы" and "how do I",
+    where the lexicon has "матрица" and nothing.
     """
 
-    def __init__(self, path=Path(__file__).with_name("phrasing.tsv")):
-        with open(path, encoding="utf-8") as file:
-            rows = [line.rstrip("\r\n").split("\t") for line in file][1:]
+    def __init__(self):
+        rows = read_table(HERE / "phrasing.tsv")[1:]
         self.frames = {row[0]: row[1].split(" / ") for row in rows}
         self.between = {row[0]: row[2].split() for row in rows}
-        self.endings = {row[0]: [self._rule(rule) for rule in row[3].split(";") if rule]
-                        for row in rows}
         self.prefixes = {row[0]: row[4].split() for row in rows}
-
-    @staticmethod
-    def _rule(text):
-        """Parse "ar,er=o as": a word that ends in one of the first may end in one of the others."""
-        old, new = text.split("=")
-        return sorted(old.split(","), key=len, reverse=True), new.split()
+        rules = {row[0]: [rule.split("=") for rule in row[3].split(";") if rule] for row in rows}
+        self.endings = {lang: [(sorted(old.split(","), key=len, reverse=True), new.split())
+                               for old, new in own] for lang, own in rules.items()}
 
     def inflect(self, word, lang, rng):
         """Return `word` with another ending, by the first rule that fits; most of it stays."""
@@ -184,12 +161,12 @@ def split_phrases(text, known):
         for part in word.split("-") if word.replace("-", "").isalpha() else [word]:
             plain = part.lower() if part[1:].islower() else part      # "Sum", not "SUM" nor "A"
             _, verb, others = phrases[-1]
-            if plain in PHRASE_ENDS or token in ",;:":
+            if plain in english("phrase_ends") or token in ",;:":
                 if verb or others:
                     phrases.append((plain in ATTRIBUTIVE, [], []))
-            elif plain not in FUNCTION_WORDS and any(map(str.isalnum, plain)):
+            elif plain not in english("function") and any(map(str.isalnum, plain)):
                 lemma = fold(plain, known) if plain.isalpha() else None
-                opens = lemma in VERBS and not verb and not others
+                opens = lemma in english("verbs") and not verb and not others
                 (verb if opens else others).append((part, lemma))
     return phrases
 

@@ -24,7 +24,7 @@ from mask import CAUSAL, FULL, MaskSpec
 from model import Conan, ConanConfig
 from tokenizer import EOS, PAD, Tokenizer
 from tools import export as module
-from tools.export import byte_letters, check_golden, export, greedy, merges, tokenizer_json
+from tools.export import byte_letters, check_golden, export, merges, tokenizer_json
 
 pytestmark = pytest.mark.extras    # an export needs safetensors
 LEXICON = Path(module.__file__).parent.parent / "toy" / "lexicon.tsv"   # 26 languages
@@ -150,13 +150,13 @@ def test_the_files_of_a_language_model(save, tmp_path):
     assert config["tie_word_embeddings"] and "lm_head.weight" not in names
     assert all(name.startswith("model.") for name in names)
     golden = read(out / "golden.json")
-    assert [len(ids) for ids in golden["greedy_ids"]] == [8] * len(golden["inputs"])
+    assert len(golden["greedy"]) == len(golden["inputs"]) and all(golden["greedy"])
 
 
 def test_the_model_card(exported):
     card = (exported / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: sentence-transformers\n") and "# mine\n" in card
-    assert "transformers >= 5.2" in card and "| learning_rate | 0.001 |" in card
+    assert "transformers >= 5.2" in card and "| `learning_rate` | 0.001 |" in card
     assert "| `retrieval/docs/test/ndcg@10` | 0.2500 |" in card
     assert "| `retrieval/docs/test/ndcg@10:16` | 0.1250 |" in card and "dhnm/" not in card
     everything = "".join(p.read_text(encoding="utf-8") for p in exported.rglob("*.*")
@@ -246,10 +246,11 @@ def test_a_whole_word_is_looked_up():
 
 @pytest.mark.parametrize("case", [
     {}, {"pooling": "last"}, {"pool_prompt": True}, {"stage": "sft", "mask": CAUSAL},
-    {"dims": ()}])
+    {"dims": ()}, {"stage": "pretrain", "mask": CAUSAL, "lm": True}])
 def test_an_export_loads_like_its_checkpoint(save, tmp_path, case):
-    run = save(**case)
-    ours, back = Embedder(run), Embedder(export(run, tmp_path / "x"))
+    lm = case.get("lm", False)
+    run = save(**{key: value for key, value in case.items() if key != "lm"})
+    ours, back = Embedder(run), Embedder(export(run, tmp_path / "x", lm))
     texts = ["how do I sort a list", "def f(x): ...", "", "短", "x " * 100]
     assert np.array_equal(back.encode(texts), ours.encode(texts))
     assert np.array_equal(back.encode(texts, prompt="Q", truncate_dim=5),
@@ -257,12 +258,6 @@ def test_an_export_loads_like_its_checkpoint(save, tmp_path, case):
     assert back.mask == ours.mask and back.max_len == ours.max_len == 24
     assert back.prompts == PROMPTS and back.meta["train"]["dims"] == list(
         case.get("dims", (16, 32)))
-
-
-def test_a_language_model_comes_back_too(save, tmp_path):
-    run = save("pretrain", CAUSAL)
-    ours, back = Embedder(run), Embedder(export(run, tmp_path / "x", lm=True))
-    assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), back.model.parameters()))
 
 
 def test_fingerprints_tell_exports_apart(exported, save, tmp_path):
@@ -337,8 +332,10 @@ def test_golden_values_are_compared(save, tmp_path, lm):
     out = export(save("sft", CAUSAL), tmp_path / "x", lm=lm)
     check_golden(out)
     golden = read(out / "golden.json")
-    row = golden["greedy_ids" if lm else "embeddings"][1]
-    row[3] += 1 if lm else 2e-5
+    if lm:
+        golden["greedy"][1] += "!"
+    else:
+        golden["embeddings"][1][3] += 2e-5
     (out / "golden.json").write_text(json.dumps(golden))
     with pytest.raises(ValueError, match="other values"):
         check_golden(out)
@@ -358,36 +355,12 @@ def test_masks_that_no_stock_model_has(save, tmp_path, mask, options, match):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_an_export_is_overwritten(run, exported, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    export(run, out)                                   # an empty folder may be filled
-    (out / "README.md").write_text("edited")
-    export(run, out)
-    assert "# out\n" in (out / "README.md").read_text(encoding="utf-8")
-    (out / "thesis.tex").write_text("three years")
-    with pytest.raises(ValueError, match="thesis.tex"):
-        export(run, out)
-    (out / "nanoconan.json").unlink()
-    (out / "thesis.tex").unlink()
-    with pytest.raises(ValueError, match="not of an export"):
-        export(run, out)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
-        export(run, tmp_path / "file")
-
-
-def test_scores_that_eval_adds_to_an_export_do_not_make_it_foreign(run, tmp_path):
-    out = export(run, tmp_path / "mine")
-    (out / "mteb").mkdir()
-    (out / "eval.json").write_text('{"model/mine/all/parameters": 5}')
-    export(run, out)                               # replaces it: those were the old model's
-    assert not (out / "mteb").exists() and not (out / "eval.json").exists()
-
-
-def test_a_checkpoint_is_no_place(run):
-    with pytest.raises(ValueError, match="not of an export"):
-        export(run, checkpoint.latest(run))
+def test_nothing_is_overwritten(run, exported, tmp_path):
+    export(run, tmp_path)                              # an empty folder may be filled
+    (tmp_path.parent / "file").write_text("")
+    for taken in (exported, checkpoint.latest(run), tmp_path.parent / "file"):
+        with pytest.raises(ValueError, match="is there already"):
+            export(run, taken)
 
 
 def test_the_command_line(run, tmp_path, monkeypatch, capsys):
@@ -395,23 +368,9 @@ def test_the_command_line(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["export.py", f"--checkpoint={run}", f"--out={out}"])
     module.main()
     assert str(out) in capsys.readouterr().out and (out / "model.safetensors").is_file()
-    monkeypatch.setattr(sys, "argv", ["export.py", "--checkpoint=nowhere", f"--out={out}"])
+    monkeypatch.setattr(sys, "argv", ["export.py", "--checkpoint=nowhere", f"--out={out}2"])
     with pytest.raises(SystemExit, match=r"^export: error: nowhere: no checkpoint"):
         module.main()
-
-
-def test_greedy_takes_the_likeliest_id(save):
-    model = Embedder(save("sft", CAUSAL)).model
-    ids = [5, 9, 200]
-    for _ in range(2):                                 # by the loss: which next id costs least
-        text = torch.tensor([*ids, 0])
-        costs = []
-        for candidate in range(model.config.vocab_size):
-            targets = torch.full((len(text),), -100)
-            targets[-2] = candidate
-            costs.append(float(model(text, [len(text)], CAUSAL, targets).detach()))
-        ids.append(int(np.argmin(costs)))
-    assert greedy(model, [5, 9, 200], 2) == ids[3:]
 
 
 # ---------------------------------------------------------------- the tools that people use
@@ -506,19 +465,6 @@ def test_a_text_is_cut_at_the_same_token(sentence_transformer, run, exported):
     assert np.abs(vectors[2:] - vectors[2]).max() < 1e-6
 
 
-def test_two_spellings_have_one_vector(sentence_transformer, exported):
-    theirs = sentence_transformer(exported)
-    for text in ("Café", "Tiếng Việt", "한국어"):
-        pair = theirs.encode([unicodedata.normalize(form, text) for form in ("NFC", "NFD")])
-        assert np.abs(pair[0] - pair[1]).max() < 1e-6
-
-
-def test_golden_values_hold_in_sentence_transformers(sentence_transformer, exported):
-    golden = read(exported / "golden.json")
-    found = sentence_transformer(exported).encode(golden["inputs"])
-    assert np.abs(found - np.array(golden["embeddings"])).max() < 1e-5
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("mask", "sees"), [(FULL, True), (CAUSAL, False)])
 def test_the_first_token_sees_the_last_one(hub_offline, save, tmp_path, mask, sees, attention):
@@ -550,7 +496,7 @@ def test_a_language_model_has_the_same_logits_and_words(hub_offline, save, token
     theirs = AutoModelForCausalLM.from_pretrained(where).eval()
     words = AutoTokenizer.from_pretrained(where)
     golden = read(where / "golden.json")
-    for text, expected in zip(golden["inputs"], golden["greedy_ids"]):
+    for text, expected in zip(golden["inputs"], golden["greedy"]):
         ids = words(text, return_tensors="pt")
         assert ids["input_ids"][0].tolist() == tokenizer.encode(text)
         flat = ids["input_ids"][0]
@@ -558,6 +504,6 @@ def test_a_language_model_has_the_same_logits_and_words(hub_offline, save, token
             hidden = ours.hidden(flat, [len(flat)], CAUSAL)
             logits = hidden @ ours.embed_tokens.weight.T
             assert (theirs(**ids).logits[0] - logits).abs().max() < 1e-4 * logits.abs().max()
-        out = theirs.generate(**ids, max_new_tokens=8, do_sample=False)[0, len(flat):].tolist()
-        assert out == expected[:len(out)] and (len(out) == 8 or out[-1] == tokenizer.eos_id)
+        out = theirs.generate(**ids, max_new_tokens=8, do_sample=False)[0, len(flat):]
+        assert words.decode(out, skip_special_tokens=True) == expected
     assert sum(p.numel() for p in theirs.parameters()) == ours.count_params()     # tied

@@ -9,8 +9,8 @@ import pytest
 
 from engine.jsonl import read_jsonl
 from tools import filters
-from tools.filters import (Decontaminator, by_score, exact_duplicates, join_names, load_scorer,
-                           main, mteb_rows, texts_of, words_of)
+from tools.filters import (by_score, decontaminate, exact_duplicates, load_scorer, main, mteb_rows,
+                           texts_of, words_of)
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 
@@ -25,6 +25,11 @@ def run(one, rows, **keys):
 
 def texts(*values):
     return [{"text": value} for value in values]
+
+
+def reason(row, *paths):
+    """Return why a row overlaps the evaluation texts of these files, or None."""
+    return (run(decontaminate, [row], paths=paths)[1] or [None])[0]
 
 
 def write_jsonl(path, rows):
@@ -77,36 +82,37 @@ def test_decomposed_text_is_the_same_text():
 def test_score_of_pairs_with_the_edge_inside():
     rows = [{"input": "q", "output": "0.39", "instruction": "Find"},
             {"query": "q", "pos": ["0.41", "0.2", "0.9"], "pos_scores": [3, 2, 1], "neg": ["0.1"]},
-            {"query": "q", "pos": "0.5"}, {"query": "q", "pos": ["0.1", "0.2"]},
-            {"query": "q", "pos": ["0.1"], "score": 0.4}, {"input": "q", "score": 0.39}]
+            {"query": "q", "pos": "0.5"}, {"query": "q", "pos": ["0.1", "0.2"]}]
     for batch in (1, 2, 256):
         good, reasons = run(by_score, rows, encode=encode, least=0.4, batch=batch)
-        assert good == [rows[1] | {"pos": ["0.41", "0.9"], "pos_scores": [3, 1]}, rows[2], rows[4]]
-        assert reasons == ["score"] * 3
-    with pytest.raises(ValueError, match="'score'"):
-        run(by_score, rows[:1], encode=None)
-    assert run(by_score, rows[4:], encode=None) == ([rows[4]], ["score"])
+        assert good == [rows[1] | {"pos": ["0.41", "0.9"], "pos_scores": [3, 1]}, rows[2]]
+        assert reasons == ["score"] * 2
 
 
-@pytest.mark.parametrize("score", ['"0.5"', "null", "true", "[1]"])
-def test_a_score_that_is_no_number_is_named_by_line(tmp_path, score):
-    path = tmp_path / "in.jsonl"
-    path.write_text(f'{{"query": "q", "pos": ["p"], "score": 0.5}}\n'
-                    f'{{"query": "q", "pos": ["p"], "score": {score}}}\n')
-    with pytest.raises(ValueError, match=r"in\.jsonl:2: key 'score' must be a number"):
-        main([f"--input={path}", f"--out={tmp_path / 'out.jsonl'}", "--min_score=0.4"])
-    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+@pytest.mark.parametrize("row, scores, message", [
+    ({"query": "q", "text": "t"}, True, r"in\.jsonl:2: key 'pos' is missing; .*'query', 'text'"),
+    ({"query": "q", "pos": [3]}, True, r"in\.jsonl:2: "),
+    ({"id": "x"}, False, r"in\.jsonl:2: no text in a row")])
+def test_a_row_that_cannot_be_read_is_named_by_line(tmp_path, monkeypatch, row, scores, message):
+    monkeypatch.setattr(filters, "load_scorer", lambda path: encode)
+    path = write_jsonl(tmp_path / "in.jsonl", [{"query": "q", "pos": ["0.5"]}, row])
+    out = tmp_path / "out.jsonl"
+    out.write_text("before")
+    with pytest.raises(ValueError, match=message):
+        main([f"--input={path}", f"--out={out}",
+              *(["--min_score=0.4", "--scorer=x"] if scores else ["--dedup"])])
+    assert out.read_text() == "before"                 # and nothing else is left behind
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
-def test_a_row_that_cannot_be_scored_is_named_by_line(tmp_path):
-    path = write_jsonl(tmp_path / "in.jsonl", [{"query": "q", "text": "t"}])
-    with pytest.raises(ValueError, match=r"in\.jsonl:1: a score needs .*\['query', 'text'\]"):
-        main([f"--input={path}", f"--out={tmp_path / 'out.jsonl'}", "--min_score=0.4"])
+def test_a_score_needs_a_scorer():
+    with pytest.raises(ValueError, match="min_score 0.4 needs --scorer"):
+        main(["--input=a.jsonl", "--out=b.jsonl", "--min_score=0.4"])
 
 
 # ---------------------------------------------------------------- evaluation texts
 
-@pytest.mark.parametrize("text, reason", [
+@pytest.mark.parametrize("text, expected", [
     (LONG.replace("one ", "").upper(), "13 words of an evaluation text"),
     (f"before, {LONG}; after", "13 words of an evaluation text"),
     (LONG.replace("seven", "7"), None),
@@ -116,13 +122,12 @@ def test_a_row_that_cannot_be_scored_is_named_by_line(tmp_path):
     ("yes no", None),                                        # two words: equal by chance
     ("这里有一个很长的句子用来测试过滤器的重叠", "13 words of an evaluation text"),
     ("这里有一个很长的句子", None)])
-def test_overlap(tmp_path, text, reason):
+def test_overlap(tmp_path, text, expected):
     path = write_jsonl(tmp_path / "e.jsonl", [
         {"query": LONG, "pos": ["what is the capital?", "yes no"]},
         {"sentence1": "前面这里有一个很长的句子用来测试过滤器", "label": "what is the capital of"}])
-    clean = Decontaminator([path])
-    assert clean.reason({"query": "q", "pos": [text]}) == reason
-    assert clean.reason({"query": "q", "pos": ["p"], "neg": [text]}) is None
+    assert reason({"query": "q", "pos": [text]}, path) == expected
+    assert reason({"query": "q", "pos": ["p"], "neg": [text]}, path) is None
 
 
 def test_a_folder_is_read_without_its_documents(tmp_path):
@@ -130,14 +135,14 @@ def test_a_folder_is_read_without_its_documents(tmp_path):
     write_jsonl(tmp_path / "set" / "queries.jsonl", texts("the first query"))
     corpus = write_jsonl(tmp_path / "set" / "corpus.jsonl", texts("the first document"))
     row = {"text": "The first document."}
-    assert Decontaminator([tmp_path]).reason({"text": "The first query"})
-    assert Decontaminator([tmp_path]).reason(row) is None
-    assert Decontaminator([corpus]).reason(row) == "equal to an evaluation text"
+    assert reason({"text": "The first query"}, tmp_path) == "equal to an evaluation text"
+    assert reason(row, tmp_path) is None
+    assert reason(row, tmp_path, corpus) == "equal to an evaluation text"
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no JSONL"):
-        Decontaminator([tmp_path / "empty"])
+        reason(row, tmp_path / "empty")
     with pytest.raises(ValueError, match="no evaluation text"):
-        Decontaminator([write_jsonl(tmp_path / "ids.jsonl", [{"id": "a"}])])
+        reason(row, write_jsonl(tmp_path / "ids.jsonl", [{"id": "a"}]))
 
 
 # ---------------------------------------------------------------- chains, command line
@@ -154,17 +159,14 @@ def test_of_mteb_only_what_is_evaluated_on_counts(monkeypatch):
              task({"default": {"test": {"queries": row["query"], "corpus": row["document"],
                                         "relevant_docs": {"q": {"d": 1}}, "top_ranked": None}}},
                   ["test"])]
-    monkeypatch.setattr("engine.mteb_bridge.mteb_tasks", lambda name: (tasks, name == "B"))
+    names = []
+    monkeypatch.setattr(filters, "mteb_tasks", lambda name: names.append(name) or (tasks, True))
     assert [r["text"] for r in mteb_rows("B")] == [
         "test text here", "dev text here", "query text here"]
-    clean = Decontaminator(["mteb:B"])
-    assert clean.reason({"text": "Query, text: HERE"}) == "equal to an evaluation text"
-    assert clean.reason({"text": "document text here"}) is None
-
-
-def test_a_benchmarks_comma_is_put_back():
-    assert join_names(("a", "mteb:MTEB(eng", "v2)", "b")) == ["a", "mteb:MTEB(eng, v2)", "b"]
-    assert join_names(("a.jsonl",)) == ["a.jsonl"] and join_names(()) == []
+    benchmark = ("mteb:MTEB(eng", "v2)")               # as the command line splits it
+    assert reason({"text": "Query, text: HERE"}, *benchmark) == "equal to an evaluation text"
+    assert reason({"text": "document text here"}, *benchmark) is None
+    assert names == ["B", "MTEB(eng, v2)", "MTEB(eng, v2)"]
 
 
 @pytest.mark.extras
@@ -178,7 +180,7 @@ def test_mtebs_own_tasks_are_read(monkeypatch):
         "RetrievalTask", "MultilingualRetrievalTask", "STSTask", "MultilingualSTSTask",
         "ClassificationTask", "SummarizationTask", "PairClassificationTask", "RerankingTask",
         "BitextMiningTask", "MultilingualParallelBitextMiningTask")]
-    monkeypatch.setattr("engine.mteb_bridge.mteb_tasks", lambda name: ([tasks[int(name)]], False))
+    monkeypatch.setattr(filters, "mteb_tasks", lambda name: ([tasks[int(name)]], False))
     for number, task in enumerate(tasks):
         rows = list(mteb_rows(str(number)))
         texts = [text for row in rows for text in filters._strings(row)]
@@ -187,16 +189,16 @@ def test_mtebs_own_tasks_are_read(monkeypatch):
                                                        "This is another test sentence"}
 
 
-def test_command_line(tmp_path, capsys):
-    rows = [{"query": "what is a field", "pos": ["0.5"], "score": 0.9},
-            {"query": "What is a FIELD?", "pos": ["0.5"], "score": 0.9},
-            {"query": "in the evaluation set", "pos": ["0.5"], "score": 0.9},
-            {"query": "scored low by its own", "pos": ["0.5"], "score": 0.1},
-            {"query": "scored high by its own", "pos": ["0.5"], "score": 0.7}]
+def test_command_line(tmp_path, capsys, monkeypatch):
+    rows = [{"query": "what is a field", "pos": ["0.5"]},
+            {"query": "What is a FIELD?", "pos": ["0.5"]},
+            {"query": "in the evaluation set", "pos": ["0.5"]},
+            {"query": "scored low", "pos": ["0.1"]}, {"query": "scored high", "pos": ["0.7"]}]
+    monkeypatch.setattr(filters, "load_scorer", lambda path: encode)
     source, out = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "new" / "out.jsonl"
     bad = write_jsonl(tmp_path / "eval.jsonl", texts("In the evaluation set"))
     main([f"--input={source}", f"--out={out}", f"--dropped={tmp_path / 'dropped.jsonl'}",
-          "--dedup", "--min_score=0.4", f"--decontaminate={bad}"])
+          "--dedup", "--min_score=0.4", "--scorer=x", f"--decontaminate={bad}"])
     assert list(read_jsonl(out)) == [rows[0], rows[4]]
     dropped = {"exact duplicate": 1, "score": 1, "equal to an evaluation text": 1}
     report = json.loads((tmp_path / "new" / "out.jsonl.report.json").read_text())
@@ -205,17 +207,6 @@ def test_command_line(tmp_path, capsys):
     assert sorted(aside) == sorted(dropped)
     assert "2 of 5 rows" in capsys.readouterr().out
     assert sorted(p.name for p in out.parent.iterdir()) == ["out.jsonl", "out.jsonl.report.json"]
-
-
-def test_a_failed_run_leaves_the_old_output(tmp_path):
-    out = tmp_path / "out.jsonl"
-    out.write_text("before")
-    source = tmp_path / "in.jsonl"
-    source.write_text('{"text": "fine"}\n{"text": \n')
-    with pytest.raises(ValueError, match="in.jsonl:2"):
-        main([f"--input={source}", f"--out={out}", "--dedup"])
-    assert out.read_text() == "before"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
 def test_a_folder_of_ours_is_an_embedder(tmp_path):
@@ -262,6 +253,6 @@ def test_our_model_is_asked_with_the_prompt_it_was_trained_with(tmp_path, monkey
 
         def encode(self, batch, prompt=None):
             calls.append((batch, prompt))
-    monkeypatch.setattr("embed.Embedder", Ours)
+    monkeypatch.setattr(filters, "Embedder", Ours)
     load_scorer(tmp_path)(["q"], ["p"])
     assert calls == [(["q"], "Find it"), (["p"], None)]

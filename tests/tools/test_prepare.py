@@ -19,8 +19,10 @@ import pytest
 
 from data import PARSERS
 from engine.jsonl import read_jsonl
-from tools import prepare
-from tools.prepare import SETS, PrepareConfig, Stream, convert
+from tools import filters, prepare
+from tools.prepare import PrepareConfig, convert, in_language, public_sets, stream
+
+SETS = public_sets()
 
 PASSAGES = [{"docid": "1#0", "title": "Field", "text": "A field is a set."},
             {"docid": "2#0", "title": "", "text": "A ring has two operations."}]
@@ -161,12 +163,10 @@ def test_lists_of_structs_come_in_both_forms():
 
 
 def test_a_row_without_a_positive_is_counted_not_written():
-    row = ROWS["msmarco"][0] | {"passages": {"is_selected": [0], "passage_text": ["a"],
-                                             "url": ["u"]}}
-    assert convert(SETS["msmarco"], row, 0) == ([], 1)
-    assert convert(SETS["stsb"], ROWS["stsb"][0] | {"sentence2": " "}, 0) == ([], 1)
-    assert convert(SETS["nq"], {"query": "q", "answer": None}, 0) == ([], 1)
-    assert convert(SETS["imdb"], {"text": " ", "label_text": "pos"}, 0) == ([], 1)
+    none = {"is_selected": [0], "passage_text": ["a"], "url": ["u"]}
+    for name, change in (("msmarco", {"passages": none}), ("stsb", {"sentence2": " "}),
+                         ("nq", {"answer": None}), ("imdb", {"text": " "})):
+        assert convert(SETS[name], ROWS[name][0] | change, 0) == ([], 1)
 
 
 @pytest.mark.parametrize("name, keys", [("fever", ("positive", "negative")),
@@ -194,11 +194,11 @@ def questions(n):
 
 def test_a_run_writes_data_and_report(tmp_path, monkeypatch, capsys):
     rows = [*questions(5), {"query": "", "answer": "no question"}]
-    monkeypatch.setattr(prepare, "Stream", FakeStream(rows))
+    monkeypatch.setattr(prepare, "stream", FakeStream(rows))
     path = prepare.prepare(config(tmp_path))
     assert [row["query"] for row in read_jsonl(path)] == [f"question {i}" for i in range(5)]
     report = json.loads(path.with_suffix(".json").read_text())
-    assert report["counts"] == {"written": 5, "unusable": 1} and report["read"] == 6
+    assert (report["read"], report["kept"], report["dropped"]) == (6, 5, {"unusable": 1})
     assert report["licence"] == SETS["nq"].licence
     assert sorted(p.name for p in path.parent.iterdir()) == ["nq.json", "nq.jsonl"]
     assert "licence" in capsys.readouterr().out
@@ -208,45 +208,27 @@ def test_a_run_writes_data_and_report(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("breaks_at", [0, 25])
 def test_a_broken_run_leaves_nothing_and_the_next_one_is_whole(tmp_path, monkeypatch, breaks_at):
-    stream = FakeStream(questions(30), breaks_at)
-    monkeypatch.setattr(prepare, "Stream", stream)
+    hub = FakeStream(questions(30), breaks_at)
+    monkeypatch.setattr(prepare, "stream", hub)
     with pytest.raises(ConnectionError):
         prepare.prepare(config(tmp_path))
     assert list((tmp_path / "out").iterdir()) == []
-    stream.breaks_at = None
+    hub.breaks_at = None
     assert len(list(read_jsonl(prepare.prepare(config(tmp_path))))) == 30
 
 
 def test_limit_counts_rows_of_ours(tmp_path, monkeypatch):
-    stream = FakeStream([ROWS["mkqa"][0]] * 4)
-    monkeypatch.setattr(prepare, "Stream", stream)
+    monkeypatch.setattr(prepare, "stream", FakeStream([ROWS["mkqa"][0]] * 4))
     path = prepare.prepare(config(tmp_path, name="mkqa", limit=6))
     assert [row["lang"] for row in read_jsonl(path)] == "en ru zh zh_hk zh_tw en".split()
 
 
-def test_what_overlaps_an_evaluation_text_is_set_aside_with_the_reason(tmp_path, monkeypatch):
-    long = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
-    rows = [{"query": "What is the capital?", "answer": "a"}, {"query": "b", "answer": f"x {long}"},
-            {"query": "c", "answer": long.replace("seven", "7")}]
-    folder = tmp_path / "eval"
-    folder.mkdir()
-    write_jsonl(folder / "queries.jsonl", [{"id": "1", "text": "what IS the capital"}])
-    write_jsonl(folder / "sts.jsonl", [{"sentence1": long, "sentence2": "s", "score": 1}])
-    write_jsonl(folder / "corpus.jsonl", [{"id": "d", "text": "c d e"}])
-    monkeypatch.setattr(prepare, "Stream", FakeStream(rows))
-    path = prepare.prepare(config(tmp_path, decontaminate=(str(folder),)))
-    assert [row["query"] for row in read_jsonl(path)] == ["c"]
-    assert [row["reason"] for row in read_jsonl(path.with_suffix(".removed.jsonl"))] == [
-        "equal to an evaluation text", "13 words of an evaluation text"]
-
-
 def test_a_language_goes_by_the_name_that_the_set_has_for_it():
-    assert SETS["mc4"].named("config", "he") == "iw" and SETS["mc4"].named("config", "fi") == "fi"
-    assert SETS["wikipedia"].named("config", "he") == "20231101.he"
-    assert "mrtydi-v1.1-finnish/" in SETS["mrtydi"].named("files", "fi")
-    with pytest.raises(ValueError, match="mr-tydi has no 'de'; --lang is one of ar, bn, en"):
-        PrepareConfig(name="mrtydi", lang="de")
-    assert SETS["nq"].named("config", None) is SETS["miracl"].named("files", "fi") is None
+    def config(name, lang):
+        return in_language(SETS[name], SETS[name].config, lang)
+    assert config("mc4", "he") == "iw" and config("mc4", "fi") == "fi"
+    assert config("wikipedia", "he") == "20231101.he" and config("nq", "") is None
+    assert "mrtydi-v1.1-finnish/" in in_language(SETS["mrtydi"], SETS["mrtydi"].files, "fi")
 
 
 def test_one_command_takes_out_what_mteb_evaluates_on(tmp_path, monkeypatch, capsys):
@@ -255,18 +237,18 @@ def test_one_command_takes_out_what_mteb_evaluates_on(tmp_path, monkeypatch, cap
     task = SimpleNamespace(
         metadata=SimpleNamespace(eval_splits=["test"]), load_data=lambda: None,
         unload_data=lambda: None, dataset={"test": [{"sentence1": "The QUESTION 1!"}]})
-    monkeypatch.setattr("engine.mteb_bridge.mteb_tasks",
-                        lambda name: asked.append(name) or ([task], True))
+    monkeypatch.setattr(filters, "mteb_tasks", lambda name: asked.append(name) or ([task], True))
     rows = [{"query": f"{start} question {i}", "answer": "yes"} for i in range(5)
             for start in ("the", "this is")]
-    monkeypatch.setattr(prepare, "Stream", FakeStream(rows))
+    monkeypatch.setattr(prepare, "stream", FakeStream(rows))
     prepare.main(["nq", f"--out={tmp_path}", f"--decontaminate=mteb:MTEB(eng, v2),{other}"])
     assert asked == ["MTEB(eng, v2)"]
     removed = list(read_jsonl(tmp_path / "nq.removed.jsonl"))
     assert [row["query"] for row in removed] == ["the question 1", "this is question 3"]
+    assert {row["reason"] for row in removed} == {"equal to an evaluation text"}
     report = json.loads((tmp_path / "nq.json").read_text())
-    assert report["counts"] == {"written": 8, "equal to an evaluation text": 2}
-    assert "removed: equal to an evaluation text 2" in capsys.readouterr().out
+    assert (report["kept"], report["dropped"]) == (8, {"equal to an evaluation text": 2})
+    assert "dropped: equal to an evaluation text 2" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- command line
@@ -295,7 +277,7 @@ def test_without_the_package_the_message_says_what_to_install(monkeypatch):
         return real(name, *args, **kwargs)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match="pip install datasets"):
-        Stream(SETS["nq"], None)
+        list(stream(SETS["nq"], None))
 
 
 # ---------------------------------------------------------------- the real loader, local copies
@@ -328,43 +310,14 @@ def packed(path, rows):
 
 
 @pytest.mark.extras
-def test_an_unreachable_hub_is_said_so(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-
-    def gone(*args, **kwargs):
-        raise TimeoutError("timed out")
-    monkeypatch.setattr(datasets, "load_dataset", gone)
-    with pytest.raises(ConnectionError, match="natural-questions cannot be read.*HF_ENDPOINT"):
-        prepare.main(["nq", f"--out={tmp_path}"])
+def test_a_copy_that_is_missing_is_named(tmp_path):
+    pytest.importorskip("datasets")
     with pytest.raises(ConnectionError, match="missing.json cannot be read"):
-        monkeypatch.undo()
-        prepare.main(["nq", f"--out={tmp_path}", f"--local={Path(tmp_path) / 'missing.json'}"])
+        prepare.main(["nq", f"--out={tmp_path}", f"--local={tmp_path / 'missing.json'}"])
 
 
 # ---------------------------------------------------------------- the real loader, a hub
 
-FILES = {                                    # set -> its first file, by the name it has on the hub
-    "msmarco": "v2.1/train-00000-of-00007.parquet", "nq": "pair/train-00000-of-00001.parquet",
-    "hotpotqa": "distractor/train-00000-of-00002.parquet",
-    "fever": "fever/train-00000-of-00002.parquet",
-    "squad": "plain_text/train-00000-of-00001.parquet", "dureader": "train.jsonl.gz",
-    "t2ranking": "zh/T2Ranking/t2ranking.jsonl",
-    "miracl": "en-triplet/train-00000-of-00001.parquet",
-    "mrtydi": "mrtydi-v1.1-english/train.jsonl.gz", "stsb": "data/train-00000-of-00001.parquet",
-    "afqmc": "data/train-00000-of-00001.parquet", "mkqa": "mkqa/train-00000-of-00001.parquet",
-    "amazon_reviews": "en/train-00000-of-00001.parquet",
-    "cc_news": "plain_text/train-00000-of-00005.parquet",
-    "cc_news_pairs": "plain_text/train-00000-of-00005.parquet",
-    "wikipedia": "20231101.en/train-00000-of-00041.parquet",
-    "wikipedia_pairs": "20231101.en/train-00000-of-00041.parquet",
-    "mc4": "en/c4-train.00000-of-01024.json.gz",
-    "triviaqa": "pair/train-00000-of-00001.parquet",
-    **{f"sts{year}": "data/test-00000-of-00001.parquet" for year in (13, 14, 15, 16)},
-    **{name: "train.jsonl.gz" for name in ("sts12", "banking77", "emotion", "imdb", "toxic",
-                                           "tweets")},
-    **{name: "en/train.jsonl.gz" for name in (
-        "sts22", "amazon_counterfactual", "massive_intent", "massive_scenario", "mtop_intent",
-        "mtop_domain")}}
 RUN = """
 import json, sys, datasets
 from tools import prepare
@@ -374,15 +327,23 @@ for argv in json.loads(sys.argv[1]):
 """
 
 
+def first_file(entry):
+    """The first of two files of a set, by a name of the form that the hub has."""
+    path = in_language(entry, entry.files, entry.lang)
+    return path.removeprefix(f"hf://datasets/{entry.hub}/") if path else \
+        f"{in_language(entry, entry.config, entry.lang) or 'data'}/train-00000-of-00002.parquet"
+
+
 def on_hub(name, *parts):
     """The repository of a set whose files hold these rows, and what a wrong request would meet.
 
     That is a configuration of another set, before the right one, and a loader that is a script,
     which `datasets` refuses, where the hub has one.
     """
-    entry, first = SETS[name], FILES[name]
+    entry = SETS[name]
+    first = first_file(entry)
     script = {f"{entry.hub.split('/')[1]}.py": b"raise SystemExit"}
-    config = entry.named("config", entry.lang)
+    config = in_language(entry, entry.config, entry.lang)
     files = {first.replace("00000", f"{k:05}", 1): rows for k, rows in enumerate(parts)}
     wanted = {config or "default": re.sub(r"\d{5}-of-\d{5}", "*", first)}
     if config:
@@ -435,7 +396,7 @@ def test_a_run_that_lost_the_hub_between_two_files_leaves_nothing(tmp_path, name
         return from_hub(server.address, tmp_path / "home", "-c", RUN, json.dumps([argv]))
 
     with hub.serve(on_hub(name, rows[:25], rows[25:])) as server:
-        server.gone.add(FILES[name].replace("00000", "00001", 1))
+        server.gone.add(first_file(SETS[name]).replace("00000", "00001", 1))
         lost = run()
         assert lost.returncode == 1 and "cannot be read" in lost.stderr
         assert list((tmp_path / "out").iterdir()) == []
@@ -444,8 +405,8 @@ def test_a_run_that_lost_the_hub_between_two_files_leaves_nothing(tmp_path, name
         assert again.returncode == 0, again.stderr[-3000:]
     stem = name + (f"-{SETS[name].lang}" if SETS[name].lang else "")
     report = json.loads((tmp_path / "out" / f"{stem}.json").read_text())
-    assert report["read"] == 40
-    assert report["counts"] == {"written": 38, "equal to an evaluation text": 2}
+    assert (report["read"], report["kept"]) == (40, 38)
+    assert report["dropped"] == {"equal to an evaluation text": 2}
 
 
 @pytest.mark.extras

@@ -108,7 +108,7 @@ def test_files_that_share_a_stem_are_all_read_and_backups_are_not(tmp_path):
     assert {row["text"] for row in read_jsonl(tmp_path / "sets" / "text.jsonl")} == {
         f"{lang} {i}" for lang in ("de", "fr") for i in range(3)}
     write(folder / "train.en-de.ndjson", [{"text": "which one?"}])
-    with pytest.raises(ValueError, match="train.en-de.jsonl: there is another file train.en-de"):
+    with pytest.raises(ValueError, match="train.en-de.ndjson: there is another file train.en-de"):
         sets.ensure(tmp_path / "root", tmp_path / "sets")
 
 
@@ -209,6 +209,9 @@ def test_what_it_does_not_know_is_named(tmp_path):
         sets.ensure(tmp_path / "nowhere", tmp_path / "out")
     write(tmp_path / "root" / "odd" / "data.jsonl", [{"thing": 1}])
     with pytest.raises(ValueError, match="odd.*thing"):
+        sets.ensure(tmp_path / "root", tmp_path / "out")
+    write(tmp_path / "root" / "odd" / "data.jsonl", [{"text": "a", "label": "b"}, {"text": "c"}])
+    with pytest.raises(ValueError, match="data.jsonl:2: key 'label' is missing"):
         sets.ensure(tmp_path / "root", tmp_path / "out")
     (tmp_path / "root" / "odd" / "data.jsonl").write_text("")
     with pytest.raises(ValueError, match="odd.*no rows"):

@@ -8,12 +8,13 @@ from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from clr import Gates, build_clr
 from tools import translate as module
-from tools.translate import EndpointTranslator, TableTranslator, TranslateConfig
+from tools.translate import EndpointTranslator, TranslateConfig, table_translator
 
 ROOT = Path(module.__file__).parent.parent
 ROWS = [{"id": f"d{i}", "query": f"question {i}", "pos": [f"answer {i}"], "neg": ["x", "y"],
@@ -23,11 +24,11 @@ ROWS = [{"id": f"d{i}", "query": f"question {i}", "pos": [f"answer {i}"], "neg":
 def test_table(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "sort", "lang": "de", "translation": "sortieren"}\n')
-    table = TableTranslator(path)
+    table = table_translator(path)
     assert table("sort", "de") == "sortieren" and table("sort", "fr") is None
     path.write_text('{"text": "sort", "lang": "de"}\n')
     with pytest.raises(ValueError, match=r"t\.jsonl:1: .*translation"):
-        TableTranslator(path)
+        table_translator(path)
 
 
 # ---------------------------------------------------------------- endpoint
@@ -97,10 +98,9 @@ def no_long_pauses(monkeypatch):
 
 
 @contextmanager
-def endpoint(behave, **options):
-    timeout = options.pop("timeout", 5.0)
-    with Server(behave) as server:
-        translate = EndpointTranslator(server.url, **options)
+def endpoint(behave, journal=None, timeout=5.0, **options):
+    with TemporaryDirectory() as folder, Server(behave) as server:
+        translate = EndpointTranslator(server.url, journal or f"{folder}/journal", **options)
         translate.timeout = timeout
         yield server, translate
 
@@ -180,11 +180,11 @@ def test_gives_up_on_a_dead_server(behave, at_most):
     assert server.asked.total() <= at_most
 
 
-def test_nobody_listens():
+def test_nobody_listens(tmp_path):
     with Server(lambda prompt, nth: "") as server:
         url = server.url
     with pytest.raises(ConnectionError, match="texts in a row failed"):
-        list(EndpointTranslator(url, tries=1).many(jobs(100)))
+        list(EndpointTranslator(url, tmp_path / "j", tries=1).many(jobs(100)))
 
 
 def test_killed_run_pays_for_nothing_twice(tmp_path):
@@ -214,7 +214,7 @@ def test_killed_run_pays_for_nothing_twice(tmp_path):
     with endpoint(mortal, journal=journal) as (third, again):
         assert list(again.many(jobs(50))) == [text.upper() for text, _ in jobs(50)]
     assert not third.asked
-    assert TableTranslator(journal)("text 7", "de") == "TEXT 7"  # the journal is a table too
+    assert table_translator(journal)("text 7", "de") == "TEXT 7"  # the journal is a table too
 
 
 def test_journal_knows_model_and_language(tmp_path):

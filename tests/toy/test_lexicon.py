@@ -12,8 +12,8 @@ import pytest
 from toy import lexicon
 from clr import LANGUAGES, TABLE_7, Gates, build_clr, copy_gate, script_gate, script_share
 from engine.jsonl import read_jsonl
-from toy.lexicon import FUNCTION_WORDS, IRREGULAR, UNSPACED, VERBS, LexiconTranslator, Phrasing
-from toy.lexicon import fold, join, order_phrases, split_phrases
+from toy.lexicon import (UNSPACED, LexiconTranslator, Phrasing, english, fold, join, order_phrases,
+                         split_phrases)
 
 ROOT = Path(lexicon.__file__).parent.parent
 QUESTIONS = ROOT / "tests" / "data" / "natural_questions.jsonl"
@@ -38,8 +38,8 @@ def test_words_in_26_languages(translate):
     assert len(lines) == 762 and {line.count("\t") for line in lines} == {25}
     words = [line.split("\t")[0] for line in lines[1:]]
     assert words == sorted(set(words)) and all(re.fullmatch("[a-z]{2,}", word) for word in words)
-    assert not FUNCTION_WORDS & set(words)
-    assert VERBS | set(IRREGULAR.values()) <= set(words)
+    assert not set(english("function")) & set(words)
+    assert {*english("verbs"), *english("irregular").values()} <= set(words)
 
 
 @pytest.mark.parametrize("lang", [lang for lang in LANGUAGES if lang != "en"])
@@ -64,7 +64,7 @@ def test_words_that_people_ask_for(translate):
     assert (column["es"]["matrix"], column["ru"]["file"]) == ("matriz", "файл")
 
 
-@pytest.mark.skipif(not CORPUS.is_dir(), reason="python -m toy.corpus has not run")
+@pytest.mark.skipif(not CORPUS.is_dir(), reason="python -m toy.build has not run")
 def test_coverage_of_the_embedded_corpus(translate):
     """Seven in ten of the content words of the summary lines, names and identifiers aside."""
     known, names = translate.table["en"], {"true", "false", "none", "self"}
@@ -74,7 +74,7 @@ def test_coverage_of_the_embedded_corpus(translate):
             word = token.strip("`'\"()[]{},.;:!?")
             if re.fullmatch("[A-Za-z]?[a-z]+", word) and len(word) > 1:
                 word = word.lower()
-                if word not in FUNCTION_WORDS | names:
+                if word not in names and word not in english("function"):
                     content[fold(word, known) is not None] += 1
     assert content[True] / content.total() > 0.7
 
@@ -198,7 +198,7 @@ def test_natural_questions():
             assert re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name), name
 
 
-@pytest.mark.skipif(not CORPUS.is_dir(), reason="python -m toy.corpus has not run")
+@pytest.mark.skipif(not CORPUS.is_dir(), reason="python -m toy.build has not run")
 def test_expected_functions_are_documented():
     """A few names may be missing under other versions of the packages, but never all of a row."""
     ids = {json.loads(line)["id"] for line in open(CORPUS / "search" / "corpus.jsonl", "rb")}
