@@ -198,7 +198,7 @@ class Lab:
         """Return {column: value} of an embedding stage: retrieval, and what can see a mask.
 
         Probes are kept in FOLDER/measures.json. Percent, but for "LM loss" (nats a token) and
-        "Rank" (effective rank of the test documents' embeddings).
+        "Rank" (effective rank of the dev documents' embeddings).
         """
         path, scores = Path(folder) / "measures.json", read_scores(folder)
         values = json.loads(path.read_text("utf-8")) if path.is_file() else {}
@@ -208,8 +208,7 @@ class Lab:
                 embedder = embedder or Embedder(folder)
                 values[name] = work(embedder)
                 write_result(folder, "measures", values)
-        return columns(scores) | values | {
-            "Rank": score_of(scores, "retrieval/", "/test/effective_rank")}
+        return columns(scores) | values
 
     def probes(self):
         """Return {column: function of an embedder -> number}."""
@@ -219,6 +218,8 @@ class Lab:
         work = {"Order": lambda e: 100 * probes.preference(e, triplets),
                 "First third": lambda e: 100 * probes.long_passages(e, dev, 0),
                 "Last third": lambda e: 100 * probes.long_passages(e, dev, 2),
+                "Numbers": lambda e: 100 * probes.number_gap(e),
+                "Rank": lambda e: probes.embedding_rank(e, texts),
                 "LM loss": lambda e: probes.lm_loss(e, texts)}
         if cfg.pawsx:
             work["PAWS-X"] = lambda e: mean_score(e, "pair_classification", cfg.pawsx, "ap")

@@ -128,7 +128,10 @@ def draw_mrl(cfg):
 
 
 def draw_figure1(cfg):
-    """Draw Figure 1: score against parameters, stages 3 and 4; baselines are dotted lines."""
+    """Draw Figure 1: score against parameters, with a trendline once there are three sizes.
+
+    DEVIATES: the trendline is that of our own sizes. Baselines have none, and are dotted lines.
+    """
     figure, (plot,) = canvas(1, width=5.6)
     for stage, marker in ((WEAK, "o"), (SUP, "s")):
         points = []
@@ -137,7 +140,11 @@ def draw_figure1(cfg):
                 config = ConanConfig(**read_meta(Path(out) / stage)["model"])
                 size = Conan(config).count_params()
             points.append((size, score_of(read_scores(Path(out) / stage), *TEST)))
-        plot.plot(*zip(*sorted(points)), marker=marker, label=stage)
+        sizes, scores = np.array(sorted(points)).T
+        line, = plot.plot(sizes, scores, marker, label=stage)
+        if len(points) > 2:                        # the paper's trendline, in log(parameters)
+            x = np.log10(sizes)
+            plot.plot(sizes, np.polyval(np.polyfit(x, scores, 1), x), "--", color=line.get_color())
     baselines = read_json(Path(cfg.results) / "baselines.json", "python -m experiments.baselines")
     for i, (label, scores) in enumerate(baselines["scores"].items(), 2):
         plot.axhline(score_of(scores, *TEST), color=f"C{i}", linestyle=":", label=label)

@@ -2,10 +2,15 @@
 
 Finding a document by its summary line is nearly blind to what attention may see. So here are:
 order_triplets   the right one of two documents whose first lines differ in word order only
+number_gap       "3 fairy tales": the passage with the same number, or another (Limitations)
 long_passages    a sentence of the first, or of the last, third of a long document -> the document
 lm_loss          what stage 3 left of the language model
 attention_ranks  the rank of M, and the effective rank of the attention made of it (Sec. 3.2)
+embedding_rank   the effective rank of embeddings, near 1 if they have collapsed (Sec. 4.6.2)
+
+UNSPECIFIED: the paper shows one example of numbers and no score; the sentences are ours.
 """
+import itertools
 import math
 import re
 
@@ -19,6 +24,11 @@ from mask import CAUSAL, effective_rank, mask_rank, soft_mask
 SWAP = re.compile(r"(?<= )([a-z]{3,}) ((?:to|from|of|into|by|with|for|in|before|after|than) "
                   r"(?:an? |the )?)([a-z]{3,})\b")
 NOT_SWAPPED = set("the and for with from this that its all not any are has which into than".split())
+SUBJECTS = {                       # what a query asks for, and the passage about it
+    "fairy tales": "A picture book for children with {} fairy tales and coloured drawings.",
+    "days in the mountains": "They walked from hut to hut and spent {} days in the mountains.",
+    "dimensions of an array": "The function returns the {} dimensions of an array as a tuple.",
+    "threads at a time": "By default the pool of workers runs {} threads at a time."}
 LONG = 1500                        # characters of a long document at least
 RANK_TOKENS = 32                   # of the texts whose attention is looked at
 
@@ -54,13 +64,27 @@ def order_triplets(collection):
     return triplets
 
 
-def preference(encoder, triplets):
-    """Return the share of triplets whose right text is nearer; a tie to 1e-6 counts half."""
+def cosines(encoder, triplets):
+    """Return the cosines of each query with its right and its wrong text, two arrays (N,)."""
     queries, right, wrong = (list(texts) for texts in zip(*triplets))
     prompt = getattr(encoder, "prompts", PROMPTS)["retrieval"]
     q = encoder.encode(queries, prompt=prompt)
-    right, wrong = ((q * encoder.encode(side)).sum(1) for side in (right, wrong))
+    return [(q * encoder.encode(side)).sum(1) for side in (right, wrong)]
+
+
+def preference(encoder, triplets):
+    """Return the share of triplets whose right text is nearer; a tie to 1e-6 counts half."""
+    right, wrong = cosines(encoder, triplets)
     return float(np.where(np.abs(right - wrong) < 1e-6, 0.5, right > wrong).mean())
+
+
+def number_gap(encoder):
+    """Return the mean of cos(q, same number) - cos(q, other number); 0: numbers are ignored."""
+    triplets = [(f"{right} {subject}", passage.format(right), passage.format(wrong))
+                for subject, passage in SUBJECTS.items()
+                for right, wrong in itertools.permutations(range(2, 10), 2)]
+    right, wrong = cosines(encoder, triplets)
+    return float((right - wrong).mean())
 
 
 # ---------------------------------------------------------------- long passages
@@ -99,6 +123,11 @@ def lm_loss(embedder, texts, n_texts=200, length=128):
     inputs, targets = (torch.tensor([i for x in side for i in x], device=embedder.device)
                        for side in (ids, [[*x[1:], -100] for x in ids]))
     return float(embedder.model(inputs, [len(x) for x in ids], CAUSAL, targets))
+
+
+def embedding_rank(encoder, texts, n_texts=500):
+    """Return the effective rank of the embeddings of some texts, at most their width."""
+    return effective_rank(torch.from_numpy(encoder.encode(texts[:n_texts])))
 
 
 @torch.no_grad()

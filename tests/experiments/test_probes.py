@@ -40,6 +40,21 @@ def test_order_sees_pairs_of_words_and_no_bag():
     assert probes.preference(Words(2), triplets) == 1.0
 
 
+def test_numbers_are_seen_or_not():
+    assert probes.number_gap(Words()) > 0.05
+    blind = Words()
+    blind.encode = lambda texts, **_: Words.encode(blind, [t.translate(
+        str.maketrans("23456789", "n" * 8)) for t in texts])
+    assert probes.number_gap(blind) == 0
+
+
+def test_embeddings_on_one_line_have_rank_one():
+    class Line:
+        def encode(self, texts):
+            return np.outer(np.arange(1, len(texts) + 1), [3, 4]).astype(np.float32)
+    assert probes.embedding_rank(Line(), ["a", "b", "c"]) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("line, other", [
     ("Return points of curve.", "Return curve of points."),
     ("Read a file into an array.", "Read a array into an file."),
