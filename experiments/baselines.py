@@ -196,8 +196,7 @@ def encoders(cfg):
     model = Conan(recipe.model_config(), ops=kernels.pick(torch.device("cpu")))
     model.init_weights(torch.Generator().manual_seed(cfg.seed))
     yield "untrained transformer", Embedder.of(
-        model.eval(), Tokenizer.train(texts, recipe.vocab_size), "cpu", "float32", FULL,
-        recipe.passage_len)
+        model.eval(), Tokenizer.train(texts, recipe.vocab_size), FULL, recipe.passage_len)
 
 
 def collections(data):

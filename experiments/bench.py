@@ -314,7 +314,7 @@ def their_step(folder, texts, longest, dtype, steps=3):
 def exported(cfg, folder, longest):
     """Write the recipe's model as a directory that sentence-transformers loads; return its path."""
     prompts = dict.fromkeys(data.PROMPTS, "")
-    embedder = Embedder.of(cfg.model(), words()[1], "cpu", "float32", FULL, longest, prompts)
+    embedder = Embedder.of(cfg.model(), words()[1], FULL, longest, prompts)
     embedder.checkpoint = Path(folder) / "none" / "step_000000"
     embedder.meta = {"model": dataclasses.asdict(embedder.model.config),
                      "mask": dataclasses.asdict(FULL), "passage_len": longest, "step": 0,
@@ -362,7 +362,7 @@ def encoding(cfg, rows):
     with tempfile.TemporaryDirectory() as folder:
         path = exported(cfg, folder, 256) if theirs else None
         for dtype in DTYPES:
-            ours = Embedder.of(cfg.model(), words()[1], "cpu", dtype, FULL, 256)
+            ours = Embedder.of(cfg.model(), words()[1], FULL, 256, dtype=dtype)
             sides = {"ours": lambda: ours.encode(texts) is None}
             if theirs:
                 from sentence_transformers import SentenceTransformer
