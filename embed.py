@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (PROMPTS, document_text, end_text, find_packed, format_query,
-                  read_with_ids)
+from data import PROMPTS, document_text, end_text, find_packed, format_query, read_with_ids
 from engine import checkpoint, kernels
 from engine.distributed import accelerator
 from engine.jsonl import atomic, read_texts

@@ -26,9 +26,8 @@ from data import document_text, load_collection
 from embed import Embedder
 from engine.bm25 import BM25, split_words, top_k_of
 from engine.jsonl import atomic
-from engine.metrics import (accuracy, average_precision, hit_at_k,  # noqa: F401
-                            mean_average_precision, mrr_at_k, ndcg_at_k, recall_at_k, spearman,
-                            v_measure)
+from engine.metrics import (average_precision, hit_at_k, mean_average_precision,  # noqa: F401
+                            mrr_at_k, ndcg_at_k, recall_at_k, spearman, v_measure)
 from engine.mteb_bridge import (MTEBModel, SentenceTransformerBaseline,  # noqa: F401
                                 evaluate_mteb, join_names, prompt_of)
 from engine.splits import HELD_OUT, choose_split, languages_in, read_groups, set_name
@@ -49,13 +48,13 @@ class CachedEncoder:
     The languages of one set share their English side, and `dims` share everything.
     """
 
-    def __init__(self, encoder, batch_size=32, dim=None):
-        self.encoder, self.batch_size, self.dim, self.tables = encoder, batch_size, dim, {}
+    def __init__(self, encoder, dim=None):
+        self.encoder, self.dim, self.tables = encoder, dim, {}
         self.prompt_of = functools.partial(prompt_of, encoder)
 
     def first(self, dim):
         """Return an encoder of the first `dim` dimensions that shares this one's memory."""
-        encoder = CachedEncoder(self.encoder, self.batch_size, dim)
+        encoder = CachedEncoder(self.encoder, dim)
         encoder.tables = self.tables
         return encoder
 
@@ -64,7 +63,7 @@ class CachedEncoder:
         table = self.tables.setdefault(prompt, {})
         new = [text for text in dict.fromkeys(texts) if text not in table]
         if new:
-            vectors = self.encoder.encode(new, batch_size=self.batch_size, prompt=prompt)
+            vectors = self.encoder.encode(new, prompt=prompt)
             bad = np.flatnonzero(~np.isfinite(vectors).all(1))
             if bad.size:
                 raise ValueError(f"the embedding of {new[bad[0]][:80]!r} is not finite")
@@ -126,17 +125,16 @@ def retrieval(encoder, collection):
     if not queries:
         raise ValueError("no query of the collection has a judged document in it")
     corpus = sorted(collection.corpus, key=lambda row: row["id"], reverse=True)
-    position = {row["id"]: i for i, row in enumerate(corpus)}
     ranking = search(encoder, [row["text"] for row in queries],
                      [document_text(row) for row in corpus], TOP_K, "retrieval")
     gains, judged = [], []
     for row, ranks in zip(queries, ranking):
-        if collection.without_self:
-            ranks = ranks[ranks != position.get(row["id"], -2)]
-        gains.append(np.zeros(len(ranks)))
-        for document, gain in collection.qrels[row["id"]].items():
-            gains[-1][ranks == position.get(document, -2)] = gain
-        judged.append(list(collection.qrels[row["id"]].values()))
+        ids = [corpus[i]["id"] for i in ranks.tolist() if i >= 0]
+        relevance = collection.qrels[row["id"]]
+        if collection.without_self and row["id"] in ids:
+            ids.remove(row["id"])
+        gains.append([relevance.get(document, 0) for document in ids])
+        judged.append(list(relevance.values()))
     return {"ndcg@10": ndcg_at_k(gains, 10, judged),
             **{f"recall@{k}": recall_at_k(gains, k, judged) for k in (1, 10, 20, 100)},
             "map": mean_average_precision(gains, judged=judged),
@@ -221,10 +219,9 @@ def bitext_mining(encoder, rows):
     Positions count, as in MTEB: an equal sentence elsewhere in the group is a mistake.
     """
     left, right = ([row[side] for row in rows] for side in ("query", "pos"))
-    order = np.arange(len(rows))
-    there, back = (search(encoder, *sides, 1, "bitext")[:, 0]
-                   for sides in ((left, right), (right, left)))
-    return {"accuracy": accuracy(order, there), "accuracy_reverse": accuracy(order, back)}
+    hits, hits_back = (search(encoder, *sides, 1, "bitext")[:, 0] == np.arange(len(rows))
+                       for sides in ((left, right), (right, left)))
+    return {"accuracy": float(hits.mean()), "accuracy_reverse": float(hits_back.mean())}
 
 
 def cosine_of(encoder, rows, kind):
@@ -268,7 +265,7 @@ def classification(encoder, rows):
         few = np.concatenate([order[labels[order] == name][:8] for name in np.unique(labels)])
         probe = LogisticRegression(max_iter=100, random_state=42)
         probe.fit(encode([train[i]["text"] for i in few]), labels[few])
-        scores.append(accuracy(gold, probe.predict(vectors)))
+        scores.append(np.mean(probe.predict(vectors) == gold))
     return {"accuracy": float(np.mean(scores))}
 
 
@@ -278,19 +275,19 @@ ROW_TASKS = {"bitext": bitext_mining, "sts": sts, "pair_classification": pair_cl
              "classification": classification}
 
 
-def evaluate(encoder, task, path, split=None, dims=(), **reading):
+def evaluate(encoder, task, path, split=None, dims=(), ignore_identical_ids=None):
     """Score one file or collection -> {"<task>/<set>/<subset>/<metric>[:dim]": float}.
 
-    task: retrieval, mkqa or one of ROW_TASKS. reading: `missing_ok` and `ignore_identical_ids` of
-    data.load_collection. Raises ValueError for a malformed file, a split or language that is not
-    there, a dim too large. A "/" in a subset's name becomes "_".
+    task: retrieval, mkqa or one of ROW_TASKS. ignore_identical_ids: see data.load_collection.
+    Raises ValueError for a malformed file, a split or language that is not there, a dim too large.
+    A "/" in a subset's name becomes "_".
     """
     if not isinstance(encoder, (LexicalBaseline, CachedEncoder)):
         encoder = CachedEncoder(encoder)
     if task in ROW_TASKS:
         groups = read_groups(task, path, split)
     else:
-        collection = load_collection(path, split, **reading)
+        collection = load_collection(path, split, ignore_identical_ids)
         queries, subset = (collection.queries, collection.split) if collection.split else \
             choose_split(collection.queries, split, path)
         subset = Path(path).name if Path(path).name in HELD_OUT else subset
@@ -327,10 +324,8 @@ class EvalConfig:
     classification: tuple[str, ...] = ()   # {text, label, split}
     mteb: tuple[str, ...] = ()         # mteb's tasks or benchmarks by name; data is downloaded
     split: str | None = None           # none: test, else dev, else validation, else all rows
-    missing_ok: bool = False           # qrels may name a missing document: it is never found
     ignore_identical_ids: bool | None = None   # a query's own document; none: if texts are equal
     dims: tuple[int, ...] = ()         # also score these first dimensions (MRL)
-    batch_size: int = 32               # texts per forward pass
     out: str = ""                      # JSON file to write (empty: add to the model's own)
 
     def __post_init__(self):
@@ -361,8 +356,11 @@ def table(results):
 
 def run(config):
     """Score every set of the config, print the scores; each set is added to the JSON file."""
-    encoder = LexicalBaseline() if config.bm25 else Embedder(config.checkpoint) \
-        if config.checkpoint else SentenceTransformerBaseline(config.sentence_transformer)
+    encoder = LexicalBaseline()
+    if config.checkpoint:
+        encoder = Embedder(config.checkpoint)
+    elif config.sentence_transformer:
+        encoder = SentenceTransformerBaseline(config.sentence_transformer)
     before, results, path = {}, {}, config.place
     if path.is_file() and not config.out:              # its other scores stay
         try:
@@ -375,13 +373,10 @@ def run(config):
     for task, name in jobs or [("retrieval", DOCS)]:
         start = time.perf_counter()
         if task == "mteb":
-            scores = evaluate_mteb(encoder, name, path.parent / "mteb", config.dims,
-                                   config.batch_size)
+            scores = evaluate_mteb(encoder, name, path.parent / "mteb", config.dims)
         else:
-            cached = encoder if config.bm25 else CachedEncoder(encoder, config.batch_size)
-            scores = evaluate(cached, task, name, config.split, config.dims,
-                              missing_ok=config.missing_ok,
-                              ignore_identical_ids=config.ignore_identical_ids)
+            scores = evaluate(encoder, task, name, config.split, config.dims,
+                              config.ignore_identical_ids)
             if twice := results.keys() & scores.keys():
                 raise ValueError(f"{name}: another set gave {min(twice)!r} already; rename it")
         results |= scores

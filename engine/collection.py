@@ -76,14 +76,13 @@ def find_qrels(directory, split=None):
                             f"the splits in qrels/ are {there}")
 
 
-def read_qrels(path, queries, documents, missing_ok=False):
+def read_qrels(path, queries, documents):
     """Return {query id: {document id: relevance}} of a file, plain or .gz.
 
     Three columns and a header or none, or TREC's four; blank lines at the end are passed over.
-    queries, documents: the known ids. A line that names another one raises ValueError, or with
-    `missing_ok` gives a warning; a missing document stays judged, as in mteb: it is never found.
+    queries, documents: the known ids. Raises ValueError by file and line, for any other id too.
     """
-    qrels, missing = {}, []
+    qrels = {}
     for number, line in lines_of(path):
         try:
             cells = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
@@ -98,27 +97,22 @@ def read_qrels(path, queries, documents, missing_ok=False):
                              f"{str(line[:80])[2:-1]}") from None
         if not math.isfinite(score):
             raise ValueError(f"{path}:{number}: the score {score} is not finite")
-        missing += [f"{path}:{number}: unknown {kind} {key!r}" for kind, key, known in (
-            ("query", query, queries), ("document", document, documents)) if key not in known]
-        if missing and not missing_ok:
-            raise ValueError(f"{missing[0]}; missing_ok=true counts it as never found")
-        if query in queries and qrels.setdefault(query, {}).setdefault(document, score) != score:
+        for kind, key, known in (("query", query, queries), ("document", document, documents)):
+            if key not in known:
+                raise ValueError(f"{path}:{number}: unknown {kind} {key!r}")
+        if qrels.setdefault(query, {}).setdefault(document, score) != score:
             raise ValueError(f"{path}:{number}: query {query!r} and document {document!r} have "
                              f"two scores, {qrels[query][document]} and {score}")
-    if missing:
-        warnings.warn(f"{missing[0]}, the first of {len(missing)}; a missing document counts as "
-                      "never found", stacklevel=3)
     return qrels
 
 
-def load_collection(directory, split=None, missing_ok=False, ignore_identical_ids=None):
+def load_collection(directory, split=None, ignore_identical_ids=None):
     """Read the corpus.jsonl, queries.jsonl and qrels of a folder, each plain or .gz.
 
     split: one of qrels/SPLIT.tsv, or the queries whose row says `"split": split`. Queries without a
-    judged document are left out, unless their row has `answers`. missing_ok: see `read_qrels`.
-    ignore_identical_ids: leave the document with a query's own id out of its ranking; None: if such
-    a pair has equal texts and is not judged relevant, as in ArguAna. Raises ValueError by file and
-    line.
+    judged document are left out, unless their row has `answers`. ignore_identical_ids: leave the
+    document with a query's own id out of its ranking; None: if such a pair has equal texts and is
+    not judged relevant, as in ArguAna. Raises ValueError by file and line.
     """
     directory = Path(directory)
     corpus = list(read_with_ids(find_packed(directory / "corpus.jsonl")))
@@ -126,7 +120,7 @@ def load_collection(directory, split=None, missing_ok=False, ignore_identical_id
     texts, qrels, of_file = {row["id"]: row["text"] for row in corpus}, {}, None
     try:
         path, of_file = find_qrels(directory, split)
-        qrels = read_qrels(path, {row["id"] for row in queries}, texts, missing_ok)
+        qrels = read_qrels(path, {row["id"] for row in queries}, texts)
     except FileNotFoundError:
         if not any(row.get("answers") for row in queries):
             raise

@@ -100,16 +100,6 @@ def spearman(x, y):
     return float((x * y).sum() / norm) if norm > 0 else 0.0
 
 
-def accuracy(labels, predictions):
-    """Return the share of equal entries of two (N,) arrays, 0.0 if N = 0.
-
-    >>> accuracy(["a", "b", "b", "a"], ["a", "b", "a", "a"])
-    0.75
-    """
-    labels, predictions = _two(labels, predictions)
-    return _mean(labels == predictions)
-
-
 def v_measure(labels, clusters):
     """Return scikit-learn's harmonic mean of homogeneity and completeness, in [0, 1].
 

