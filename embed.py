@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (PROMPTS, document_text, end_text, find_packed, format_query,
-                  read_with_ids)
+from data import PROMPTS, document_text, end_text, find_packed, format_query, read_with_ids
 from engine import checkpoint, kernels
 from engine.distributed import accelerator
 from engine.jsonl import atomic, read_texts
@@ -33,8 +32,6 @@ from tokenizer import Tokenizer
 
 INDEX_VERSION = 2                  # of the way that texts are embedded; raise it when that changes
 EXPORTED = "nanoconan.json"        # marks a folder that tools/export.py wrote
-DTYPES = {"float32": "float32", "fp32": "float32", torch.float32: "float32",
-          "bfloat16": "bfloat16", "bf16": "bfloat16", torch.bfloat16: "bfloat16"}
 TEXTS_AT_A_TIME = 20_000           # tokenised and sorted together: memory stays bounded
 TOKENS_AT_A_TIME = 4096            # short texts fill a batch up to this
 
@@ -48,12 +45,14 @@ class Embedder:
     elsewhere. Raises FileNotFoundError or ValueError with the path if there is no checkpoint or it
     is damaged.
     """
+    checkpoint = meta = None       # of a model in memory
 
     def __init__(self, path, device=None, dtype=None):
         exported = (Path(path) / EXPORTED).is_file()
-        where, meta, weights = (_read_exported if exported else _read_checkpoint)(path)
+        where, raw, weights = (_read_exported if exported else _read_checkpoint)(path)
         tokenizer = Tokenizer.load(where / "tokenizer.tiktoken")
         try:
+            meta = json.loads(raw)
             mask, max_len, config = MaskSpec(**meta["mask"]), meta["passage_len"], meta["model"]
             config, prompts = ConanConfig(**config), dict(meta.get("prompts", PROMPTS))
             if max_len < 1 or tokenizer.vocab_size > config.vocab_size:
@@ -61,7 +60,7 @@ class Embedder:
                                  f"model of {config.vocab_size}")
             if not all(isinstance(text, str) for text in prompts.values()):
                 raise ValueError(f"prompts {prompts}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{where}: its config is not train.py's: {error!r}") from None
         device = torch.device(device or accelerator())
         model = Conan(config, ops=kernels.pick(device))
@@ -69,26 +68,24 @@ class Embedder:
             model.load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(f"{where}: the weights do not fit the model: {error}") from None
-        self._set(model.eval(), tokenizer, device, dtype, mask, max_len)
-        self.checkpoint, self.meta, self.prompts = where, meta, prompts
+        self._set(model.to(device).eval(), tokenizer, mask, max_len, prompts, dtype)
+        self.checkpoint, self.meta = where, meta
 
     @classmethod
-    def of(cls, model, tokenizer, device, dtype, mask, max_len, prompts=None):
+    def of(cls, model, tokenizer, mask, max_len, prompts=PROMPTS, dtype=None):
         """Wrap a model that is in memory, as training does for mining and evaluation."""
         self = cls.__new__(cls)
-        self._set(model, tokenizer, device, dtype, mask, max_len)
-        self.checkpoint, self.meta = None, None
-        self.prompts = dict(PROMPTS if prompts is None else prompts)
+        self._set(model, tokenizer, mask, max_len, prompts, dtype)
         return self
 
-    def _set(self, model, tokenizer, device, dtype, mask, max_len):
-        self.device = torch.device(device)
-        default = "float32" if self.device.type == "cpu" else "bfloat16"
-        if (dtype or default) not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is unknown; choose float32 or bfloat16")
-        self.dtype = DTYPES[dtype or default]
-        self.model, self.tokenizer, self.mask = model.to(self.device), tokenizer, mask
+    def _set(self, model, tokenizer, mask, max_len, prompts, dtype):
+        self.model, self.tokenizer, self.mask, self.prompts = model, tokenizer, mask, dict(prompts)
         self.max_len = min(max_len, model.config.block_size)
+        self.device = next(model.parameters()).device
+        default = "float32" if self.device.type == "cpu" else "bfloat16"
+        self.dtype = str(dtype or default).removeprefix("torch.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {dtype!r} is unknown; choose float32 or bfloat16")
 
     @property
     def dim(self):
@@ -98,8 +95,7 @@ class Embedder:
     def fingerprint(self):
         """Return a hash of what decides the vectors: weights, shape, mask and tokenizer."""
         name = EXPORTED if (self.checkpoint / EXPORTED).is_file() else "manifest.json"
-        entries = json.loads((self.checkpoint / name).read_text(encoding="utf-8"))
-        return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256((self.checkpoint / name).read_bytes()).hexdigest()[:16]
 
     def encode(self, texts, batch_size=32, prompt=None, truncate_dim=None, normalize=True,
                show_progress_bar=False):
@@ -115,19 +111,17 @@ class Embedder:
             return self.encode([texts], batch_size, prompt, truncate_dim, normalize)[0]
         if truncate_dim is not None and not 1 <= truncate_dim <= self.dim:
             raise ValueError(f"truncate_dim {truncate_dim} must lie in 1 .. {self.dim}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"text {i} is a {type(text).__name__}, not a string")
         width = truncate_dim or self.dim
         out = np.empty((len(texts), width), dtype=np.float32)
         skip = len(self.tokenizer.encode(format_query("", prompt))) if prompt else 0
         bar = tqdm(total=len(texts), unit="text", disable=not show_progress_bar, desc="encode")
         for start in range(0, len(texts), TEXTS_AT_A_TIME):
-            part = list(texts[start:start + TEXTS_AT_A_TIME])
-            for i, text in enumerate(part):
-                if not isinstance(text, str):
-                    raise TypeError(f"text {start + i} is a {type(text).__name__}, not a string")
-            ids = [end_text(x, self.max_len, self.tokenizer.eos_id) for x in
-                   self.tokenizer.encode_batch([format_query(text, prompt) for text in part])]
+            part = [format_query(text, prompt) for text in texts[start:start + TEXTS_AT_A_TIME]]
+            ids = [end_text(x, self.max_len, self.tokenizer.eos_id)
+                   for x in self.tokenizer.encode_batch(part)]
             for batch in _batches(ids, batch_size):
                 vectors = self._forward([ids[i] for i in batch], skip)[:, :width]   # (b, width)
                 if normalize:
@@ -146,59 +140,41 @@ class Embedder:
 
 def _batches(ids, batch_size):
     """Yield lists of indices, texts of like lengths together, longest first."""
-    batch, tokens = [], 0
-    for i in sorted(range(len(ids)), key=lambda i: -len(ids[i])):
-        full = len(batch) >= batch_size and tokens + len(ids[i]) > TOKENS_AT_A_TIME
-        if batch and (full or len(batch) >= 64 * batch_size):
-            yield batch
-            batch, tokens = [], 0
-        batch.append(i)
-        tokens += len(ids[i])
-    if batch:
-        yield batch
+    order, start = sorted(range(len(ids)), key=lambda i: -len(ids[i])), 0
+    while start < len(order):
+        n = max(1, batch_size, TOKENS_AT_A_TIME // len(ids[order[start]]))
+        yield order[start:start + n]
+        start += n
 
 
 # ---------------------------------------------------------------- reading a model
 
-def find_checkpoint(path):
-    """Return the checkpoint folder that `path` is, or the newest good one inside it."""
-    path = Path(path)
-    if (path / "manifest.json").is_file() and (path / "config.json").is_file():
-        return path
-    newest = checkpoint.latest(path) if path.is_dir() else None
-    if newest is None:
-        raise FileNotFoundError(f"{path}: no checkpoint here; train one with "
-                                f"`python train.py config/{path.name}.py`")
-    return newest
-
-
 def _read_checkpoint(path):
-    """Return (folder, config, weights) of a checkpoint; files are verified before they are read."""
-    where = find_checkpoint(path)
+    """Return (folder, config as JSON, weights); files are verified before they are read."""
+    where = Path(path)
+    if not ((where / "manifest.json").is_file() and (where / "config.json").is_file()):
+        where = checkpoint.latest(path) if where.is_dir() else None
+    if where is None:
+        raise FileNotFoundError(f"{path}: no checkpoint here; train one with "
+                                f"`python train.py config/{Path(path).name}.py`")
     checkpoint.load(where, "tokenizer.tiktoken")
-    raw = checkpoint.load(where, "config.json")
-    try:
-        meta = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where / 'config.json'}: not JSON: {error}") from None
-    return where, meta, checkpoint.load(where, "model.pt")
+    return where, checkpoint.load(where, "config.json"), checkpoint.load(where, "model.pt")
 
 
 def _read_exported(path):
     """Return the same of a folder that tools/export.py wrote."""
     where = Path(path)
+    raw = (where / EXPORTED).read_bytes()
     try:
-        meta = json.loads((where / EXPORTED).read_text(encoding="utf-8"))
-        for name, sha256 in meta["files"].items():
+        for name, sha256 in json.loads(raw)["files"].items():
             if not checkpoint.FILE_NAME.fullmatch(name):       # none leads outside
                 raise KeyError(name)
             if hashlib.sha256(np.fromfile(where / name, np.uint8)).hexdigest() != sha256:
                 raise ValueError(f"{where / name}: SHA-256 differs from {EXPORTED}")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError,
-            RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{where / EXPORTED}: not as export.py wrote it: {error!r}") from None
     weights = read_safetensors(where / "model.safetensors")
-    return where, meta, {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    return where, raw, {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
 
 def read_safetensors(path):
@@ -248,18 +224,11 @@ def search(embedder, rows, vectors, query, k=10, prompt=None):
     return [(float(scores[i]), rows[i]) for i in np.argsort(-scores, kind="stable")[:k]]
 
 
-def show(results):
-    """Print ranked names, scores and the first lines."""
-    for place, (score, row) in enumerate(results, 1):
-        lines = [line.strip() for line in row["text"].splitlines() if line.strip()]
-        print(f"{place:>3}  {score:.3f}  {row['id']}\n            {' '.join(lines[:2])[:88]}")
-
-
 def run(args):
     """Embed a file of texts, or search; `args` as `main` parses them."""
     if args.texts and not args.out:
         raise ValueError("--texts needs --out=FILE.npy")
-    embedder = Embedder(args.checkpoint, args.device, args.dtype)
+    embedder = Embedder(args.checkpoint, args.device)
     if args.texts:
         vectors = embedder.encode(read_texts(args.texts), prompt=args.prompt,
                                   truncate_dim=args.truncate_dim, show_progress_bar=True)
@@ -269,7 +238,10 @@ def run(args):
         return
     rows, vectors = load_index(embedder, args.corpus)
     while query := args.query or input("query (empty to stop): ").strip():
-        show(search(embedder, rows, vectors, query, args.k, args.prompt))
+        results = search(embedder, rows, vectors, query, args.k, args.prompt)
+        for place, (score, row) in enumerate(results, 1):
+            lines = [line.strip() for line in row["text"].splitlines() if line.strip()]
+            print(f"{place:>3}  {score:.3f}  {row['id']}\n            {' '.join(lines[:2])[:88]}")
         if args.query:
             return
 
@@ -288,7 +260,6 @@ def main():
                                          "trained one, of --texts none")
     parser.add_argument("--truncate_dim", type=int, help="with --texts: keep the first dims (MRL)")
     parser.add_argument("--device", help="cpu, cuda or npu; default: the best one here")
-    parser.add_argument("--dtype", help="float32 or bfloat16; default: float32 on a CPU")
     try:
         run(parser.parse_args())
     except (ValueError, OSError, TypeError, ImportError) as error:

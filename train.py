@@ -40,7 +40,7 @@ from engine import budget, checkpoint, distributed, kernels, memory, report, run
 from engine.jsonl import atomic, read_jsonl
 from engine.microbatch import two_pass
 from engine.order import shuffled, task_of_step
-from eval import LexicalBaseline, evaluate, evaluate_collection
+from eval import LexicalBaseline, evaluate
 from lora import add_lora, merged_state_dict
 from losses import cosent_loss, info_nce, matryoshka
 from mask import CAUSAL, FULL, MaskSpec, alpha
@@ -311,8 +311,8 @@ def start(cfg, world, where, before):
     build_model(state, weights)
     state.tasks = data.build_tasks(cfg, tokenizer, world)
     state.prompts = prompts | data.prompts_of(state.tasks)
-    state.embedder = Embedder.of(state.model, tokenizer, world.device, state.dtype,
-                                 stage_mask(cfg, cfg.steps - 1), cfg.passage_len, state.prompts)
+    state.embedder = Embedder.of(state.model, tokenizer, stage_mask(cfg, cfg.steps - 1),
+                                 cfg.passage_len, state.prompts, state.dtype)
     state.optimizer = distributed.shard_optimizer(build_optimizer(state.model, cfg), world,
                                                   cfg.parallel)
     if where:
@@ -446,7 +446,7 @@ def score(state):
             print(f"\n{cfg.stage} writes: {prompt!r} -> {text!r}\n")
     dims = cfg.dims if cfg.stage == "embed_sup" else ()
     for name in collections(cfg):
-        results |= evaluate_collection(state.embedder, name, dims)
+        results |= evaluate(state.embedder, "retrieval", name, dims=dims)
     for task, name in TEST_FILES.items():
         path = Path(cfg.data) / name
         if cfg.stage.startswith("embed") and data.uses_folder(cfg) and path.is_file():
@@ -468,8 +468,9 @@ def summarise(cfg, minutes):
     """Print all stages beside BM25, and write the same numbers to OUT/summary.json."""
     scores = {}
     if data.uses_folder(cfg):
-        scores["BM25"] = {key: value for folder in collections(cfg)
-                          for key, value in evaluate_collection(LexicalBaseline(), folder).items()}
+        scores["BM25"] = {}
+        for folder in collections(cfg):
+            scores["BM25"] |= evaluate(LexicalBaseline(), "retrieval", folder)
     for stage in STAGES:
         path = Path(cfg.out) / stage / "eval.json"
         if path.is_file():

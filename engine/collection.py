@@ -43,13 +43,10 @@ def read_with_ids(path):
     """
     seen = set()
     for number, row in enumerate(read_jsonl(path, {"text": str}), 1):
-        name = next((name for name in ("id", "_id") if name in row), None)
-        if name is None:
-            raise ValueError(f"{path}:{number}: no id or _id; the keys are {sorted(row)[:8]}")
-        key = row[name]
+        key = row.get("id", row.get("_id"))
         if not isinstance(key, str):
-            raise ValueError(f"{path}:{number}: {name} {key!r} must be a string, not "
-                             f"{type(key).__name__}")
+            raise ValueError(f"{path}:{number}: id or _id must be a string, not {key!r}; the keys "
+                             f"are {sorted(row)[:8]}")
         if key in seen:
             raise ValueError(f"{path}:{number}: id {key!r} comes twice")
         seen.add(key)
@@ -69,87 +66,61 @@ def find_qrels(directory, split=None):
 
     Of several splits, the one that is named or the first of HELD_OUT.
     """
-    files = {path.name.removesuffix(".gz").removesuffix(".tsv"): path
-             for path in sorted((directory / "qrels").glob("*"))
-             if path.name.endswith((".tsv", ".tsv.gz"))}
-    whole = next((path for path in (directory / "qrels.tsv", directory / "qrels.tsv.gz")
-                  if path.is_file()), None)
-    if whole and split not in files:
-        return whole, None
-    name = split or next((name for name in HELD_OUT if name in files), None)
-    if name not in files:
-        raise FileNotFoundError(f"{directory / 'qrels.tsv'}: no such file, nor qrels/"
-                                f"{name or 'test'}.tsv; the splits in qrels/ are {sorted(files)}")
-    return files[name], name
+    splits = [(f"qrels/{name}.tsv", name) for name in ([split] if split else HELD_OUT)]
+    for name, of_file in [*splits[:bool(split)], ("qrels.tsv", None), *splits]:
+        for path in (directory / name, directory / f"{name}.gz"):
+            if path.is_file():
+                return path, of_file
+    there = sorted({path.name.partition(".")[0] for path in (directory / "qrels").glob("*.tsv*")})
+    raise FileNotFoundError(f"{directory / 'qrels.tsv'}: no such file, nor {splits[0][0]}; "
+                            f"the splits in qrels/ are {there}")
 
 
-def read_qrels(path):
-    """Yield (line number, query id, document id, score) of a qrels file, plain or .gz.
+def read_qrels(path, queries, documents):
+    """Return {query id: {document id: relevance}} of a file, plain or .gz.
 
     Three columns and a header or none, or TREC's four; blank lines at the end are passed over.
+    queries, documents: the known ids. Raises ValueError by file and line, for any other id too.
     """
+    qrels = {}
     for number, line in lines_of(path):
         try:
             cells = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
-        if number == 1 and cells[-1].strip() == "score":
-            continue
-        try:
+            if number == 1 and cells[-1].strip() == "score":
+                continue
             query, *_, document, score = cells             # _: TREC's second column
             score = float(score)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
         except ValueError:
             raise ValueError(f"{path}:{number}: query-id, corpus-id and a number are needed, not "
                              f"{str(line[:80])[2:-1]}") from None
         if not math.isfinite(score):
             raise ValueError(f"{path}:{number}: the score {score} is not finite")
-        yield number, query, document, score
-
-
-def join_qrels(path, queries, documents, dangling):
-    """Return {query id: {document id: relevance}} of a file; `queries`, `documents` are known ids.
-
-    dangling, for a line that names a missing one: "refuse", "skip", or "count" (a missing document
-    stays judged, as in mteb: no ranking ever has it). Skipped and counted lines give a warning.
-    """
-    qrels, missing = {}, []
-    for number, query, document, score in read_qrels(path):
-        unknown = [f"unknown {kind} {key!r}" for kind, key, known in (
-            ("query", query, queries), ("document", document, documents)) if key not in known]
-        if unknown:
-            missing.append(f"line {number}: {' and '.join(unknown)}")
-            if dangling == "refuse":
-                raise ValueError(f"{path}:{number}: {' and '.join(unknown)}; dangling=skip leaves "
-                                 "such lines out, dangling=count takes them as never found")
-            if dangling == "skip" or query not in queries:
-                continue
+        for kind, key, known in (("query", query, queries), ("document", document, documents)):
+            if key not in known:
+                raise ValueError(f"{path}:{number}: unknown {kind} {key!r}")
         if qrels.setdefault(query, {}).setdefault(document, score) != score:
             raise ValueError(f"{path}:{number}: query {query!r} and document {document!r} have "
                              f"two scores, {qrels[query][document]} and {score}")
-    if missing:
-        done = "left out" if dangling == "skip" else "counted as never found"
-        warnings.warn(f"{path}: {len(missing)} lines {done}; {missing[0]}", stacklevel=3)
     return qrels
 
 
-def load_collection(directory, split=None, dangling="refuse", ignore_identical_ids=None):
+def load_collection(directory, split=None, ignore_identical_ids=None):
     """Read the corpus.jsonl, queries.jsonl and qrels of a folder, each plain or .gz.
 
     split: one of qrels/SPLIT.tsv, or the queries whose row says `"split": split`. Queries without a
-    judged document are left out, unless their row has `answers`. dangling: see `join_qrels`.
-    ignore_identical_ids: leave the document with a query's own id out of its ranking; None: if such
-    a pair has equal texts and is not judged relevant, as in ArguAna. Raises ValueError by file and
-    line.
+    judged document are left out, unless their row has `answers`. ignore_identical_ids: leave the
+    document with a query's own id out of its ranking; None: if such a pair has equal texts and is
+    not judged relevant, as in ArguAna. Raises ValueError by file and line.
     """
-    if dangling not in ("refuse", "skip", "count"):
-        raise ValueError(f"dangling {dangling!r} is unknown; choose refuse, skip or count")
     directory = Path(directory)
     corpus = list(read_with_ids(find_packed(directory / "corpus.jsonl")))
     queries = list(read_with_ids(find_packed(directory / "queries.jsonl")))
     texts, qrels, of_file = {row["id"]: row["text"] for row in corpus}, {}, None
     try:
         path, of_file = find_qrels(directory, split)
-        qrels = join_qrels(path, {row["id"] for row in queries}, texts, dangling)
+        qrels = read_qrels(path, {row["id"] for row in queries}, texts)
     except FileNotFoundError:
         if not any(row.get("answers") for row in queries):
             raise

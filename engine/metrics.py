@@ -1,4 +1,4 @@
-"""The metrics of MTEB and MKQA as plain functions: numpy in, float out, nothing else imported.
+"""The metrics of MTEB and MKQA as plain functions: numpy in, float out.
 
 gains[q, r] is the relevance of the document at rank r of query q, best rank first; lists of
 different lengths may be given. judged[q] lists the relevances of all documents judged for q, ranked
@@ -53,16 +53,16 @@ def mrr_at_k(gains, k=10):
     return _mean(hits.any(1) / (first + 1))
 
 
-def mean_average_precision(gains, k=None, judged=None):
+def mean_average_precision(gains, judged=None):
     """Average the precision at each relevant document's rank (MAP), in [0, 1].
 
-    Documents beyond rank k (None: the list's end) have precision 0 and stay in the divisor.
+    Documents beyond the list's end have precision 0 and stay in the divisor.
 
     >>> round(mean_average_precision([1, 0, 1]), 4)      # (1/1 + 2/3) / 2
     0.8333
     """
     gains, judged = _gains_and_judged(gains, judged)
-    hits = gains[:, :k] > 0
+    hits = gains > 0
     precision = hits.cumsum(1) / np.arange(1, hits.shape[1] + 1)
     return _mean(_ratio((precision * hits).sum(1), (judged > 0).sum(1)))
 
@@ -100,64 +100,14 @@ def spearman(x, y):
     return float((x * y).sum() / norm) if norm > 0 else 0.0
 
 
-def accuracy(labels, predictions):
-    """Return the share of equal entries of two (N,) arrays, 0.0 if N = 0.
-
-    >>> accuracy(["a", "b", "b", "a"], ["a", "b", "a", "a"])
-    0.75
-    """
-    labels, predictions = _two(labels, predictions)
-    return _mean(labels == predictions)
-
-
-def f1(labels, predictions, average="macro"):
-    """Average the F1 of each label, in [0, 1]; 0.0 if N = 0.
-
-    average: "macro" weighs the labels of either side alike (MTEB's classification), "weighted" by
-    their number in `labels` (its bitext mining).
-
-    >>> round(f1(["a", "b", "b"], ["a", "b", "a"]), 4)      # a: 2/3, b: 2/3
-    0.6667
-    """
-    labels, predictions = _two(labels, predictions)
-    if average not in ("macro", "weighted"):
-        raise ValueError(f"average must be 'macro' or 'weighted', got {average!r}")
-    if not labels.size:
-        return 0.0
-    names, codes = np.unique(np.concatenate([labels, predictions]), return_inverse=True)
-    true, predicted = codes[:len(labels)], codes[len(labels):]
-    n_true, n_predicted, n_right = (np.bincount(part, minlength=len(names)) for part in (
-        true, predicted, true[true == predicted]))
-    each = 2 * n_right / (n_true + n_predicted)
-    return float(np.average(each, weights=n_true if average == "weighted" else None))
-
-
 def v_measure(labels, clusters):
-    """Return the harmonic mean of homogeneity and completeness of two (N,) arrays, in [0, 1].
+    """Return scikit-learn's harmonic mean of homogeneity and completeness, in [0, 1].
 
-    Homogeneity: 1 - H(label | cluster) / H(label); completeness: the two exchanged; a side with a
-    single value has both 1. Two empty arrays give 1.0, as in scikit-learn.
-
-    >>> round(v_measure(["a", "a", "b"], [0, 1, 2]), 4)      # homogeneity 1, completeness 0.5794
-    0.7337
+    labels, clusters: two (N,) arrays. mteb's clustering tasks are scored by it.
     """
-    labels, clusters = _two(labels, clusters)
-    if not labels.size:
-        return 1.0
-    rows, columns = (np.unique(side, return_inverse=True)[1] for side in (labels, clusters))
-    table = np.zeros((rows.max() + 1, columns.max() + 1))
-    np.add.at(table, (rows, columns), 1 / labels.size)
-    h_labels, h_clusters = _entropy(table.sum(1)), _entropy(table.sum(0))
-    mutual = max(h_labels + h_clusters - _entropy(table), 0.0)
-    homogeneity = mutual / h_labels if h_labels else 1.0
-    completeness = mutual / h_clusters if h_clusters else 1.0
-    total = homogeneity + completeness
-    return float(2 * homogeneity * completeness / total) if total else 0.0
+    from sklearn.metrics import v_measure_score
 
-
-def _entropy(p):
-    p = p[p > 0]
-    return float(abs((p * np.log(p)).sum()))           # abs: -0.0 for a single value
+    return float(v_measure_score(labels, clusters))
 
 
 def _dcg(gains, k):

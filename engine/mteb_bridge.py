@@ -1,103 +1,96 @@
-"""MTEB and sentence-transformers: our models in their harness, their models in ours.
+"""Our models in mteb's harness, and those of sentence-transformers in ours.
 
     mteb.evaluate(MTEBModel(Embedder("out/embed_sup")), mteb.get_tasks(tasks=["STS17"]))
 
-PAPER Sec. 4: Tables 1, 2 and 5 are MTEB(eng, v2) and MTEB(cmn, v1), Table 14 is MTEB(eng, v1).
 Both packages are optional and imported where they are used.
 """
-import hashlib
+import re
 
 import numpy as np
 import torch
 
 MTEB_TYPES = {                     # mteb's types of task, and which of ours has their prompt
     "Retrieval": "retrieval", "InstructionRetrieval": "retrieval",
-    "Reranking": "reranking", "InstructionReranking": "reranking", "BitextMining": "bitext",
+    "Reranking": "retrieval", "InstructionReranking": "retrieval", "BitextMining": "bitext",
     "STS": "sts", "PairClassification": "pair_classification", "Classification": "classification",
     "MultilabelClassification": "classification", "Clustering": "clustering"}
 OUR_TYPES = {ours: theirs for theirs, ours in reversed(MTEB_TYPES.items())}
 
 
-def prompt_of(encoder, kind, side=None, name=None, default=None):
+def prompt_of(encoder, kind, side=None):
     """Return the prompt of a text by its task's type, ours or mteb's, and its side of it.
 
-    side: "query" or "document" in retrieval and reranking, None in symmetric tasks. name: mteb's
-    name of the task. Documents carry no prompt, unless the encoder chooses by a `prompt_of` of its
-    own. default: the prompts of an encoder that has no `prompts`.
+    side: "query" or "document" in retrieval and reranking, None in symmetric tasks. An encoder
+    chooses by a `prompt_of` of its own, or has `prompts`; then documents carry none.
     """
     if hasattr(encoder, "prompt_of"):
-        return encoder.prompt_of(kind, side, name)
-    prompts, kind = getattr(encoder, "prompts", default or {}), MTEB_TYPES.get(kind, kind)
-    return None if side == "document" else prompts.get(
-        "retrieval" if kind == "reranking" else kind)
+        return encoder.prompt_of(kind, side)
+    kind = MTEB_TYPES.get(kind, kind)
+    return None if side == "document" else getattr(encoder, "prompts", {}).get(kind)
+
+
+def join_names(parts):
+    """Undo the command line's split at the comma of a name in brackets.
+
+    >>> join_names(("STS17", "MTEB(eng", "v2)"))
+    ['STS17', 'MTEB(eng, v2)']
+    """
+    names = re.findall(r"(?:\([^)]*\)|[^,])+", ", ".join(parts))
+    return [name.strip() for name in names]
 
 
 class SentenceTransformerBaseline:
     """A sentence-transformers model, with the prompts that mteb would give it.
 
-    Of its prompts the first that is there: TASK-SIDE, TASK, TYPE-SIDE, TYPE, SIDE. Where none is,
-    a query and a document get those of `encode_query` and `encode_document`, a symmetric task the
-    model's default.
+    Of its prompts the first that is there: TYPE-SIDE, TYPE, SIDE. Where none is, a query and a
+    document get those of `encode_query` and `encode_document`, a symmetric task the model's
+    default.
     """
 
     def __init__(self, name):
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
-            raise ImportError("--sentence_transformer needs: pip install sentence-transformers>=5"
-                              ) from None
+            raise ImportError("a stock model needs: pip install sentence-transformers>=5") from None
         self.model = SentenceTransformer(name)
 
-    def prompt_of(self, kind, side=None, name=None):
+    def prompt_of(self, kind, side=None):
         """Return (side, text of the prompt or None)."""
-        kind = OUR_TYPES.get(kind, kind)
-        keys = [f"{name}-{side}", name, f"{kind}-{side}", kind, side]
-        return side, next((self.model.prompts[key] for key in keys if key in self.model.prompts),
-                          None)
+        keys, prompts = (f"{OUR_TYPES[kind]}-{side}", OUR_TYPES[kind], side), self.model.prompts
+        return side, next((prompts[key] for key in keys if key in prompts), None)
 
-    def encode(self, texts, batch_size=32, prompt=None, truncate_dim=None, normalize=True):
-        """Embed texts as `Embedder.encode` does; prompt: what `prompt_of` returns."""
+    def encode(self, texts, prompt=None):
+        """Return unit vectors (N, D) float32; prompt: what `prompt_of` returns."""
         side, text = prompt or (None, None)
         encode = {"query": self.model.encode_query, "document": self.model.encode_document}.get(
             side, self.model.encode)
-        return encode(texts, batch_size=batch_size, prompt=text, truncate_dim=truncate_dim,
-                      normalize_embeddings=normalize, show_progress_bar=False)
+        return encode(texts, prompt=text, normalize_embeddings=True, show_progress_bar=False)
 
 
 class MTEBModel:
-    """Hand an encoder to mteb 2: the four members that it asks of a model.
+    """Hand an Embedder of a checkpoint to mteb 2: the four members that it asks of a model.
 
     dim: score the first dimensions alone. mteb keeps scores by name and revision, and gives a
-    nameless second model those of the first; here they are the run's folder and the hash of the
-    checkpoint (of another encoder: of how it embeds a sentence). prompts: see `prompt_of`.
+    nameless second model those of the first. Here they are the run's folder and the hash of the
+    checkpoint.
     """
 
-    def __init__(self, encoder, dim=None, prompts=None):
+    def __init__(self, encoder, dim=None):
         from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-        self.prompts = prompts
-        self.encoder, self.dim, name = encoder, dim, "local"
-        probe = encoder.encode(["What the revision is a hash of."], truncate_dim=dim)
-        facts = {"embed_dim": probe.shape[1]}
-        if where := getattr(encoder, "checkpoint", None):
-            name = where.parent.name if (where / "manifest.json").is_file() else where.name
-            revision, model = encoder.fingerprint(), encoder.model
-            facts |= {"max_tokens": encoder.max_len, "n_parameters": model.count_params(),
-                      "n_embedding_parameters": model.embed_tokens.weight.numel(), "embed_dim":
-                      dim or sorted({*encoder.meta["train"].get("dims", ()), encoder.dim})}
-        else:
-            rounded = np.round(probe.astype(np.float64), 3) + 0.0   # alike on any number of threads
-            revision = hashlib.sha256(rounded.tobytes()).hexdigest()[:16]
-        self.mteb_model_meta = ModelMeta.create_empty(facts | {
+        self.encoder, self.dim, where = encoder, dim, encoder.checkpoint
+        name = where.parent.name if (where / "manifest.json").is_file() else where.name
+        revision = encoder.fingerprint()
+        self.mteb_model_meta = ModelMeta.create_empty({
             "name": f"nanoconan/{name}", "framework": ["PyTorch"], "use_instructions": True,
             "revision": revision if dim is None else f"{revision}-{dim}",
+            "max_tokens": encoder.max_len, "embed_dim": dim or encoder.dim,
             "similarity_fn_name": ScoringFunction.COSINE})
 
     def encode(self, inputs, *, task_metadata, prompt_type=None, batch_size=32, **_):
         """Embed the texts of mteb's batches, with the encoder's prompt for the type of task."""
         texts = [text for batch in inputs for text in batch["text"]]
-        prompt = prompt_of(self.encoder, task_metadata.type, prompt_type and prompt_type.value,
-                           getattr(task_metadata, "name", None), self.prompts)
+        prompt = prompt_of(self.encoder, task_metadata.type, prompt_type and prompt_type.value)
         return self.encoder.encode(texts, batch_size=batch_size, prompt=prompt,
                                    truncate_dim=self.dim)
 
@@ -131,7 +124,7 @@ def mteb_tasks(name):
         raise ValueError(f"mteb has no such task or benchmark: {reason}") from None
 
 
-def evaluate_mteb(encoder, name, folder, dims=(), batch_size=32, prompts=None):
+def evaluate_mteb(encoder, name, folder, dims=()):
     """Run one of mteb's tasks or benchmarks -> {"mteb/<task>/<subset>/<metric>[:dim]": float}.
 
     A benchmark adds "mteb/<benchmark>/<type of task>/mean", and the means over "tasks" and over
@@ -143,11 +136,10 @@ def evaluate_mteb(encoder, name, folder, dims=(), batch_size=32, prompts=None):
 
     results, cache = {}, mteb.ResultCache(folder)
     for dim in (None, *dims):
-        cut, model = "" if dim is None else f":{dim}", MTEBModel(encoder, dim, prompts)
+        cut, model = "" if dim is None else f":{dim}", MTEBModel(encoder, dim)
         by_type = {}
         for task in chosen:
-            done = mteb.evaluate(model, task, encode_kwargs={"batch_size": batch_size},
-                                 cache=cache).task_results[0]
+            done = mteb.evaluate(model, task, cache=cache).task_results[0]
             by_type.setdefault(task.metadata.type, []).append(done.get_score())
             results |= {key + cut: score for key, score in flat_scores(task, done.scores).items()}
         if is_benchmark:
@@ -163,8 +155,11 @@ def flat_scores(task, scores):
     results = {}
     for split, rows in scores.items():
         for row in rows:
-            parts = [split] if len(scores) > 1 or row["hf_subset"] == "default" else []
-            parts += [row["hf_subset"].replace("/", "_")] if row["hf_subset"] != "default" else []
-            key = f"mteb/{task.metadata.name}/{'-'.join(parts)}/{task.metadata.main_score}"
+            subset = row["hf_subset"].replace("/", "_")
+            if subset == "default":
+                subset = split
+            elif len(scores) > 1:
+                subset = f"{split}-{subset}"
+            key = f"mteb/{task.metadata.name}/{subset}/{task.metadata.main_score}"
             results[key] = float(row["main_score"])
     return results

@@ -1,9 +1,19 @@
-"""Names, splits and language groups of evaluation files; the scores themselves are in eval.py."""
+"""Rows of evaluation files by split and language, and the set's name; eval.py scores them."""
 from pathlib import Path
+
+from engine.jsonl import read_jsonl
 
 HELD_OUT = ("test", "dev", "validation")           # the split that is scored, the first one there
 # A file or folder of such a name is called after the folder it is in: my_set/data.jsonl.gz.
 PLAIN_NAMES = ("data", "rows", "pairs", "bitext", "sentences", "titles", "train", *HELD_OUT)
+SENTENCES = {"sentence1": str, "sentence2": str}
+COLUMNS = {                        # what a task's rows must have
+    "bitext": {"query": str, "pos": (str, list)},
+    "aligned": {"id": (str, int), "lang": str, "text": str},       # the other form of bitext
+    "sts": {**SENTENCES, "score": (int, float)},
+    "pair_classification": {**SENTENCES, "label": int},
+    "classification": {"text": str, "label": (str, int), "split": str},
+}
 
 
 def set_name(path):
@@ -24,17 +34,11 @@ def languages_in(rows):
     return sorted({row["lang"] for row in rows if row.get("lang")})
 
 
-def check_name(key, name):
-    """Raise ValueError if a result could not be called by this name: it stands between slashes."""
-    if name is not None and (not isinstance(name, str) or "/" in name):
-        raise ValueError(f"{key} {name!r} must be a string without '/'")
-
-
 def choose_split(rows, split, path, with_train=False):
     """Return (the rows of a split, its name): `split`, or the first of HELD_OUT that is there.
 
     Rows that carry no split, or none of those, are all taken, as "all". `with_train` keeps the
-    rows of "train" besides.
+    rows of "train" besides. Raises ValueError if a split is not there.
     """
     there = {row["split"] for row in rows if row.get("split")}
     chosen = split or next((name for name in HELD_OUT if name in there), None)
@@ -46,38 +50,46 @@ def choose_split(rows, split, path, with_train=False):
     return [row for row in rows if row.get("split") in wanted], chosen
 
 
-def groups_of(task, rows, subset, path):
-    """Divide rows by language, if all have one: {language or pair of them or `subset`: rows}."""
+def read_groups(task, path, split=None):
+    """Return {language or pair of them: rows} of a file; {split: rows} if some rows have none.
+
+    Raises ValueError for a bad row, by file and line, and for a split that is not there.
+    """
+    aligned = task == "bitext" and "query" not in next(iter(read_jsonl(path)), ())
+    rows = list(read_jsonl(path, COLUMNS["aligned" if aligned else task]))
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    rows, subset = choose_split(rows, split, path, task == "classification")
     if task == "bitext":
-        return bitext_groups(rows, subset, path)
-    if task == "figure3" or not all(row.get("lang") for row in rows):
+        return pair_groups(align(rows, path) if aligned else rows, subset, path)
+    if not all(row.get("lang") for row in rows):
         return {subset: rows}
     return {lang: [row for row in rows if row["lang"] == lang] for lang in languages_in(rows)}
 
 
-def bitext_groups(rows, subset, path):
-    """Group {query, pos, lang_q, lang_p} by language pair, or build such pairs by equal id.
-
-    In the other form, {id, lang, text}, each language is paired with English (without English:
-    with the first language there is).
-    """
+def pair_groups(rows, subset, path):
+    """Group {query, pos, lang_q?, lang_p?} by language pair; pos: a string, or a list of one."""
     groups = {}
-    if all("query" in row and len(row.get("pos") or ()) == 1 for row in rows):
-        for row in rows:
-            pair = f"{row['lang_q']}-{row['lang_p']}" if row.get("lang_q") else subset
-            groups.setdefault(pair, []).append({"query": row["query"], "pos": row["pos"][0]})
-        return groups
-    if not all(row.keys() >= {"id", "lang", "text"} for row in rows):
-        raise ValueError(f"{path}: bitext rows need query and one pos, or id, lang and text")
-    texts = {(row["lang"], row["id"]): row["text"] for row in rows}
+    for row in rows:
+        pos = [row["pos"]] if isinstance(row["pos"], str) else row["pos"]
+        if len(pos) != 1 or not isinstance(pos[0], str):
+            raise ValueError(f"{path}: bitext needs one pos a row, not {str(pos):.80}")
+        pair = f"{row['lang_q']}-{row.get('lang_p')}" if row.get("lang_q") else subset
+        groups.setdefault(pair, []).append({"query": row["query"], "pos": pos[0]})
+    return groups
+
+
+def align(rows, path):
+    """Pair the texts {id, lang, text} of equal id: each language with English, or with the first.
+
+    Raises ValueError if an id comes twice in a language, or in one language alone.
+    """
+    texts, languages = {(row["lang"], row["id"]): row["text"] for row in rows}, languages_in(rows)
     if len(texts) != len(rows):
         raise ValueError(f"{path}: {len(rows) - len(texts)} rows repeat the id and lang of another")
-    languages = languages_in(rows)
     pivot = "en" if "en" in languages else languages[0]
-    for (lang, key), text in texts.items():
-        if lang != pivot and (pivot, key) in texts:
-            pair = {"query": text, "pos": texts[pivot, key]}
-            groups.setdefault(f"{lang}-{pivot}", []).append(pair)
-    if not groups:
+    pairs = [{"query": text, "pos": texts[pivot, key], "lang_q": lang, "lang_p": pivot}
+             for (lang, key), text in texts.items() if lang != pivot and (pivot, key) in texts]
+    if not pairs:
         raise ValueError(f"{path}: no id occurs in {pivot!r} and in another language")
-    return groups
+    return pairs

@@ -247,7 +247,7 @@ def main(argv=None):
     for label, encoder in encoders(cfg):
         scores[label] = {}
         for task, place in work:
-            if task != "classification" or not isinstance(encoder, LexicalBaseline):
+            if task in ("retrieval", "bitext") or not isinstance(encoder, LexicalBaseline):
                 scores[label] |= evaluate(encoder, task, place)
                 print(f"{label}: {task} {place}", flush=True)
     columns = {label: headline(own) for label, own in scores.items()}

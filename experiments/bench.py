@@ -240,7 +240,7 @@ def their_step(folder, stage, texts, longest, dtype):
 def exported(cfg, folder, longest):
     """Write the recipe's model as a directory that sentence-transformers loads; return its path."""
     prompts = dict.fromkeys(data.PROMPTS, "")
-    embedder = Embedder.of(cfg.model(), words()[1], "cpu", "float32", FULL, longest, prompts)
+    embedder = Embedder.of(cfg.model(), words()[1], FULL, longest, prompts)
     embedder.checkpoint = Path(folder) / "none" / "step_000000"
     embedder.meta = {"model": dataclasses.asdict(embedder.model.config),
                      "mask": dataclasses.asdict(FULL), "passage_len": longest, "step": 0,
@@ -274,7 +274,7 @@ def encoding(cfg, rows):
     with tempfile.TemporaryDirectory() as folder:
         path = exported(cfg, folder, 256)
         for dtype in DTYPES:
-            ours = Embedder.of(cfg.model(), words()[1], cfg.device, dtype, FULL, 256)
+            ours = Embedder.of(cfg.model(), words()[1], FULL, 256, dtype=dtype)
             theirs = SentenceTransformer(path, device=cfg.device,
                                          model_kwargs={"dtype": getattr(torch, dtype)})
             near = (ours.encode(texts[:8]) * theirs.encode(texts[:8])).sum(1).min()

@@ -19,7 +19,7 @@ import torch
 from configurator import load_config
 from embed import Embedder
 from engine.jsonl import read_jsonl
-from eval import evaluate
+from eval import classification
 from experiments.results import interval, mean_of, paired
 from experiments.runs import (Missing, ndcg_by_dims, read_json, read_log, read_meta, read_scores,
                               run_command, score_of)
@@ -175,7 +175,10 @@ def draw_figure3(cfg):
         for i, lang in enumerate(LANGUAGES):
             own = [row["lang"] == lang for row in rows]
             plot.scatter(*points[own].T, s=4, alpha=0.5, color=f"C{i}", label=lang)
-        probe = score_of(evaluate(encoder, "figure3", cfg.texts), "", "/language_accuracy")
+        labelled = [{"text": row["text"], "label": lang, "split": ("train", "test")[i % 2]}
+                    for lang in LANGUAGES
+                    for i, row in enumerate(row for row in rows if row["lang"] == lang)]
+        probe = classification(encoder, labelled)["accuracy"]
         plot.set_title(f"{title}: a linear probe names\n{probe:.0%} of the languages",
                        fontsize="medium")
         plot.set(xticks=[], yticks=[])

@@ -25,7 +25,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 @pytest.fixture
 def embedder(tokenizer):
     model = Conan(tiny_config().model_config()).init_weights(torch.Generator().manual_seed(0))
-    return Embedder.of(model, tokenizer, "cpu", "float32", FULL, 16)
+    return Embedder.of(model, tokenizer, FULL, 16)
 
 
 def task(tokenizer, rows, kind="retrieval", stage="embed_sup", world=ALONE, **changed):

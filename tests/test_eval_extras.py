@@ -4,12 +4,13 @@
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import eval as evaluation
-from data import Collection
+from data import PROMPTS, Collection
 from engine import metrics
 from eval import MTEBModel
 
@@ -18,9 +19,13 @@ pytestmark = pytest.mark.extras
 
 class Drawn:
     """One random vector per text; texts of one topic ("topic:...") lie around a common one."""
+    checkpoint, dim, max_len, prompts = Path("run/step_000001"), 24, 64, PROMPTS
 
-    def __init__(self, noise=1.0, width=24):
-        self.noise, self.width = noise, width
+    def __init__(self, noise=1.0):
+        self.noise = noise
+
+    def fingerprint(self):
+        return "0" * 16
 
     def encode(self, texts, batch_size=32, prompt=None, truncate_dim=None, normalize=True):
         vectors = np.array([self._one(text) for text in texts], dtype=np.float32)[:, :truncate_dim]
@@ -28,7 +33,7 @@ class Drawn:
 
     def _one(self, text):
         topic, own = (np.random.default_rng(list(t.encode())) for t in (text.split(":")[0], text))
-        return topic.normal(size=self.width) + self.noise * own.normal(size=self.width)
+        return topic.normal(size=self.dim) + self.noise * own.normal(size=self.dim)
 
 
 # ---------------------------------------------------------------- scipy and scikit-learn
@@ -58,18 +63,13 @@ def test_average_precision_is_scikit_learns(seed, ties):
     assert metrics.average_precision(labels, scores) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("n_labels, n_clusters", [(2, 2), (5, 9), (40, 3), (1, 4), (7, 1)])
-def test_label_metrics_are_scikit_learns(n_labels, n_clusters):
+@pytest.mark.parametrize("n_labels, n_clusters", [(5, 9), (40, 3), (1, 4)])
+def test_v_measure_is_scikit_learns(n_labels, n_clusters):
     learn = pytest.importorskip("sklearn.metrics")
     draw = np.random.default_rng(n_labels)
     labels = [f"l{i}" for i in draw.integers(0, n_labels, 150)]
     clusters = [f"l{i}" for i in draw.integers(0, n_clusters, 150)]
-    expected = learn.v_measure_score(labels, clusters)
-    assert metrics.v_measure(labels, clusters) == pytest.approx(expected, abs=1e-9)
-    assert metrics.accuracy(labels, clusters) == learn.accuracy_score(labels, clusters)
-    for average in ("macro", "weighted"):
-        expected = learn.f1_score(labels, clusters, average=average)
-        assert metrics.f1(labels, clusters, average) == pytest.approx(expected, abs=1e-12)
+    assert metrics.v_measure(labels, clusters) == learn.v_measure_score(labels, clusters)
 
 
 # ---------------------------------------------------------------- mteb
@@ -114,20 +114,19 @@ def drawn_collection(n_documents=1300, n_queries=40):
     return Collection("drawn", corpus, queries, qrels)
 
 
+def mteb_retrieval(mock, encoder, collection):
+    """Return mteb's own scores of a collection."""
+    return mteb_scores(mock, encoder, {"default": {"test": {
+        "corpus": table(collection.corpus), "queries": table(collection.queries),
+        "relevant_docs": {query: {doc: int(gain) for doc, gain in gains.items()}
+                          for query, gains in collection.qrels.items()}, "top_ranked": None}}})
+
+
 def test_retrieval_is_mtebs(mocks):
     collection, encoder = drawn_collection(), Drawn(noise=1.5)
-    data = {
-        "corpus": table(collection.corpus),
-        "queries": table(collection.queries),
-        "relevant_docs": {
-            query: {doc: int(gain) for doc, gain in gains.items()}
-            for query, gains in collection.qrels.items()
-        },
-        "top_ranked": None,
-    }
-    data["queries"] = data["queries"].filter(lambda row: row["id"] in data["relevant_docs"])
-    expected = mteb_scores(mocks.MockRetrievalTask, encoder, {"default": {"test": data}})
     ours = evaluation.retrieval(encoder, collection)
+    collection.queries = [row for row in collection.queries if row["id"] in collection.qrels]
+    expected = mteb_retrieval(mocks.MockRetrievalTask, encoder, collection)
     names = {f"recall@{k}": f"recall_at_{k}" for k in (1, 10, 20, 100)}
     names |= {"ndcg@10": "ndcg_at_10", "map": "map_at_1000", "mrr@10": "mrr_at_10"}
     names |= {"hit@1": "hit_rate_at_1"}
@@ -149,14 +148,6 @@ def beir_folder(folder, collection):
     return folder
 
 
-def mteb_retrieval(mock, encoder, collection):
-    """Return mteb's own scores of a collection."""
-    return mteb_scores(mock, encoder, {"default": {"test": {
-        "corpus": table(collection.corpus), "queries": table(collection.queries),
-        "relevant_docs": {query: {doc: int(gain) for doc, gain in gains.items()}
-                          for query, gains in collection.qrels.items()}, "top_ranked": None}}})
-
-
 def test_identical_ids_are_ignored_as_in_mteb(mocks, tmp_path):
     """ArguAna's form: every query is a document too."""
     plain, encoder = drawn_collection(), Drawn(noise=1.5)
@@ -176,24 +167,6 @@ def test_identical_ids_are_ignored_as_in_mteb(mocks, tmp_path):
     lower = mteb_retrieval(mocks.MockRetrievalTask, encoder, collection)["ndcg_at_10"]
     assert ours["retrieval/arguana/test/ndcg@10"] == pytest.approx(lower, abs=1e-5)
     assert lower < expected - 0.02
-
-
-def test_dangling_documents_count_as_in_mteb(mocks, tmp_path):
-    plain, encoder = drawn_collection(), Drawn(noise=1.5)
-    plain.queries = [row for row in plain.queries if row["id"] in plain.qrels]
-    plain.qrels["q1"]["gone"] = 3
-    folder = beir_folder(tmp_path / "nfcorpus", plain)
-    with pytest.raises(ValueError, match="test.tsv:[0-9]+: unknown document 'gone'"):
-        evaluation.evaluate(encoder, "retrieval", folder)
-    with pytest.warns(UserWarning, match="1 lines counted as never found; line .*'gone'"):
-        ours = evaluation.evaluate(encoder, "retrieval", folder, dangling="count")
-    expected = mteb_retrieval(mocks.MockRetrievalTask, encoder, plain)["ndcg_at_10"]
-    assert ours["retrieval/nfcorpus/test/ndcg@10"] == pytest.approx(expected, abs=1e-5)
-    with pytest.warns(UserWarning, match="1 lines left out"):
-        ours = evaluation.evaluate(encoder, "retrieval", folder, dangling="skip")
-    del plain.qrels["q1"]["gone"]
-    expected = mteb_retrieval(mocks.MockRetrievalTask, encoder, plain)["ndcg_at_10"]
-    assert ours["retrieval/nfcorpus/test/ndcg@10"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_retrieval_is_trec_evals_with_ties_and_zeros():
@@ -220,28 +193,6 @@ def test_retrieval_is_trec_evals_with_ties_and_zeros():
         assert ours[key] == pytest.approx(expected, abs=1e-9) and len(theirs) == 20
 
 
-def test_reranking_is_mtebs(mocks):
-    encoder, rows = Drawn(noise=2.0), []
-    for i in range(25):
-        pos = [f"t{i}:pos{j}" for j in range(1 + i % 3)]
-        rows.append({"query": f"t{i}:query", "pos": pos, "neg": [f"n{i}:{j}" for j in range(8)]})
-    corpus, relevant, ranked = [], {}, {}
-    for i, row in enumerate(rows):
-        for text in (*row["pos"], *row["neg"]):
-            corpus.append({"id": text, "title": "", "text": text})
-        relevant[f"q{i}"] = {text: 1 for text in row["pos"]} | {text: 0 for text in row["neg"]}
-        ranked[f"q{i}"] = [*row["pos"], *row["neg"]]
-    data = {
-        "corpus": table(corpus), "relevant_docs": relevant, "top_ranked": ranked,
-        "queries": table([{"id": f"q{i}", "text": row["query"]} for i, row in enumerate(rows)]),
-    }
-    expected = mteb_scores(mocks.MockRerankingTask, encoder, {"default": {"test": data}})
-    ours = evaluation.reranking(encoder, rows)
-    names = {"map": "map_at_1000", "mrr@10": "mrr_at_10", "ndcg@10": "ndcg_at_10"}
-    for name, theirs in names.items():
-        assert ours[name] == pytest.approx(expected[theirs], abs=1e-5)
-
-
 def test_bitext_mining_is_mtebs(mocks):
     encoder = Drawn(noise=1.5)
     rows = [{"query": f"t{i}:a", "pos": f"t{i}:b"} for i in range(150)]
@@ -251,7 +202,6 @@ def test_bitext_mining_is_mtebs(mocks):
         data = table([{"sentence1": row[left], "sentence2": row[right]} for row in rows])
         expected = mteb_scores(mocks.MockBitextMiningTask, encoder, {"test": data})
         assert ours["accuracy" + suffix] == pytest.approx(expected["accuracy"])
-        assert ours["f1" + suffix] == pytest.approx(expected["f1"])
 
 
 def drawn_pairs(n=200):
@@ -278,7 +228,6 @@ def test_pair_classification_is_mtebs(mocks):
     expected = mteb_scores(mocks.MockPairClassificationTask, encoder, {"test": data})
     ours = evaluation.pair_classification(encoder, rows)
     assert ours["ap"] == pytest.approx(expected["cosine_ap"], abs=1e-6)
-    assert ours["max_ap"] == pytest.approx(expected["max_ap"], abs=1e-6)
 
 
 @pytest.mark.parametrize("n_labels", [2, 6])
@@ -298,21 +247,6 @@ def test_classification_is_mtebs(mocks, n_labels):
     ours = evaluation.classification(encoder, rows)
     assert 0.2 < ours["accuracy"] < 0.98
     assert ours["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-6)
-    assert ours["f1"] == pytest.approx(expected["f1"], abs=1e-6)
-
-
-def test_clustering_is_mtebs(mocks):
-    encoder = Drawn(noise=1.5)
-    rows = [{"text": f"t{i % 12}:{i}", "label": f"l{i % 12}"} for i in range(900)]
-    data = table([{"sentences": row["text"], "labels": row["label"]} for row in rows])
-
-    class Whole(mocks.clustering.LegacyMockClusteringFastTask):
-        max_fraction_of_documents_to_embed = max_document_to_embed = None
-        max_documents_per_cluster, n_clusters = 16_384, 10
-
-    expected = mteb_scores(Whole, encoder, {"test": data})
-    ours = evaluation.clustering(encoder, rows)["v_measure"]
-    assert 0.2 < ours < 0.98 and ours == pytest.approx(expected["v_measure"], abs=1e-6)
 
 
 WORDS = ["[UNK]", "cat", "dog", "find", "near", "the", "passage", "alike",
@@ -379,11 +313,10 @@ def test_a_stock_model_gets_mtebs_prompts_for_each_type_of_task(mocks, tmp_path,
     assert ours["ndcg@10"] == pytest.approx(expected["ndcg_at_10"], abs=2e-5)
 
 
-def test_a_stock_model_serves_prefixes_and_mteb(mocks, tmp_path):
+def test_a_stock_model_serves_prefixes(tmp_path):
     encoder = stock_model(tmp_path / "stock", {"query": "find "})
     assert np.linalg.norm(encoder.encode(["cat"])) == pytest.approx(1)
-    short = evaluation.CachedEncoder(encoder).encode(["cat", "dog"], truncate_dim=2)
+    short = evaluation.CachedEncoder(encoder).first(2).encode(["cat", "dog"])
     assert short.shape == (2, 2) and np.linalg.norm(short[1]) == pytest.approx(1)
-    asked = encoder.prompt_of("retrieval", "query"), encoder.prompt_of("sts")
-    assert asked == (("query", "find "), (None, None))
-    assert MTEBModel(encoder).mteb_model_meta.name == "nanoconan/local"
+    prompts = encoder.prompt_of("retrieval", "query"), encoder.prompt_of("sts")
+    assert prompts == (("query", "find "), (None, None))

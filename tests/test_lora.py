@@ -8,7 +8,7 @@ import torch
 import train
 from embed import Embedder
 from engine import budget, checkpoint, distributed, kernels
-from eval import evaluate_collection
+from eval import evaluate
 from lora import add_lora, merged_state_dict
 from mask import CAUSAL, FULL
 from model import Conan
@@ -207,7 +207,7 @@ def test_stages_3_and_4_train_adapters_and_the_ones_before_all_weights(whole):
 def test_the_embedder_scores_as_the_run_with_its_adapters_did(rows, whole):
     embedder = Embedder(whole / "embed_sup", device="cpu")
     scores = json.loads((whole / "embed_sup" / "eval.json").read_text())
-    mine = evaluate_collection(embedder, rows / "little" / "test")
+    mine = evaluate(embedder, "retrieval", rows / "little" / "test")
     assert mine and mine == {name: scores[name] for name in mine}
 
 

@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,9 +29,13 @@ COLUMNS = {"Classification", "Clustering", "PairClassification", "Reranking", "R
 
 class Counted:
     """An encoder that draws a vector for each text and notes what it was asked."""
+    checkpoint, max_len, prompts = Path("run/step_000001"), 64, PROMPTS
 
-    def __init__(self, width=8, seed=0):
-        self.width, self.seed, self.asked = width, seed, []
+    def __init__(self, dim=8, seed=0):
+        self.dim, self.seed, self.asked = dim, seed, []
+
+    def fingerprint(self):
+        return f"seed {self.seed}"
 
     def encode(self, texts, batch_size=32, prompt=None, truncate_dim=None, normalize=True):
         self.asked.append((prompt, list(texts)))
@@ -39,7 +44,7 @@ class Counted:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def _one(self, text):
-        return np.random.default_rng([self.seed, *text.encode()]).normal(size=self.width)
+        return np.random.default_rng([self.seed, *text.encode()]).normal(size=self.dim)
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +147,9 @@ def test_the_name_and_the_revision_tell_models_apart(mocks, save, tmp_path):
     assert meta.revision == MTEBModel(Embedder(checkpoint.latest(run))).mteb_model_meta.revision
     assert meta.revision != MTEBModel(Embedder(other)).mteb_model_meta.revision
     assert MTEBModel(Embedder(run), dim=4).mteb_model_meta.revision == f"{meta.revision}-4"
-    assert meta.embed_dim == [4, 8, 16] and meta.max_tokens == 32
-    assert meta.n_parameters == Embedder(run).model.count_params() > meta.n_embedding_parameters
+    assert meta.embed_dim == 16 and meta.max_tokens == 32
     exported = MTEBModel(Embedder(export(run, tmp_path / "mine"))).mteb_model_meta
     assert exported.name == "nanoconan/mine" and exported.revision != meta.revision
-    first, same, wide = (MTEBModel(Counted(width)).mteb_model_meta for width in (8, 8, 9))
-    assert first.revision == same.revision != wide.revision and first.name == "nanoconan/local"
 
 
 @pytest.mark.extras
@@ -183,7 +185,6 @@ def test_prompts_go_by_the_type_of_task(mocks, name, prompts):
     import mteb
 
     model = MTEBModel(Counted())
-    model.encoder.asked.clear()
     mteb.evaluate(model, getattr(mocks, name)(), cache=None)
     assert {prompt or None for prompt, _ in model.encoder.asked} == {
         p and PROMPTS[p] for p in prompts}
@@ -254,7 +255,7 @@ def test_what_is_scored_already_is_not_run_again(choose, tmp_path):
     first, second = Counted(), Counted()
     scores = evaluate_mteb(first, "MockRetrievalTask", tmp_path)
     assert evaluate_mteb(second, "MockRetrievalTask", tmp_path) == scores
-    assert len(first.asked) > len(second.asked) == 1   # the probe for the revision
+    assert first.asked and not second.asked
 
 
 @pytest.mark.extras

@@ -36,7 +36,7 @@ def tiny(block_size):
     model = Conan(ConanConfig(vocab_size=285, n_layer=1, n_head=2, n_kv_head=1, n_embd=16,
                               ffn_dim=16, block_size=block_size), ops=kernels.pick("cpu"))
     model.init_weights()
-    return Embedder.of(model.eval(), tokenizer, "cpu", "float32", FULL, block_size)
+    return Embedder.of(model.eval(), tokenizer, FULL, block_size)
 """
 
 
