@@ -20,19 +20,24 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
+import data
 from configurator import load_config
 from data import document_text, load_collection
 from embed import Embedder
 from engine.bm25 import BM25, split_words, top_k_of
-from engine.jsonl import atomic
+from engine.jsonl import atomic, read_jsonl
 from engine.metrics import (average_precision, hit_at_k, mean_average_precision,  # noqa: F401
                             mrr_at_k, ndcg_at_k, recall_at_k, spearman, v_measure)
 from engine.mteb_bridge import (MTEBModel, SentenceTransformerBaseline,  # noqa: F401
                                 evaluate_mteb, join_names, prompt_of)
 from engine.splits import HELD_OUT, choose_split, languages_in, read_groups, set_name
+from mask import CAUSAL
 
 DOCS = "out/installed_docs/test"   # the default collection, built by toy/
+TEST_FILES = {"sts": "sts_test.jsonl", "classification": "labels_test.jsonl"}   # of a run's data
+VALIDATION_TEXTS = 200             # held-out examples that an LM stage is measured on
 TOP_K = 1000                       # ranks that a search returns, as in mteb
 SCORES_AT_ONCE = 2 ** 26           # of a search: 256 MB
 
@@ -306,6 +311,75 @@ def evaluate(encoder, task, path, split=None, dims=(), ignore_identical_ids=None
             name = f"{task}/{set_name(path)}/{group.replace('/', '_')}"
             results |= {f"{name}/{metric}{cut}": value for metric, value in metrics.items()}
     return results
+
+
+# ---------------------------------------------------------------- what a stage of a run is worth
+
+def collections(cfg):
+    """Return the folders that a stage is scored on: those named, else the test splits of DATA."""
+    if cfg.evaluate or not data.uses_folder(cfg):
+        return [Path(name) for name in cfg.evaluate]
+    folders = {path.parent for name in ("corpus.jsonl", "corpus.jsonl.gz")
+               for path in Path(cfg.data).rglob(name)}
+    return sorted(folder for folder in folders if folder.name not in ("dev", "clr_dev", "search"))
+
+
+def lexical_scores(cfg):
+    """Return the scores of BM25 on the collections of a run."""
+    return {key: value for folder in collections(cfg)
+            for key, value in evaluate(LexicalBaseline(), "retrieval", folder).items()}
+
+
+def evaluate_stage(state):
+    """Return the flat scores of a stage: its own measure, retrieval, STS, classes, DHNM's counters.
+
+    state: engine.run.State. Stages 1 and 2 are measured by their loss on held-out text, too.
+    """
+    cfg, results = state.cfg, {}
+    if "validation" in state.counters:
+        name = f"lm/{Path(cfg.data).name}/dev/loss"
+        results = {f"{name}_before": state.counters["validation_before"],
+                   name: validation_loss(state)}
+    for folder in collections(cfg):
+        results |= evaluate(state.embedder, "retrieval", folder,
+                            dims=cfg.dims if cfg.stage == "embed_sup" else ())
+    for task, name in TEST_FILES.items():
+        path = Path(cfg.data) / name
+        if cfg.stage.startswith("embed") and data.uses_folder(cfg) and path.is_file():
+            try:
+                results |= evaluate(state.embedder, task, path)
+            except ImportError as error:           # scikit-learn is optional
+                print(f"{path} is not scored: {error}")
+    for task, _ in state.tasks:
+        if task.pool:
+            results |= {f"dhnm/{task.kind}/queries_changed_{changes}_times": queries
+                        for changes, queries in task.pool.histogram().items()}
+    return results
+
+
+@torch.no_grad()
+def validation_loss(state):
+    """Return the next-token loss on DATA's held-out documents or pairs; None if there is none."""
+    cfg, folder = state.cfg, Path(state.cfg.data)
+    file = {"pretrain": "text_dev.jsonl", "sft": "dev/corpus.jsonl"}.get(cfg.stage)
+    if file is None or not data.uses_folder(cfg) or not (folder / file).is_file():
+        return None
+    if cfg.stage == "pretrain":
+        texts = [row["text"] for row in read_jsonl(folder / file)]
+        rows = [(None, "", text) for text in texts[:VALIDATION_TEXTS]]
+    else:
+        dev = load_collection(folder / "dev")
+        body = {row["id"]: document_text(row) for row in dev.corpus}
+        rows = [(state.prompts["retrieval"], query["text"], body[max(dev.qrels[query["id"]])])
+                for query in dev.queries[:VALIDATION_TEXTS]]
+    total = count = 0
+    for i in range(0, len(rows), 50):
+        batch = data.sft_batch(rows[i:i + 50], range(i, i + 50), state.tokenizer, cfg.passage_len)
+        batch, n = batch.to(state.world.device), int((batch.targets != -100).sum())
+        with state.world.autocast(state.dtype):
+            total += float(state.wrapped(batch.ids, batch.lengths, CAUSAL, batch.targets)) * n
+        count += n
+    return total / count
 
 
 # ---------------------------------------------------------------- the command line

@@ -37,10 +37,10 @@ import data
 from configurator import ConfigError
 from embed import Embedder
 from engine import budget, checkpoint, distributed, kernels, memory, report, run
-from engine.jsonl import atomic, read_jsonl
+from engine.jsonl import atomic
 from engine.microbatch import two_pass
 from engine.order import shuffled, task_of_step
-from eval import LexicalBaseline, evaluate
+from eval import evaluate_stage, lexical_scores, validation_loss
 from lora import add_lora, merged_state_dict
 from losses import cosent_loss, info_nce, matryoshka
 from mask import CAUSAL, FULL, MaskSpec, alpha
@@ -51,12 +51,10 @@ from toy import build as toy
 
 STAGES = ("pretrain", "sft", "embed_weak", "embed_sup")
 TASKS = ("retrieval", "clr", "classification", "sts")
-TEST_FILES = {"sts": "sts_test.jsonl", "classification": "labels_test.jsonl"}   # of DATA
 GRAD_CLIP = 1.0                    # UNSPECIFIED: the norm that gradients are cut to
 TOKENIZER_TEXTS = 400_000          # documents that the tokenizer learns from
 PYTHON_BPE_TEXTS = 100_000         # of more documents, rustbpe learns the same tokens faster
-VALIDATION_TEXTS = 200             # held-out examples that an LM stage is measured on
-VALIDATE_EVERY = 50                # steps between two such measurements
+VALIDATE_EVERY = 50                # steps between two validation losses of an LM stage
 
 
 @dataclass(frozen=True)
@@ -397,67 +395,14 @@ def run_steps(state):
 
 # ---------------------------------------------------------------- what a stage is worth
 
-def collections(cfg):
-    """Return the folders that a stage is scored on: those named, else the test splits of DATA."""
-    if cfg.evaluate or not data.uses_folder(cfg):
-        return [Path(name) for name in cfg.evaluate]
-    folders = {path.parent for name in ("corpus.jsonl", "corpus.jsonl.gz")
-               for path in Path(cfg.data).rglob(name)}
-    return sorted(folder for folder in folders if folder.name not in ("dev", "clr_dev", "search"))
-
-
-@torch.no_grad()
-def validation_loss(state):
-    """Return the next-token loss on DATA's held-out documents or pairs; None if there is none."""
-    cfg, folder = state.cfg, Path(state.cfg.data)
-    file = {"pretrain": "text_dev.jsonl", "sft": "dev/corpus.jsonl"}.get(cfg.stage)
-    if file is None or not data.uses_folder(cfg) or not (folder / file).is_file():
-        return None
-    if cfg.stage == "pretrain":
-        texts = [row["text"] for row in read_jsonl(folder / file)]
-        rows = [(None, "", text) for text in texts[:VALIDATION_TEXTS]]
-    else:
-        dev = data.load_collection(folder / "dev")
-        body = {row["id"]: data.document_text(row) for row in dev.corpus}
-        rows = [(state.prompts["retrieval"], query["text"], body[max(dev.qrels[query["id"]])])
-                for query in dev.queries[:VALIDATION_TEXTS]]
-    total = count = 0
-    for i in range(0, len(rows), 50):
-        batch = data.sft_batch(rows[i:i + 50], range(i, i + 50), state.tokenizer, cfg.passage_len)
-        batch, n = batch.to(state.world.device), int((batch.targets != -100).sum())
-        with state.world.autocast(state.dtype):
-            total += float(state.wrapped(batch.ids, batch.lengths, CAUSAL, batch.targets)) * n
-        count += n
-    return total / count
-
-
 def score(state):
-    """Score a stage on its collections and by its own measure; write OUT/STAGE/eval.json."""
-    cfg, results = state.cfg, {}
-    if "validation" in state.counters:
-        name = f"lm/{Path(cfg.data).name}/dev/loss"
-        results = {f"{name}_before": state.counters["validation_before"],
-                   name: validation_loss(state)}
-    if cfg.stage in ("pretrain", "sft"):
-        if state.world.is_main and cfg.parallel != "fsdp":
-            prompt = "Return the" if cfg.stage == "pretrain" else \
-                data.format_sft(state.prompts["retrieval"], "Return the sum of two numbers.")
-            text = generate(state.model, state.tokenizer, prompt)
-            print(f"\n{cfg.stage} writes: {prompt!r} -> {text!r}\n")
-    dims = cfg.dims if cfg.stage == "embed_sup" else ()
-    for name in collections(cfg):
-        results |= evaluate(state.embedder, "retrieval", name, dims=dims)
-    for task, name in TEST_FILES.items():
-        path = Path(cfg.data) / name
-        if cfg.stage.startswith("embed") and data.uses_folder(cfg) and path.is_file():
-            try:
-                results |= evaluate(state.embedder, task, path)
-            except ImportError as error:           # scikit-learn is optional
-                print(f"{path} is not scored: {error}")
-    for task, _ in state.tasks:
-        if task.pool:
-            results |= {f"dhnm/{task.kind}/queries_changed_{changes}_times": queries
-                        for changes, queries in task.pool.histogram().items()}
+    """Score a stage and write OUT/STAGE/eval.json; let a language model write a few words."""
+    cfg, results = state.cfg, evaluate_stage(state)
+    if cfg.stage in ("pretrain", "sft") and state.world.is_main and cfg.parallel != "fsdp":
+        prompt = "Return the" if cfg.stage == "pretrain" else \
+            data.format_sft(state.prompts["retrieval"], "Return the sum of two numbers.")
+        text = generate(state.model, state.tokenizer, prompt)
+        print(f"\n{cfg.stage} writes: {prompt!r} -> {text!r}\n")
     if state.world.is_main:
         with atomic(cfg.run_dir / "eval.json") as file:
             file.write(json.dumps(results, indent=1) + "\n")
@@ -466,11 +411,7 @@ def score(state):
 
 def summarise(cfg, minutes):
     """Print all stages beside BM25, and write the same numbers to OUT/summary.json."""
-    scores = {}
-    if data.uses_folder(cfg):
-        scores["BM25"] = {}
-        for folder in collections(cfg):
-            scores["BM25"] |= evaluate(LexicalBaseline(), "retrieval", folder)
+    scores = {"BM25": lexical_scores(cfg)} if data.uses_folder(cfg) else {}
     for stage in STAGES:
         path = Path(cfg.out) / stage / "eval.json"
         if path.is_file():

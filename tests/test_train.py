@@ -108,14 +108,14 @@ def test_a_run_killed_and_resumed_equals_the_undisturbed_one(rows, whole, tmp_pa
 
 
 def test_a_run_killed_in_its_evaluation_is_scored_when_it_resumes(rows, tmp_path, monkeypatch):
-    argv, real = chain_arguments(rows, "pretrain", tmp_path), train.evaluate
+    argv, real = chain_arguments(rows, "pretrain", tmp_path), train.evaluate_stage
 
     def dies(*args, **options):
         raise KeyboardInterrupt
-    monkeypatch.setattr(train, "evaluate", dies)
+    monkeypatch.setattr(train, "evaluate_stage", dies)
     with pytest.raises(KeyboardInterrupt):
         train.main(argv)
-    monkeypatch.setattr(train, "evaluate", real)
+    monkeypatch.setattr(train, "evaluate_stage", real)
     lines, trained = log(tmp_path, "pretrain"), state_of(tmp_path, "pretrain")
     train.main(argv)
     assert log(tmp_path, "pretrain") == lines      # no step is taken again

@@ -133,7 +133,7 @@ def test_table_4_from_the_command_line_is_trained_once(cfg, monkeypatch, tmp_pat
     score = table["cells"]["SM"]["1"]
     assert score["Eng"] == columns(read_scores(tmp_path / "work/seed1/linear/embed_sup"))["Eng"]
     assert score.keys() == {"Multi", "Eng", "Zh", "Order", "First third", "Last third", "LM loss",
-                            "Rank"}
+                            "Numbers", "Rank"}
     assert 1 <= score["Rank"] <= 32
     assert table["differences"]["SM: with minus without"] == [["SM"], ["nothing", "CLR", "DHNM"]]
     assert table["paper"]["SM"] == {"Multi": 61.73, "Eng": 70.41, "Zh": 70.99}
