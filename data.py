@@ -4,7 +4,7 @@ One example a line, JSONL or JSONL.gz, UTF-8, in the formats that users already 
 
     text            {"text"}
     pairs           {"instruction"?, "input"?, "output"}  or  {"query", "pos", "prompt"?}
-    retrieval, clr, classification    {"query", "pos": [..], "neg": [..]?, "prompt"?}
+    retrieval, clr, classification    {"query", "pos": [..], "neg": [..]?, "prompt"?, "cosines"?}
     sts             {"sentence1", "sentence2", "score"}
     a collection    corpus.jsonl, queries.jsonl, qrels.tsv (the BEIR form)
 
@@ -15,6 +15,7 @@ UNSPECIFIED: the instruction template; `format_query` is the one place that know
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,14 @@ import torch
 from tqdm import tqdm
 
 from dhnm import HardNegativePool, should_replace
-from engine.bm25 import BM25
 from engine.collection import (Collection, document_text, find_packed,  # noqa: F401
                                load_collection, read_with_ids)
-from engine.jsonl import JsonlFiles, atomic, is_json
-from engine.mining import Passages, mine, text_id
-from engine.order import choice, mix, shuffled
+from engine.index import ALONE, JsonlFiles, text_id
+from engine.jsonl import is_json
+from engine.mining import Miner
+from engine.order import choice, shuffled
+from engine.passages import Passages
+from engine.tokens import TokenStream
 
 PROMPTS = {                        # a query's instruction by task, unless its row has one
     "retrieval": "Find",
@@ -89,6 +92,14 @@ def _texts(row, key):
     return [_text({key: value}, key) for value in values]
 
 
+def _numbers(values, n):
+    if not isinstance(values, list) or len(values) != n or not all(
+            type(v) in (int, float) and abs(v) < 3e38 for v in values):
+        raise ValueError(f"key 'cosines' must be a list of {n} finite numbers, one a negative, not "
+                         f"{str(values)[:40]}")
+    return values
+
+
 def parse_text(row):
     """Return the document of a {"text"} row."""
     return _text(row, "text")
@@ -98,7 +109,7 @@ def parse_pair(row):
     """Return {query, pos, neg, prompt} of a row in any of the pair and retrieval formats.
 
     pos is never empty, neg may be; prompt is None where the row says nothing. Where Alpaca's input
-    is empty, the instruction is the query.
+    is empty, the instruction is the query. cosines: of the negatives, where tools/mine.py wrote it.
     """
     if "output" in row or "input" in row:
         prompt, pos = row.get("instruction"), [_text(row, "output")]
@@ -112,8 +123,11 @@ def parse_pair(row):
         raise ValueError("key 'pos' is an empty list")
     if not isinstance(prompt, (str, type(None))):
         raise ValueError(f"the prompt must be a string, not {type(prompt).__name__}")
-    return {"query": query, "pos": pos, "neg": _texts(row, "neg") if row.get("neg") else [],
+    pair = {"query": query, "pos": pos, "neg": _texts(row, "neg") if row.get("neg") else [],
             "prompt": prompt}
+    if row.get("cosines") is not None:
+        pair["cosines"] = _numbers(row["cosines"], len(pair["neg"]))
+    return pair
 
 
 def parse_sts(row):
@@ -126,47 +140,18 @@ def parse_sts(row):
             "score": float(score)}
 
 
+MINED = ("retrieval", "clr", "classification")     # kinds with hard negatives
 PARSERS = {"text": parse_text, "pairs": parse_pair, "retrieval": parse_pair, "clr": parse_pair,
            "classification": parse_pair, "sts": parse_sts}
 
 
-def Rows(paths, kind, cache_dir="out/cache", skip_bad=False):
-    """Return the rows of several files of one kind as one sequence (engine/jsonl.py)."""
+def Rows(paths, kind, cache_dir="out/cache", skip_bad=False, world=ALONE):
+    """Return the rows of several files of one kind as one sequence (engine/index.py)."""
     if kind not in PARSERS:
         raise ValueError(f"kind {kind!r} is unknown; choose one of {', '.join(PARSERS)}")
     if not paths:
         raise ValueError(f"no file of kind {kind!r} is given (--{kind}=FILE)")
-    return JsonlFiles(paths, PARSERS[kind], cache_dir, skip_bad)
-
-
-# ---------------------------------------------------------------- pretraining: a token stream
-
-class TokenStream:
-    """All documents of some text files as one memory-mapped stream of uint32 ids.
-
-    Documents are separated by the end-of-text id. Window w of an epoch is `block` + 1 ids. The
-    windows of later epochs start elsewhere, so text is not always cut at the same places. The name
-    of `path` must carry the hash of texts and tokenizer: a stream that exists is not built again.
-    """
-
-    def __init__(self, rows, tokenizer, path, seed=0):
-        if not Path(path).is_file():
-            with atomic(path, "wb") as file:
-                for start in range(0, len(rows), 1000):
-                    texts = [rows[i] for i in range(start, min(start + 1000, len(rows)))]
-                    for ids in tokenizer.encode_batch(texts):
-                        np.array(ids + [tokenizer.eos_id], dtype=np.uint32).tofile(file)
-        self.ids, self.seed = np.memmap(path, dtype=np.uint32, mode="r"), seed
-
-    def windows(self, positions, block):
-        """Return (len(positions), block + 1) int64 ids of these places in the endless order."""
-        n = (len(self.ids) - 1) // block - 1
-        if n < 1:
-            raise ValueError(f"{len(self.ids)} tokens of text are too few for blocks of {block}")
-        place = shuffled(positions, n, self.seed)
-        shift = mix(np.asarray(positions, dtype=np.uint64) // np.uint64(n), self.seed + 1)
-        starts = place * block + (shift % np.uint64(block)).astype(np.int64)
-        return np.stack([self.ids[s:s + block + 1] for s in starts]).astype(np.int64)
+    return JsonlFiles(paths, PARSERS[kind], cache_dir, skip_bad, kind in MINED, world)
 
 
 # ---------------------------------------------------------------- batches
@@ -260,7 +245,7 @@ class Task:
 
     def __init__(self, kind, cfg, tokenizer, world, files):
         self.kind, self.cfg, self.tokenizer, self.world = kind, cfg, tokenizer, world
-        self.rows = world.main_first(lambda: Rows(files, kind, skip_bad=cfg.skip_bad_lines))
+        self.rows = Rows(files, kind, skip_bad=cfg.skip_bad_lines, world=world)
         self.size = cfg.batch_sizes.get(kind, cfg.batch_size)
         self.pool = self.passages = self.stream = None
         own = self.rows.prompts                # instructions that rows name; "" is one, too
@@ -269,13 +254,12 @@ class Task:
         self.prompts = own + Counter({self.prompt: len(self.rows) - own.total()})
         if self.rows.bad and world.is_main:
             tqdm.write(f"{kind}: {self.rows.bad:,} bad lines left out, {len(self.rows):,} taken")
-        if cfg.stage == "embed_sup" and kind != "sts":
-            self.passages = Passages(self.rows)
+        if cfg.stage == "embed_sup" and kind in MINED:
+            self.passages = Passages(self.rows, world=world)
         if kind == "text":
             made_of = " ".join([*self.rows.hashes().values(), tokenizer.fingerprint()])
-            path = Path(cfg.out) / f"tokens-{text_id(made_of):016x}.bin"
-            self.stream = world.main_first(
-                lambda: TokenStream(self.rows, tokenizer, path, cfg.seed))
+            folder = Path(cfg.out) / f"tokens-{text_id(made_of):016x}"
+            self.stream = TokenStream(self.rows, tokenizer, folder, cfg.seed, world)
         elif len(self.rows) < self.size:
             raise ValueError(f"{', '.join(map(str, files))}: {len(self.rows)} rows are too few for "
                              f"a batch of {self.size}")
@@ -333,8 +317,7 @@ class Task:
             present = negatives[negatives >= 0].tolist()
             texts = texts + [self.passages.text(p) for p in present]
             ids = torch.full(negatives.shape, -1, dtype=torch.int64)
-            ids[negatives >= 0] = torch.tensor([self.passages.ids[p] for p in present],
-                                               dtype=torch.int64)
+            ids[negatives >= 0] = torch.from_numpy(self.passages.ids(present))
         limits = [self.cfg.query_len] * len(queries)
         limits += [self.cfg.passage_len] * (len(texts) - len(queries))
         skip = [prompt_length(self.tokenizer, prompt) for prompt, *_ in triples]
@@ -347,8 +330,7 @@ class Task:
     def _known_ids(self, indices):
         """Return the text ids of all positives of these queries, (B, P), padded with -1."""
         if self.passages:
-            known = [[self.passages.ids[p] for p in self.passages.positives[int(i)]]
-                     for i in indices]
+            known = [self.passages.positive_ids(int(i)) for i in indices]
         else:
             known = [[text_id(pos) for pos in self.rows[int(i)]["pos"]] for i in indices]
         table = torch.full((len(known), max(map(len, known))), -1, dtype=torch.int64)
@@ -374,11 +356,11 @@ def uses_folder(cfg):
     return not any(getattr(cfg, kind) for kind in PARSERS)
 
 
-def hashes(cfg):
-    """Return {kind: {file: SHA-256}} of the data files of a stage, those that exist."""
+def hashes(cfg, world=ALONE):
+    """Return {kind: {file: SHA-256}} of the data files of a stage; all ranks must call."""
     kinds = {"pretrain": ["text"], "sft": ["pairs"], "embed_weak": ["pairs"]}.get(
         cfg.stage, [kind for kind, weight in cfg.task_weights.items() if weight > 0])
-    return {kind: Rows(sources(cfg, kind), kind, skip_bad=cfg.skip_bad_lines).hashes()
+    return {kind: Rows(sources(cfg, kind), kind, skip_bad=cfg.skip_bad_lines, world=world).hashes()
             for kind in kinds if sources(cfg, kind)}
 
 
@@ -431,39 +413,48 @@ def prompts_of(tasks):
 
 
 def fill_pools(tasks, embedder):
-    """Give the tasks their pools of hard negatives, ranked by the model at hand.
+    """Give the tasks their pools of hard negatives, ranked by the model at hand; all ranks call.
 
     A row's own negatives come first; others are mined where it has fewer than `n_negatives`: the
-    passages nearest to the query by cosine, and BM25's. A model that has seen English only ranks
-    nothing for a translated query, so CLR mines around the query's positive. PAPER Sec. 3.4: what
-    Eq. 6 would discard at its first step is left out, since the same model has just scored it;
-    the `n_negatives` hardest stay, so that no query is without. Shared texts are embedded once.
+    passages nearest to the query by cosine. A model that has seen English only ranks nothing for a
+    translated query, so CLR mines around the query's positive. Rows of tools/mine.py bring their
+    cosines: nothing is embedded for them. Ranks share the work (engine/mining.py).
     """
-    vectors = {}
+    tasks = [task for task in tasks if task.passages]
+    if not tasks:
+        return
+    cfg = tasks[0].cfg
+    miner = Miner(cfg.run_dir / "mining", embedder, tasks[0].world, cfg.parallel == "fsdp")
+    miner.clear()                          # of a run that broke off: its model may be another
+    keep = partial(hard_enough, n=cfg.n_negatives)
     for task in tasks:
-        if task.passages is None:
-            continue
-        cfg, p, show = task.cfg, task.passages, task.world.is_main
-        new = [i for i in range(len(p)) if p.ids[i] not in vectors]
-        vectors.update(zip((p.ids[i] for i in new), embedder.encode(
-            [p.text(i) for i in new], show_progress_bar=show)))
-        passages = np.stack([vectors[key] for key in p.ids])
-        lexical = None
-        if task.kind == "clr":
-            queries = passages[[own[0] for own in p.positives]]
+        kind, rows, passages, queries = task.kind, task.rows, task.passages, None
+        if rows.is_scored:
+            pools, _ = miner.of_rows(kind, passages, cfg.pool_size, keep)
         else:
-            rows = [task.rows[q] for q in range(len(task.rows))]
-            queries = encode_queries(embedder, rows, task.prompt)
-            if min(map(len, p.given)) < cfg.n_negatives:
-                numbers, scores = BM25([p.text(i) for i in range(len(p))]).top_k(
-                    [row["query"] for row in rows], cfg.pool_size)
-                lexical = np.where(scores > 0, numbers, -1)
-        pools, scores = mine(queries, passages, p.positives, cfg.pool_size, given=p.given,
-                             n_given=cfg.n_negatives, extra=lexical)
-        easy = should_replace(torch.from_numpy(scores), torch.from_numpy(scores)).numpy()
-        easy[:, :cfg.n_negatives] = False
-        pools = [row[(row >= 0) & ~drop].tolist() for row, drop in zip(pools, easy)]
-        task.pool = HardNegativePool(pools, cfg.n_negatives, policy=cfg.dhnm)
+            vectors = miner.passages(kind, passages)
+            if kind != "clr":
+                queries = miner.queries(kind, len(rows), lambda first, end: encode_queries(
+                    embedder, [rows[q] for q in range(first, end)], task.prompt))
+            pools, _ = miner.pools(kind, passages, queries, vectors,
+                                   (cfg.pool_size, cfg.n_negatives), keep)
+        width = int((pools >= 0).sum(1).max())
+        task.pool = HardNegativePool(torch.from_numpy(pools[:, :width].astype(np.int64)),
+                                     cfg.n_negatives, policy=cfg.dhnm)
+    miner.clear()
+
+
+def hard_enough(pool, scores, n):
+    """Return the pools (Q, P) without what Eq. 6 would discard at its first step, -1 padded.
+
+    PAPER Sec. 3.4: the same model has just scored it. The n hardest stay, so no query is without.
+    """
+    easy = should_replace(torch.from_numpy(scores), torch.from_numpy(scores)).numpy()
+    easy[:, :n] = False
+    keep = (pool >= 0) & ~easy
+    order = np.argsort(~keep, axis=1, kind="stable")
+    keep, pool = (np.take_along_axis(x, order, 1) for x in (keep, pool))
+    return np.where(keep, pool, -1)
 
 
 def encode_queries(embedder, rows, default):
