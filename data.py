@@ -240,6 +240,13 @@ def sft_batch(examples, rows, tokenizer, max_len):
                  targets=torch.tensor(targets), truncated=truncated)
 
 
+def token_stream(rows, tokenizer, cfg, world=ALONE):
+    """Return the `TokenStream` of stage 1; its folder carries the hash of what it is made of."""
+    made_of = " ".join([*rows.hashes().values(), tokenizer.fingerprint()])
+    folder = Path(cfg.out) / f"tokens-{text_id(made_of):016x}"
+    return TokenStream(rows, tokenizer, folder, cfg.seed, world)
+
+
 class Task:
     """One kind of example, and its batches; `pool` holds hard negatives where DHNM works."""
 
@@ -257,9 +264,7 @@ class Task:
         if cfg.stage == "embed_sup" and kind in MINED:
             self.passages = Passages(self.rows, world=world)
         if kind == "text":
-            made_of = " ".join([*self.rows.hashes().values(), tokenizer.fingerprint()])
-            folder = Path(cfg.out) / f"tokens-{text_id(made_of):016x}"
-            self.stream = TokenStream(self.rows, tokenizer, folder, cfg.seed, world)
+            self.stream = token_stream(self.rows, tokenizer, cfg, world)
         elif len(self.rows) < self.size:
             raise ValueError(f"{', '.join(map(str, files))}: {len(self.rows)} rows are too few for "
                              f"a batch of {self.size}")
@@ -432,11 +437,11 @@ def fill_pools(tasks, embedder):
         if rows.is_scored:
             pools, _ = miner.of_rows(kind, passages, cfg.pool_size, keep)
         else:
-            vectors = miner.passages(kind, passages)
+            search = miner.passages(kind, passages)
             if kind != "clr":
                 queries = miner.queries(kind, len(rows), lambda first, end: encode_queries(
                     embedder, [rows[q] for q in range(first, end)], task.prompt))
-            pools, _ = miner.pools(kind, passages, queries, vectors,
+            pools, _ = miner.pools(kind, passages, queries, search,
                                    (cfg.pool_size, cfg.n_negatives), keep)
         width = int((pools >= 0).sum(1).max())
         task.pool = HardNegativePool(torch.from_numpy(pools[:, :width].astype(np.int64)),

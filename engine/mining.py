@@ -23,90 +23,136 @@ BLOCK = 65_536                     # passages that they are scored against at a 
 LARGE = 2e9                        # bytes of float32 embeddings that become float16
 
 
-# ---------------------------------------------------------------- exact search
+# ---------------------------------------------------------------- search
 
-def mine(queries, passages, positives, depth=50, *, given=None, n_given=0, device="cpu"):
+def mine(queries, passages, positives, depth=50, *, given=None, n_given=0):
     """Return (candidates, cosines), each (Q, depth): hard negatives of each query, hardest first.
 
-    queries (Q, D), passages (P, D): normalised embeddings, float32 or float16, in memory or mapped.
-    Candidates are int64 passage numbers padded with -1, cosines float32; equal cosines go by
-    number. A query's `positives` are left out. Its `given` negatives come first; passages are
-    searched for only if there are fewer than `n_given` of them. Never holds Q x P scores.
+    queries (Q, D), passages (P, D): normalised embeddings, float32 or float16, in memory or mapped;
+    passages may be an `Exact` or `Approximate`. Candidates are int64 passage numbers padded with
+    -1, cosines float32; equal cosines go by number. A query's `positives` are left out. Its `given`
+    negatives come first; passages are searched for only if there are fewer than `n_given` of them.
     """
-    given = given or [()] * len(queries)
-    own = [np.asarray(numbers, dtype=np.int64) for numbers in given]
-    scores = cosines(queries, passages, own, device)
-    order = [np.argsort(-s, kind="stable") for s in scores]
+    search = passages if isinstance(passages, Exact) else Exact(passages)
+    own = [np.asarray(numbers, dtype=np.int64) for numbers in given or [()] * len(queries)]
+    scores = search.cosines(queries, own)
     needy = [len(numbers) < max(n_given, 1) for numbers in own]
-    near, near_scores = _nearest(queries, passages, [[*p, *o] for p, o in zip(positives, own)],
-                                 depth, needy, device)
+    near, near_scores = search.nearest(
+        queries, [[*p, *o] for p, o in zip(positives, own)], depth, needy)
     pool = np.full((len(queries), depth), -1, dtype=np.int64)
     out = np.zeros((len(queries), depth), dtype=np.float32)
-    for q, best in enumerate(order):
-        found = near[q] >= 0
-        chosen = np.concatenate([own[q][best], near[q][found]])[:depth]
+    for q, row in enumerate(scores):
+        best, ok = np.argsort(-row, kind="stable"), near[q] >= 0
+        chosen = np.concatenate([own[q][best], near[q][ok]])[:depth]
         pool[q, :len(chosen)] = chosen
-        out[q, :len(chosen)] = np.concatenate([scores[q][best], near_scores[q][found]])[:depth]
+        out[q, :len(chosen)] = np.concatenate([row[best], near_scores[q][ok]])[:depth]
     return pool, out
 
 
-def cosines(queries, passages, numbers, device="cpu"):
-    """Return for each query its cosines with the passages `numbers[q]`: a list of float32 arrays.
+class Exact:
+    """Exact search over passages (P, D), block by block; never holds Q x P scores."""
 
-    The passages of a chunk of queries are read once each.
+    def __init__(self, passages, device="cpu"):
+        self.passages, self.device = passages, torch.device(device)
+
+    def _load(self, vectors):
+        """Put vectors on the device; a CPU computes in float32."""
+        vectors = torch.from_numpy(np.array(vectors)).to(self.device)
+        return vectors if vectors.is_cuda else vectors.float()
+
+    def _product(self, queries, block):
+        """Return the float32 cosines (chunk, b) of some queries and a loaded block of passages."""
+        queries = self._load(queries)
+        if block.is_cuda and block.dtype == torch.float16:
+            return torch.mm(queries.to(block.dtype), block.T, out_dtype=torch.float32)
+        return queries @ block.T
+
+    def cosines(self, queries, numbers):
+        """Return for each query its cosines with the passages `numbers[q]`: float32 arrays.
+
+        The passages of a chunk of queries are read once each.
+        """
+        out = []
+        for start in range(0, len(queries), CHUNK):
+            part = numbers[start:start + CHUNK]
+            distinct, place = np.unique(np.concatenate(part), return_inverse=True)
+            scores = self._product(queries[start:start + CHUNK],
+                                   self._load(self.passages[distinct.astype(np.int64)]))
+            ends = np.cumsum([len(n) for n in part])
+            out += [row[columns] for row, columns in zip(
+                scores.cpu().numpy(), np.split(place.reshape(-1), ends[:-1]))]
+        return out
+
+    def nearest(self, queries, without, depth, needy):
+        """Return (numbers, cosines) (Q, k) of the nearest passages but `without`; -1 padded.
+
+        Only chunks with a query that is `needy` are searched, and only such queries get any.
+        """
+        chunk, k = CHUNK * (1 if self.device.type == "cpu" else 4), min(depth, len(self.passages))
+        starts = [s for s in range(0, len(queries), chunk) if any(needy[s:s + chunk])]
+        values = torch.full((len(queries), k), -torch.inf, device=self.device)
+        numbers = torch.full(values.shape, -1, dtype=torch.int64, device=self.device)
+        pairs = {s: _pairs(without[s:s + chunk]) for s in starts}
+        for first in range(0, len(self.passages) if starts else 0, BLOCK):
+            block = self._load(self.passages[first:first + BLOCK])
+            for s in starts:
+                scores = self._product(queries[s:s + chunk], block)         # (chunk, b)
+                rows, columns = pairs[s]
+                here = (columns >= first) & (columns < first + len(block))
+                rows, columns = torch.from_numpy(rows[here]), torch.from_numpy(columns[here])
+                scores[rows, columns - first] = -torch.inf
+                best, column = top(scores, k)
+                both = torch.cat([values[s:s + chunk], best], 1)
+                which = torch.cat([numbers[s:s + chunk], column + first], 1)
+                both, order = both.sort(dim=1, descending=True, stable=True)    # low blocks first
+                values[s:s + chunk] = both[:, :k]
+                numbers[s:s + chunk] = which.gather(1, order)[:, :k]
+        numbers[values == -torch.inf] = -1
+        numbers[~torch.tensor(needy, dtype=torch.bool)] = -1
+        return numbers.cpu().numpy(), values.cpu().numpy()
+
+
+class Approximate(Exact):
+    """The same by an inverted file of product codes (faiss), ranked again by the exact cosines.
+
+    64 bytes a passage at most, in a file that all ranks map; the main rank builds it. probes: of
+    some sqrt(P) cells, how many are searched.
     """
-    out = []
-    for start in range(0, len(queries), CHUNK):
-        part = numbers[start:start + CHUNK]
-        distinct, place = np.unique(np.concatenate(part), return_inverse=True)
-        distinct = distinct.astype(np.int64)               # (U,)
-        scores = _product(queries[start:start + CHUNK], _load(passages[distinct], device)).cpu()
-        ends = np.cumsum([len(n) for n in part])
-        out += [row[columns] for row, columns in zip(scores.numpy(),
-                                                     np.split(place.reshape(-1), ends[:-1]))]
-    return out
 
+    def __init__(self, passages, path, device="cpu", world=ALONE, probes=32):
+        super().__init__(passages, device)
+        try:
+            import faiss
+        except ImportError:
+            raise ImportError("--search=faiss needs `pip install faiss-cpu`") from None
+        together(world, lambda: self._build(faiss, path) if world.is_main
+                 and not Path(path).is_file() else None)
+        self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+        self.index.nprobe = probes
 
-def _load(vectors, device):
-    """Put vectors on the device; a CPU computes in float32."""
-    vectors = torch.from_numpy(np.array(vectors)).to(device)
-    return vectors if vectors.is_cuda else vectors.float()
+    def _build(self, faiss, path):
+        n, dim = len(self.passages), self.passages[:1].shape[1]
+        codes = max(d for d in range(1, 65) if dim % d == 0)
+        index = faiss.index_factory(dim, f"IVF{max(1, int(n ** 0.5))},PQ{codes}",
+                                    faiss.METRIC_INNER_PRODUCT)
+        index.train(self.passages[::max(1, n // 200_000)].astype(np.float32))
+        for first in range(0, n, BLOCK):
+            index.add(self.passages[first:first + BLOCK].astype(np.float32))
+        faiss.write_index(index, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
 
-
-def _product(queries, block):
-    """Return the float32 cosines (chunk, b) of some queries and a loaded block of passages."""
-    queries = _load(queries, block.device)
-    if block.is_cuda and block.dtype == torch.float16:
-        return torch.mm(queries.to(block.dtype), block.T, out_dtype=torch.float32)
-    return queries @ block.T
-
-
-def _nearest(queries, passages, without, depth, needy, device):
-    """Return (numbers, scores) (Q, k) of the nearest passages but those of `without`; -1 padded.
-
-    Only chunks with a query that is `needy` are searched, and only such queries get any.
-    """
-    chunk, k = CHUNK if str(device) == "cpu" else 4 * CHUNK, min(depth, len(passages))
-    starts = [s for s in range(0, len(queries), chunk) if any(needy[s:s + chunk])]
-    values = torch.full((len(queries), k), -torch.inf, device=device)
-    numbers = torch.full((len(queries), k), -1, dtype=torch.int64, device=device)
-    pairs = {s: _pairs(without[s:s + chunk]) for s in starts}
-    for first in range(0, len(passages) if starts else 0, BLOCK):
-        block = _load(passages[first:first + BLOCK], device)
-        for s in starts:
-            scores = _product(queries[s:s + chunk], block)                  # (chunk, b)
-            rows, columns = pairs[s]
-            here = (columns >= first) & (columns < first + len(block))
-            scores[torch.from_numpy(rows[here]), torch.from_numpy(columns[here] - first)] = \
-                -torch.inf
-            best, column = top(scores, k)
-            both = torch.cat([values[s:s + chunk], best], 1)
-            which = torch.cat([numbers[s:s + chunk], column + first], 1)
-            both, order = both.sort(dim=1, descending=True, stable=True)       # the lower block first
-            values[s:s + chunk], numbers[s:s + chunk] = both[:, :k], which.gather(1, order)[:, :k]
-    numbers[values == -torch.inf] = -1
-    numbers[~torch.tensor(needy, dtype=torch.bool)] = -1
-    return numbers.cpu().numpy(), values.cpu().numpy()
+    def nearest(self, queries, without, depth, needy):
+        """Return what `Exact.nearest` returns, as far as the index finds it."""
+        k = min(len(self.passages), 4 * depth + max(map(len, without), default=0))
+        _, numbers = self.index.search(queries.astype(np.float32), k)
+        numbers = [np.setdiff1d(row, [*out, -1]) if need else row[:0].astype(np.int64)
+                   for row, out, need in zip(numbers, without, needy)]
+        pool = np.full((len(queries), depth), -1, dtype=np.int64)
+        values = np.full(pool.shape, -np.inf, dtype=np.float32)
+        for q, scores in enumerate(self.cosines(queries, numbers)):
+            best = np.argsort(-scores, kind="stable")[:depth]
+            pool[q, :len(best)], values[q, :len(best)] = numbers[q][best], scores[best]
+        return pool, values
 
 
 def _pairs(without):
@@ -144,7 +190,7 @@ class Shared:
         self.path, self.shape, self.dtype, self.step = Path(path), shape, np.dtype(dtype), step
         self.world, self.notes = world, Path(f"{path}.done")
         self.n_parts = -(-shape[0] // step)
-        together(world, lambda: self._create() if world.is_main else None)
+        self.done = together(world, lambda: self._create() if world.is_main else None)[0]
 
     def _create(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,6 +200,7 @@ class Shared:
             self.notes.write_bytes(bytes(self.n_parts))
             with open(self.path, "wb") as file:
                 file.truncate(size)
+        return self.notes.read_bytes()
 
     def fill(self, work, everywhere=False):
         """Write `work(first, end)` into each part that is not done; return the whole, mapped.
@@ -161,10 +208,9 @@ class Shared:
         everywhere: all ranks call `work` for all parts, since its model needs them all (fsdp).
         """
         def run():
-            done = self.notes.read_bytes()
             for i in range(self.n_parts):
                 mine = i % self.world.size == self.world.rank
-                if not done[i] and (mine or everywhere):
+                if not self.done[i] and (mine or everywhere):
                     part = work(i * self.step, min((i + 1) * self.step, self.shape[0]))
                     if mine:
                         self._write(self.path, i * self.step * self._row(), part.astype(self.dtype))
@@ -245,36 +291,35 @@ class Miner:
             work, self.everywhere)
 
     def passages(self, name, passages):
-        """Return a `View` of the embeddings of a `Passages`."""
+        """Return exact search over the embeddings of a `Passages`."""
         ids = passages.ids(np.arange(len(passages)))
         places = self.store.find(ids)
         new = np.flatnonzero(places < 0)
         places[new] = self.store.add(ids[new], self._embed(
             f"{name}.passages", len(new), lambda first, end: self.embedder.encode(
                 [passages.text(i) for i in new[first:end].tolist()])))
-        return View(self.store, places)
+        return Exact(View(self.store, places), self.embedder.device)
 
     def queries(self, name, n, encode):
         """Return the embeddings (n, D) of queries; encode: (first, end) -> (end - first, D)."""
         return self._embed(f"{name}.queries", n, encode)
 
-    def pools(self, name, passages, queries, vectors, sizes, keep=None):
+    def pools(self, name, passages, queries, search, sizes, keep=None):
         """Return (candidates, cosines), (Q, depth) int32 and float32 in a file.
 
-        queries: (Q, D); None: the query of a row is its first positive. vectors: of `passages`.
-        sizes: (depth, n_given), see `mine`. keep: (candidates, cosines) -> candidates.
+        queries: (Q, D); None: the query of a row is its first positive. search: over the vectors of
+        `passages`. sizes: (depth, n_given), see `mine`. keep: (candidates, cosines) -> candidates.
         """
         def work(first, end):
             known = [passages.positives(q) for q in range(first, end)]
             given = [passages.negatives(q) for q in range(first, end)]
-            mine_for = vectors[np.array([p[0] for p in known])] if queries is None else \
-                queries[first:end]
-            return mine(mine_for, vectors, known, sizes[0], given=given, n_given=sizes[1],
-                        device=self.embedder.device)
+            vectors = queries[first:end] if queries is not None else \
+                search.passages[np.array([p[0] for p in known])]
+            return mine(vectors, search, known, sizes[0], given=given, n_given=sizes[1])
         return self._units(name, len(passages.rows), sizes[0], work, keep)
 
     def of_rows(self, name, passages, depth, keep=None):
-        """Return the same of rows that bring negatives and their cosines: nothing is embedded."""
+        """Return the same of rows that bring their negatives, in order, and their cosines."""
         def work(first, end):
             pool = np.full((end - first, depth), -1, dtype=np.int64)
             out = np.zeros((end - first, depth), dtype=np.float32)
@@ -283,8 +328,7 @@ class Miner:
                 score = {}
                 for text, cosine in zip(row["neg"], row["cosines"]):
                     score.setdefault(text_id(text), cosine)
-                best = sorted((key for key in score if key not in known),
-                              key=lambda key: -score[key])[:depth]
+                best = [key for key in score if key not in known][:depth]
                 pool[i, :len(best)] = passages.numbers(best)
                 out[i, :len(best)] = [score[key] for key in best]
             return pool, out
@@ -303,5 +347,6 @@ class Miner:
 
     def clear(self):
         """Remove the files; all ranks must call."""
+        self.world.gather_objects(None)                    # each has mapped them by now
         together(self.world, lambda: shutil.rmtree(self.folder, ignore_errors=True)
                  if self.world.is_main else None)

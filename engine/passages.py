@@ -107,6 +107,10 @@ class Passages:
         middle = first + int(file.n_pos[i])
         return file.ids[first:middle] if part == "pos" else file.ids[middle:end]
 
+    def own_positives(self, q):
+        """Return the numbers of row q's own positives, as they stand in the row."""
+        return self.numbers(self._ids_of(q, "pos"))
+
     def positive_ids(self, q):
         """Return the distinct ids of row q's positives, its own first, then those of its twins.
 

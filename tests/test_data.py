@@ -254,7 +254,7 @@ def test_translated_queries_are_mined_around_their_positive(tokenizer, embedder,
     calls = {}
 
     def mine(queries, passages, *args, **more):
-        calls[len(calls)] = (queries, passages)
+        calls[len(calls)] = (queries, passages.passages)
         return np.full((len(queries), 50), -1), np.zeros((len(queries), 50), np.float32)
     monkeypatch.setattr(mining, "mine", mine)
     data.fill_pools([task(tokenizer, rows, "clr"), task(tokenizer, rows, "retrieval")], embedder)

@@ -115,7 +115,8 @@ def test_any_gz_gives_right_rows_or_a_clear_error(folder, raw):
     where = folder()
     path = where / "rows.jsonl.gz"
     path.write_bytes(raw)
-    for read in (lambda: JsonlFiles([path], data.parse_text, where), lambda: list(read_jsonl(path))):
+    for read in (lambda: JsonlFiles([path], data.parse_text, where),
+                 lambda: list(read_jsonl(path))):
         try:
             read()
         except Exception as error:

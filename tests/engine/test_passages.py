@@ -69,7 +69,7 @@ def test_passages_of_rows_that_repeat_each_other(tmp_path):
                                 ids=True), tmp_path)
     assert [table.text(i) for i in range(len(table))] == ["a", "b", "c"]
     assert [set(table.positives(q).tolist()) for q in (0, 1)] == [{0, 1}, {0, 1}]
-    assert [table.negatives(q).tolist() for q in (0, 1)] == [[], [2]]  # the other's positive is none
+    assert [table.negatives(q).tolist() for q in (0, 1)] == [[], [2]]  # no positive of the other
 
 
 def test_a_damaged_table_is_named_and_built_again(tmp_path, capsys):

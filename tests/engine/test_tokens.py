@@ -44,7 +44,8 @@ def test_a_broken_build_continues(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         TokenStream(TEXTS, tokenizer, folder)
     assert len(list(folder.iterdir())) == 4                # four whole shards, nothing else
-    monkeypatch.setattr(tokenizer, "encode_batch", lambda texts: shards.append(texts) or real(texts))
+    monkeypatch.setattr(tokenizer, "encode_batch",
+                        lambda texts: shards.append(texts) or real(texts))
     again = TokenStream(TEXTS, tokenizer, folder)
     assert len(shards) == 10 and shards[4][0] == TEXTS[40]
     assert again.read(0, len(again)).tolist() == whole.read(0, len(whole)).tolist()
