@@ -13,21 +13,22 @@ number (engine/order.py). That is why resuming needs no reader state.
 UNSPECIFIED: the instruction template; `format_query` is the one place that knows it.
 """
 from collections import Counter
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from dhnm import HardNegativePool, should_replace
+from engine.batch import Batch, end_text  # noqa: F401
 from engine.collection import (Collection, document_text, find_packed,  # noqa: F401
                                load_collection, read_with_ids)
 from engine.index import ALONE, JsonlFiles, text_id
 from engine.jsonl import is_json
-from engine.mining import Miner
+from engine.mining import Miner, encode_queries
 from engine.order import choice, shuffled
 from engine.passages import Passages
 from engine.tokens import TokenStream
@@ -57,17 +58,6 @@ def format_sft(instruction, text):
 def prompt_length(tokenizer, instruction):
     """Return how many tokens an instruction takes in front of a text."""
     return len(tokenizer.encode(format_query("", instruction))) if instruction else 0
-
-
-def end_text(ids, limit, eos_id):
-    """Return the ids of a text to embed: at most `limit`, and the last one is the end of text.
-
-    UNSPECIFIED: the paper does not say how a text ends. With this end no text is empty.
-
-    >>> end_text([5, 6, 7], 3, eos_id=0), end_text([], 3, eos_id=0)
-    ([5, 6, 0], [0])
-    """
-    return ids[:limit - 1] + [eos_id]
 
 
 # ---------------------------------------------------------------- rows
@@ -156,64 +146,6 @@ def Rows(paths, kind, cache_dir="out/cache", skip_bad=False, world=ALONE):
 
 # ---------------------------------------------------------------- batches
 
-@dataclass
-class Batch:
-    """One step's examples on this rank, as the model takes them.
-
-    ids (S,) and lengths: the texts, in the order queries, positives, negatives (contrastive), or
-    sentence1, sentence2 (STS), or the documents of the LM stages, then with targets (S,).
-    """
-    task: str
-    ids: torch.Tensor
-    lengths: list
-    rows: np.ndarray                       # the examples' numbers in their source
-    targets: torch.Tensor | None = None
-    skip: list | None = None                       # instruction tokens at the start of each text
-    query_ids: torch.Tensor | None = None          # (B,) text ids
-    positive_ids: torch.Tensor | None = None       # (B,)
-    negative_ids: torch.Tensor | None = None       # (B, N), -1 for an empty place
-    known_ids: torch.Tensor | None = None          # (B, P) all positives of each query, -1 padded
-    scores: torch.Tensor | None = None             # (B,) STS
-    truncated: int = 0                             # texts that were cut
-
-    def to(self, device):
-        """Move the tensors; lengths stay on the CPU, where attention is planned."""
-        for name, value in vars(self).items():
-            if torch.is_tensor(value):
-                setattr(self, name, value.to(device, non_blocking=True))
-        return self
-
-    def chunks(self, n_texts):
-        """Yield (ids, lengths, targets or None, skip or None) of about `n_texts` texts; 0: all.
-
-        Absent negatives count as texts: all ranks then have the same number of chunks. FSDP
-        synchronises at every chunk, so they must.
-        """
-        texts = sure = len(self.lengths)
-        if self.negative_ids is not None:
-            sure = 2 * len(self.negative_ids)              # queries and positives are never absent
-            texts = sure + self.negative_ids.numel()
-        count, start = min(-(-texts // (n_texts or texts)), sure), 0
-        cuts = [-(-i * len(self.lengths) // count) for i in range(count + 1)]
-        for first, last in zip(cuts, cuts[1:]):
-            lengths = self.lengths[first:last]
-            end = start + sum(lengths)
-            yield (self.ids[start:end], lengths,
-                   None if self.targets is None else self.targets[start:end],
-                   None if self.skip is None else self.skip[first:last])
-            start = end
-
-    @classmethod
-    def of(cls, task, texts, limits, tokenizer, rows, **rest):
-        """Tokenise `texts`, cut (counted) and end each by `end_text`, and lay them out flat."""
-        encoded = tokenizer.encode_batch(texts)
-        ended = [end_text(ids, limit, tokenizer.eos_id) for ids, limit in zip(encoded, limits)]
-        truncated = sum(len(ids) >= limit for ids, limit in zip(encoded, limits))
-        flat = np.fromiter((i for ids in ended for i in ids), dtype=np.int64)
-        return cls(task, torch.from_numpy(flat), [len(ids) for ids in ended], rows,
-                   truncated=truncated, **rest)
-
-
 def lm_batch(stream, positions, block):
     """Return a `Batch` of windows with the next token of each place as its target."""
     windows = torch.from_numpy(stream.windows(positions, block))            # (B, block + 1)
@@ -273,8 +205,8 @@ class Task:
 
     def load_pool(self, state):
         """Set the pool of a resumed run from what `HardNegativePool.state_dict` gave."""
-        candidates = [row[row >= 0].tolist() for row in state["candidates"]]
-        self.pool = HardNegativePool(candidates, self.cfg.n_negatives, policy=self.cfg.dhnm)
+        self.pool = HardNegativePool(state["candidates"], self.cfg.n_negatives,
+                                     policy=self.cfg.dhnm)
         self.pool.load_state_dict(state)
 
     def pairs_of(self, indices, epoch):
@@ -338,10 +270,7 @@ class Task:
             known = [self.passages.positive_ids(int(i)) for i in indices]
         else:
             known = [[text_id(pos) for pos in self.rows[int(i)]["pos"]] for i in indices]
-        table = torch.full((len(known), max(map(len, known))), -1, dtype=torch.int64)
-        for row, ids in zip(table, known):
-            row[:len(ids)] = torch.tensor(ids)
-        return table
+        return pad_sequence([torch.tensor(ids) for ids in known], True, -1)
 
 
 # ---------------------------------------------------------------- the mixture of a stage
@@ -460,13 +389,3 @@ def hard_enough(pool, scores, n):
     order = np.argsort(~keep, axis=1, kind="stable")
     keep, pool = (np.take_along_axis(x, order, 1) for x in (keep, pool))
     return np.where(keep, pool, -1)
-
-
-def encode_queries(embedder, rows, default):
-    """Return (Q, D) vectors of the rows' queries, each under its own instruction."""
-    prompts = [default if row["prompt"] is None else row["prompt"] for row in rows]
-    out = np.empty((len(rows), embedder.dim), dtype=np.float32)
-    for prompt in Counter(prompts):
-        chosen = [i for i, other in enumerate(prompts) if other == prompt]
-        out[chosen] = embedder.encode([rows[i]["query"] for i in chosen], prompt=prompt)
-    return out

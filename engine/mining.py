@@ -9,6 +9,7 @@ no rank ever holds all embeddings. Files are 16-bit where they would be large. P
 """
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -113,10 +114,10 @@ class Exact:
 
 
 class Approximate(Exact):
-    """The same by an inverted file of product codes (faiss), ranked again by the exact cosines.
+    """The same by faiss: an inverted file of 8-bit vectors, ranked again by the exact cosines.
 
-    64 bytes a passage at most, in a file that all ranks map; the main rank builds it. probes: of
-    some sqrt(P) cells, how many are searched.
+    The file takes D bytes a passage; the main rank builds it, all ranks map it. probes: how many of
+    its sqrt(P) cells are searched.
     """
 
     def __init__(self, passages, path, device="cpu", world=ALONE, probes=32):
@@ -132,8 +133,7 @@ class Approximate(Exact):
 
     def _build(self, faiss, path):
         n, dim = len(self.passages), self.passages[:1].shape[1]
-        codes = max(d for d in range(1, 65) if dim % d == 0)
-        index = faiss.index_factory(dim, f"IVF{max(1, int(n ** 0.5))},PQ{codes}",
+        index = faiss.index_factory(dim, f"IVF{max(1, int(n ** 0.5))},SQ8",
                                     faiss.METRIC_INNER_PRODUCT)
         index.train(self.passages[::max(1, n // 200_000)].astype(np.float32))
         for first in range(0, n, BLOCK):
@@ -272,6 +272,16 @@ class View:
             here = (places >= start) & (places < end)
             out[here] = array[places[here] - start]
         return out
+
+
+def encode_queries(embedder, rows, default):
+    """Return (Q, D) vectors of the rows' queries, each under its own instruction."""
+    prompts = [default if row["prompt"] is None else row["prompt"] for row in rows]
+    out = np.empty((len(rows), embedder.dim), dtype=np.float32)
+    for prompt in Counter(prompts):
+        chosen = [i for i, other in enumerate(prompts) if other == prompt]
+        out[chosen] = embedder.encode([rows[i]["query"] for i in chosen], prompt=prompt)
+    return out
 
 
 class Miner:

@@ -20,13 +20,13 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import load_config
-from data import encode_queries, parse_pair
+from data import parse_pair
 from embed import Embedder
 from engine import distributed
 from engine.bm25 import BM25
 from engine.index import JsonlFiles, together
 from engine.jsonl import atomic, to_line
-from engine.mining import Approximate, Exact, Miner
+from engine.mining import Approximate, Exact, Miner, encode_queries
 from engine.passages import Passages
 
 PART = 4096                        # rows that one rank writes at a time
