@@ -258,19 +258,13 @@ class Task:
         limits = [self.cfg.query_len] * len(queries)
         limits += [self.cfg.passage_len] * (len(texts) - len(queries))
         skip = [prompt_length(self.tokenizer, prompt) for prompt, *_ in triples]
+        known = [self.passages.positive_ids(int(i)) if self.passages else
+                 [text_id(pos) for pos in self.rows[int(i)]["pos"]] for i in indices]
         return Batch.of(self.kind, texts, limits, self.tokenizer, indices, negative_ids=ids,
                         skip=skip + [0] * (len(texts) - len(skip)),
                         query_ids=torch.tensor([text_id(query) for _, query, _ in triples]),
                         positive_ids=torch.tensor([text_id(pos) for *_, pos in triples]),
-                        known_ids=self._known_ids(indices))
-
-    def _known_ids(self, indices):
-        """Return the text ids of all positives of these queries, (B, P), padded with -1."""
-        if self.passages:
-            known = [self.passages.positive_ids(int(i)) for i in indices]
-        else:
-            known = [[text_id(pos) for pos in self.rows[int(i)]["pos"]] for i in indices]
-        return pad_sequence([torch.tensor(ids) for ids in known], True, -1)
+                        known_ids=pad_sequence([torch.tensor(ids) for ids in known], True, -1))
 
 
 # ---------------------------------------------------------------- the mixture of a stage

@@ -7,11 +7,13 @@ No Python object stands for a row, so memory does not grow with the rows. A seco
 the index, each rank a share of it, and reads no row. A damaged index is named and built again. The
 folder of indices must be one that all ranks see.
 """
+import contextlib
 import gzip
 import hashlib
 import json
 import os
 import shutil
+import time
 import unicodedata
 import zlib
 from array import array
@@ -26,6 +28,7 @@ from tqdm import tqdm
 from engine.jsonl import atomic, parse_line
 
 RANGE = 1 << 26                    # bytes of a file that one rank checks at a time
+OLD = 3600                         # seconds after which a part of another build is removed
 PROMPTS = 100                      # different instructions that are counted
 
 
@@ -89,6 +92,8 @@ def build(jobs, world):
     def aside(j, k=""):
         return jobs[j].path.with_name(f"{jobs[j].path.stem}.{k}.{token}.tmp")
 
+    together(world, lambda: _sweep({job.path.parent for job in jobs}) if world.is_main else None)
+
     def make():
         seen = {}
         for j, k in mine:
@@ -121,6 +126,14 @@ def build(jobs, world):
         for path in [aside(j, k) for j, k in mine] + [aside(j) for j in range(len(jobs))]:
             path.unlink(missing_ok=True)
         raise
+
+
+def _sweep(folders):
+    """Remove the parts that builds left behind which were killed."""
+    for path in [path for folder in folders for path in folder.glob("*.tmp")]:
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > OLD:
+                path.unlink()
 
 
 def _slices(lengths, k):

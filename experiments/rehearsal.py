@@ -10,6 +10,7 @@ the ranks; exact search has its FLOPs, and the share of a plain matmul's rate th
 Writes results/rehearsal.json and the tables of docs/scale.md; `train.py --dry_run` reads the law.
 """
 import json
+import math
 import os
 import platform
 import random
@@ -163,10 +164,10 @@ def disk(folder, cache):
 def plain_rate(vectors):
     """Return the TFLOP/s of a plain float32 matmul of the search's shapes on one thread."""
     block = torch.from_numpy(vectors[:SEARCH].astype(np.float32))
-    began = time.process_time()
-    for start in range(0, 4096, CHUNK):
+    began, n = time.process_time(), min(4096, len(block))
+    for start in range(0, n, CHUNK):
         block[start:start + CHUNK] @ block.T
-    return 2 * 4096 * len(block) * WIDTH / 1e12 / (time.process_time() - began)
+    return 2 * n * len(block) * WIDTH / 1e12 / (time.process_time() - began)
 
 
 def worker(folder):
@@ -219,7 +220,10 @@ def fit(runs):
 
 
 def table_of(runs):
-    """Return the rows of the table: what a unit costs, by size and ranks, and memory."""
+    """Return the rows of the table: what a unit costs, by size and ranks, and memory.
+
+    power of rows: the exponent x of seconds = c * rows ** x between the smallest and largest files.
+    """
     small, large = min(runs), max(runs)
     first = min(runs[large])
     rows = []
@@ -228,6 +232,10 @@ def table_of(runs):
         for n in runs:
             said = runs[n][first]["parts"][part]
             row[f"s a unit, {n:,} rows"] = said["seconds"] / said["amount"]
+        ends = [runs[n][first]["parts"][part] for n in (small, large)]
+        if ends[1]["amount"] > ends[0]["amount"]:
+            row["power of rows"] = math.log(ends[1]["seconds"] / ends[0]["seconds"]) / math.log(
+                ends[1]["amount"] / ends[0]["amount"])
         for ranks in runs[large]:
             if ranks > first:
                 row[f"{ranks} ranks, share of it"] = runs[large][ranks]["parts"][part]["seconds"] \
@@ -262,11 +270,15 @@ def main(argv=None):
             folder = Path(cfg.folder or temporary) / str(n)
             write_rows(folder, n)
             runs[n] = {ranks: launch(folder, ranks) for ranks in cfg.ranks}
+    record(cfg, runs)
+
+
+def record(cfg, runs):
+    """Write the results file of {rows: {ranks: rehearsal}}, and fill the tables of the page."""
     law = fit(runs)
-    result = {"title": "What comes before the first step", "tables": {"": table_of(runs)},
-              "law": law, "cores": len(os.sched_getaffinity(0)), "cpu": platform.processor(),
-              "runs": runs}
-    write_result(cfg.results, "rehearsal", result)
+    write_result(cfg.results, "rehearsal", {
+        "title": "What comes before the first step", "tables": {"": table_of(runs)}, "law": law,
+        "cores": len(os.sched_getaffinity(0)), "cpu": platform.machine(), "runs": runs})
     if cfg.page:
         path = Path(cfg.page)
         text = fill(path.read_text("utf-8"), {

@@ -60,6 +60,10 @@ def test_memory_does_not_grow_with_rows(runs):
         assert large < small + 25, part
 
 
+def test_exact_search_reaches_a_share_of_a_matmuls_rate(runs):
+    assert 0.1 < rehearsal.fit(runs)["exact search"]["share"] < 1.2
+
+
 def test_the_law_is_the_cost_of_a_unit(runs, tmp_path, monkeypatch, capsys):
     law, parts = rehearsal.fit(runs), runs[12_000][1]["parts"]
     assert law["index of pairs"]["seconds"] == pytest.approx(
