@@ -34,7 +34,7 @@ from engine.jsonl import atomic
 from engine.mining import CHUNK, Exact, Miner, Shared, mine
 from engine.passages import Passages
 from engine.tokens import TokenStream
-from experiments.results import ROOT, fill, markdown, write_result
+from experiments.results import ROOT, fill, markdown
 from tokenizer import Tokenizer
 from train import TrainConfig
 
@@ -276,9 +276,11 @@ def main(argv=None):
 def record(cfg, runs):
     """Write the results file of {rows: {ranks: rehearsal}}, and fill the tables of the page."""
     law = fit(runs)
-    write_result(cfg.results, "rehearsal", {
-        "title": "What comes before the first step", "tables": {"": table_of(runs)}, "law": law,
-        "cores": len(os.sched_getaffinity(0)), "cpu": platform.machine(), "runs": runs})
+    with atomic(Path(cfg.results) / "rehearsal.json") as file:
+        json.dump({"title": "What comes before the first step", "tables": {"": table_of(runs)},
+                   "law": law, "cores": len(os.sched_getaffinity(0)), "cpu": platform.machine(),
+                   "runs": runs}, file, indent=1)
+        file.write("\n")
     if cfg.page:
         path = Path(cfg.page)
         text = fill(path.read_text("utf-8"), {
