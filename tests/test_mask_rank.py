@@ -11,7 +11,7 @@ import torch
 
 import mask
 from mask import (CAUSAL, FULL, KINDS, MaskSpec, alpha, effective_rank, mask_rank, mask_weights,
-                  rank_law, rank_table, soft_mask)
+                  rank_law, soft_mask)
 
 ROOT = Path(__file__).parent.parent
 
@@ -168,15 +168,6 @@ def test_effective_rank():
     assert along == sorted(along, reverse=True)
 
 
-def test_table_holds_the_law_on_every_line():
-    rows = list(rank_table(24, rows=7))
-    assert len(rows) == 3 * 2 * 7
-    assert {(kind, axis) for kind, axis, *_ in rows} == {(k, x) for k in KINDS
-                                                         for x in ("row", "col")}
-    for kind, axis, step, a, rank, law, effective in rows:
-        assert a == alpha(step, 6, kind) and rank == law and 1 <= effective <= rank + 1e-9
-
-
 # ---------------------------------------------------------------- the mask of a forward pass
 
 def test_spec_knows_when_no_tensor_is_needed():
@@ -195,7 +186,6 @@ def test_spec_knows_when_no_tensor_is_needed():
     (lambda: soft_mask(4, 1.1), "1.1"),
     (lambda: soft_mask(4, -0.1), "-0.1"),
     (lambda: soft_mask(4, math.nan), "nan"),
-    (lambda: soft_mask(0, 0.5), "0"),
     (lambda: soft_mask(4, 0.5, "diagonal"), "diagonal"),
     (lambda: MaskSpec(alpha=2.0), "2.0"),
     (lambda: MaskSpec(alpha=math.nan), "nan"),
