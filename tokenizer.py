@@ -149,14 +149,15 @@ class Tokenizer:
         with open(path, encoding="utf-8", errors="replace") as file:
             n_tokens = _parse_header(file.readline(), f"{path}:1")
             for line in file:                  # ranks are 0, 1, 2 ..., so no line is lost
-                where = f"{path}:{len(ranks) + 2}: {line.strip()[:80]!r}"
+                where, found = f"{path}:{len(ranks) + 2}", repr(line.strip()[:80])
                 try:
                     text, rank = line.split()
                     token, rank = base64.b64decode(text, validate=True), int(rank)
                 except ValueError as error:
-                    raise ValueError(f"{where} is a broken line: {error}") from error
+                    raise ValueError(f"{where}: broken line {found}: {error}") from error
                 if rank != len(ranks) or not token or token in ranks:
-                    raise ValueError(f"{where}: expected a new token of rank {len(ranks)}")
+                    raise ValueError(f"{where}: expected a new token of rank {len(ranks)}, "
+                                     f"found {found}")
                 ranks[token] = rank
         n_bytes = sum(len(token) == 1 for token in ranks)
         if (len(ranks), n_bytes) != (n_tokens, 256):

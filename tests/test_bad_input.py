@@ -17,7 +17,7 @@ import embed
 import eval as evaluation
 import train
 from configurator import load_config
-from engine import checkpoint
+from engine import checkpoint, model_folder
 from ranks import ROOT, SMALL, write_collection, write_lines
 from tokenizer import HEADER, PATTERN, Tokenizer
 
@@ -96,9 +96,9 @@ def header(**changed):
 
 
 BAD_HEADERS = {
-    b"": "expected a line", HEADER.encode() + b"null": "broken header",
-    HEADER.encode() + b"[" * 100_000: "broken header",
-    header(tokens="many"): "broken header", header(tokens=282): "the header says 282",
+    b"": "expected a line", HEADER.encode() + b"null": "expected a line",
+    HEADER.encode() + b"[" * 100_000: "RecursionError",
+    header(tokens="many"): "expected many and 256", header(tokens=282): "expected 282 and 256",
     header(pattern="(?R)"): "cuts words by another pattern, '(?R)'; train the tokenizer again"}
 
 
@@ -112,9 +112,9 @@ def test_broken_tokenizer_headers(tmp_path, tokenizer_file, line, reason):
 
 
 @pytest.mark.parametrize("line, reason", [
-    (b"", "broken line"), (b"IQ== 5 6", "broken line"), (b"IQ== -1", "expected a token of rank 40"),
+    (b"", "broken line"), (b"IQ== 5 6", "broken line"), (b"IQ== -1", "new token of rank 40"),
     (b"!!! 40", "broken line"), (b"\xff\xfe 40", "broken line"),
-    (b"IQ== " + b"9" * 5000, "broken line"), (b"AA== 40", "is already rank")])
+    (b"IQ== " + b"9" * 5000, "broken line"), (b"AA== 40", "new token of rank 40")])
 def test_broken_tokenizer_lines(tmp_path, tokenizer_file, line, reason):
     lines = tokenizer_file.read_bytes().split(b"\n")
     path = tmp_path / "bad.tiktoken"
@@ -200,7 +200,7 @@ def test_broken_safetensors(tmp_path, raw):
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw)
     with pytest.raises(ValueError, match="model.safetensors: damaged safetensors file"):
-        embed.read_safetensors(path)
+        model_folder.read_safetensors(path)
 
 
 # ---------------------------------------------------------------- the settings of a run
