@@ -47,13 +47,12 @@ def load_config(cls, argv=None):
         raise SystemExit(2) from None
 
 
-def split_args(argv=None):
+def split_args(argv):
     """Return (files, flags) as typed; of a flag given twice the last.
 
     >>> split_args(["config/sft.py", "--seed=1", "--compile", "--seed=2"])
     (['config/sft.py'], {'seed': '--seed=2', 'compile': '--compile'})
     """
-    argv = sys.argv[1:] if argv is None else argv
     flags = {arg[2:].partition("=")[0]: arg for arg in argv if arg.startswith("--")}
     return [arg for arg in argv if not arg.startswith("-")], flags
 

@@ -50,6 +50,7 @@ class Embedder:
     def __init__(self, path, device=None, dtype=None):
         where, raw, weights = read_model(path)
         tokenizer = Tokenizer.load(where / "tokenizer.tiktoken")
+        device = torch.device(device or accelerator())
         try:
             meta = json.loads(raw)
             config, mask = ConanConfig(**meta["model"]), MaskSpec(**meta["mask"])
@@ -58,14 +59,11 @@ class Embedder:
             if max_len < 1 or n_tokens > config.vocab_size or not are_texts:
                 raise ValueError(f"passage_len {max_len}, prompts {prompts}, {n_tokens} tokens "
                                  f"for a model of {config.vocab_size}")
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: its config is not train.py's: {error!r}") from None
-        device = torch.device(device or accelerator())
-        model = Conan(config, ops=kernels.pick(device))
-        try:
+            model = Conan(config, ops=kernels.pick(device))
             model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"{where}: the weights do not fit the model: {error}") from None
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{where}: its config is not train.py's, or does not fit its weights: "
+                             f"{error!r}") from None
         self._set(model.to(device).eval(), tokenizer, mask, max_len, prompts, dtype)
         self.checkpoint, self.meta = where, meta
 

@@ -12,7 +12,6 @@ UNSPECIFIED: l is "the training sequence length". With each text's own length an
 depend on the text's batch.
 DEVIATES: the formula divides by the row i, the prose speaks of columns: `axis="row" | "col"`.
 """
-import argparse
 import itertools
 import math
 from dataclasses import dataclass
@@ -133,9 +132,7 @@ def rank_law(seq_len, alpha, axis="row"):
 
 def main():
     """Print the rank along all three schedules, in both readings, beside the law."""
-    parser = argparse.ArgumentParser(description="the soft mask, its schedules and its rank")
-    parser.add_argument("--seq_len", type=int, default=64, help="tokens in the text (N)")
-    n = parser.parse_args().seq_len
+    n = 64
     print(f"M of Eq. (4) for a text of N = {n} tokens; law: N - floor(alpha N), one more for "
           "columns\n\nschedule      axis step   alpha  rank   law  effective rank")
     for kind, axis, step in itertools.product(KINDS, ("row", "col"), range(9)):

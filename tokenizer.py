@@ -128,8 +128,7 @@ class Tokenizer:
         Other programs read the file after dropping its first line.
         """
         lines = [HEADER + json.dumps({"tokens": self.eos_id, "pattern": PATTERN})]
-        lines += [f"{base64.b64encode(token).decode()} {rank}"
-                  for rank, token in enumerate(self.tokens())]
+        lines += [_token_line(token, rank) for rank, token in enumerate(self.tokens())]
         return ("\n".join(lines) + "\n").encode("ascii")
 
     def fingerprint(self):
@@ -148,22 +147,24 @@ class Tokenizer:
         ranks = {}
         with open(path, encoding="utf-8", errors="replace") as file:
             n_tokens = _parse_header(file.readline(), f"{path}:1")
-            for line in file:                  # ranks are 0, 1, 2 ..., so no line is lost
-                where, found = f"{path}:{len(ranks) + 2}", repr(line.strip()[:80])
+            for line in map(str.strip, file):
                 try:
-                    text, rank = line.split()
-                    token, rank = base64.b64decode(text, validate=True), int(rank)
-                except ValueError as error:
-                    raise ValueError(f"{where}: broken line {found}: {error}") from error
-                if rank != len(ranks) or not token or token in ranks:
-                    raise ValueError(f"{where}: expected a new token of rank {len(ranks)}, "
-                                     f"found {found}")
-                ranks[token] = rank
+                    token = base64.b64decode(line.partition(" ")[0])
+                except ValueError:
+                    token = b""
+                if not token or token in ranks or line != _token_line(token, len(ranks)):
+                    raise ValueError(f"{path}:{len(ranks) + 2}: expected a new token of rank "
+                                     f"{len(ranks)}, found {line[:80]!r}")
+                ranks[token] = len(ranks)
         n_bytes = sum(len(token) == 1 for token in ranks)
         if (len(ranks), n_bytes) != (n_tokens, 256):
             raise ValueError(f"{path}: has {len(ranks)} tokens, {n_bytes} of them single bytes; "
                              f"expected {n_tokens} and 256")
         return cls(ranks)
+
+
+def _token_line(token, rank):
+    return f"{base64.b64encode(token).decode()} {rank}"
 
 
 def _parse_header(line, where):

@@ -111,17 +111,15 @@ def test_broken_tokenizer_headers(tmp_path, tokenizer_file, line, reason):
     assert_clear(caught.value, path, reason)
 
 
-@pytest.mark.parametrize("line, reason", [
-    (b"", "broken line"), (b"IQ== 5 6", "broken line"), (b"IQ== -1", "new token of rank 40"),
-    (b"!!! 40", "broken line"), (b"\xff\xfe 40", "broken line"),
-    (b"IQ== " + b"9" * 5000, "broken line"), (b"AA== 40", "new token of rank 40")])
-def test_broken_tokenizer_lines(tmp_path, tokenizer_file, line, reason):
+@pytest.mark.parametrize("line", [b"", b"IQ== 5 6", b"IQ== -1", b"!!! 40", b"\xff\xfe 40",
+                                  b"AA== 40", b"IQ==  40", b"IQ== " + b"9" * 5000])
+def test_broken_tokenizer_lines(tmp_path, tokenizer_file, line):
     lines = tokenizer_file.read_bytes().split(b"\n")
     path = tmp_path / "bad.tiktoken"
     path.write_bytes(b"\n".join([*lines[:41], line, *lines[42:]]))
     with pytest.raises(Exception) as caught:
         Tokenizer.load(path)
-    assert_clear(caught.value, f"{path}:42: ", reason)
+    assert_clear(caught.value, f"{path}:42: expected a new token of rank 40")
 
 
 # ---------------------------------------------------------------- checkpoints and exports
@@ -143,7 +141,7 @@ BAD_METAS = {
         ({**META, "model": None}, "its config is not train.py's"),
         ({**META, "model": {**MODEL, "surprise": 1}}, "surprise"),
         ({**META, "model": {**MODEL, "n_head": 3}}, "n_embd 8 must be n_head 3 times"),
-        ({**META, "model": {**MODEL, "n_layer": 2}}, "the weights do not fit the model"),
+        ({**META, "model": {**MODEL, "n_layer": 2}}, "does not fit its weights: RuntimeError"),
         ({**META, "model": {**MODEL, "n_embd": "8"}}, "its config is not train.py's"),
         ({**META, "model": {**MODEL, "vocab_size": 99}}, "285 tokens for a model of 99"),
         ({**META, "mask": {"alpha": 2.0}}, "alpha"),
