@@ -157,11 +157,8 @@ def test_a_pool_smaller_than_n_is_filled_up_with_minus_one():
     assert pool.stats()["replaced"] == 0 and pool.stats()["exhausted"] == 1
 
 
-def test_nothing_but_empty_pools():
-    pool = pool_of([], [])
-    assert pool.negatives([0, 1]).tolist() == [[-1, -1], [-1, -1]]
-    pool.update([0, 1], torch.zeros(2, 2))
-    assert pool.stats() == {"replaced": 0, "used": 0, "exhausted": 0, "S": 0.0, "S_0": 0.0}
+def test_seven_negatives_unless_said_otherwise():
+    assert HardNegativePool([list(range(9))]).negatives([0]).tolist() == [list(range(7))]
 
 
 def test_a_padded_tensor_is_the_same_pool_as_lists():
@@ -171,11 +168,6 @@ def test_a_padded_tensor_is_the_same_pool_as_lists():
         pool.update([0, 1], torch.tensor([[0.1, 0.6], [0.2, 0.0]]))
     assert table.negatives([0, 1]).tolist() == lists.negatives([0, 1]).tolist() == [[12, 11],
                                                                                     [20, -1]]
-
-
-def test_the_papers_default_is_seven():
-    pool = HardNegativePool([list(range(9))])
-    assert pool.negatives([0]).tolist() == [list(range(7))]
 
 
 # ---------------------------------------------------------------- state

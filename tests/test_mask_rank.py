@@ -33,12 +33,8 @@ def test_schedules_start_at_0_rise_and_stay_at_1(kind, total):
     values = [alpha(t, total, kind) for t in range(total + 1)]
     assert values[0] == 0.0 and values[-1] == 1.0
     assert all(a < b for a, b in zip(values, values[1:]))
-    assert alpha(10 * total, total, kind) == 1.0
+    assert alpha(10 * total, total, kind) == alpha(0, 0, kind) == 1.0
     assert all(isinstance(value, float) for value in values)
-
-
-def test_a_schedule_of_no_steps_is_over():
-    assert alpha(0, 0) == 1.0
 
 
 def test_accelerating_is_below_linear_and_decelerating_above():
@@ -117,7 +113,7 @@ def test_multiplied_logits_are_not_causal_at_alpha_0():
 
 # ---------------------------------------------------------------- rank
 
-@pytest.mark.parametrize("n", [2, 3, 8, 17, 64, 100, 129])
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 17, 64, 100, 129])
 @pytest.mark.parametrize("axis, more", [("row", 0), ("col", 1)])
 def test_rank_law(n, axis, more):
     """k = floor(alpha N): N at k = 0, 1 at k = N, else N - k for rows and N - k + 1 for columns."""
@@ -129,22 +125,9 @@ def test_rank_law(n, axis, more):
             assert rank_law(n, a, axis) == law, (k, a)
 
 
-def test_rank_drops_exactly_where_the_floor_does():
-    n = 50
-    for k in (1, 10, 29, 49):
-        below, at = k / n - 1e-4, k / n
-        assert mask_rank(soft_mask(n, below)) - mask_rank(soft_mask(n, at)) == 1
-        assert rank_law(n, below) == n - k + 1 and rank_law(n, at) == n - k
-
-
 def test_floor_survives_rounding():
     assert 0.29 * 100 < 29                                  # in floating point
     assert rank_law(100, 0.29) == mask_rank(soft_mask(100, 0.29)) == 71
-
-
-def test_one_token_has_rank_one():
-    assert all(mask_rank(soft_mask(1, a, axis)) == rank_law(1, a, axis) == 1
-               for a in (0.0, 0.5, 1.0) for axis in ("row", "col"))
 
 
 def test_the_prose_is_off_by_one():
