@@ -4,7 +4,7 @@ One example a line, JSONL or JSONL.gz, UTF-8, in the formats that users already 
 
     text            {"text"}
     pairs           {"instruction"?, "input"?, "output"}  or  {"query", "pos", "prompt"?}
-    retrieval, clr, classification    {"query", "pos": [..], "neg": [..]?, "prompt"?}
+    retrieval, clr, classification    {"query", "pos": [..], "neg": [..]?, "prompt"?, "cosines"?}
     sts             {"sentence1", "sentence2", "score"}
     a collection    corpus.jsonl, queries.jsonl, qrels.tsv (the BEIR form)
 
@@ -13,21 +13,25 @@ number (engine/order.py). That is why resuming needs no reader state.
 UNSPECIFIED: the instruction template; `format_query` is the one place that knows it.
 """
 from collections import Counter
-from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from dhnm import HardNegativePool, should_replace
-from engine.bm25 import BM25
+from engine.batch import Batch, end_text  # noqa: F401
 from engine.collection import (Collection, document_text, find_packed,  # noqa: F401
                                load_collection, read_with_ids)
-from engine.jsonl import JsonlFiles, atomic, is_json
-from engine.mining import Passages, mine, text_id
-from engine.order import choice, mix, shuffled
+from engine.index import ALONE, JsonlFiles, text_id
+from engine.jsonl import is_json
+from engine.mining import Miner, encode_queries
+from engine.order import choice, shuffled
+from engine.passages import Passages
+from engine.tokens import TokenStream
 
 PROMPTS = {                        # a query's instruction by task, unless its row has one
     "retrieval": "Find",
@@ -56,17 +60,6 @@ def prompt_length(tokenizer, instruction):
     return len(tokenizer.encode(format_query("", instruction))) if instruction else 0
 
 
-def end_text(ids, limit, eos_id):
-    """Return the ids of a text to embed: at most `limit`, and the last one is the end of text.
-
-    UNSPECIFIED: the paper does not say how a text ends. With this end no text is empty.
-
-    >>> end_text([5, 6, 7], 3, eos_id=0), end_text([], 3, eos_id=0)
-    ([5, 6, 0], [0])
-    """
-    return ids[:limit - 1] + [eos_id]
-
-
 # ---------------------------------------------------------------- rows
 
 def _text(row, key):
@@ -89,6 +82,14 @@ def _texts(row, key):
     return [_text({key: value}, key) for value in values]
 
 
+def _numbers(values, n):
+    if not isinstance(values, list) or len(values) != n or not all(
+            type(v) in (int, float) and abs(v) < 3e38 for v in values):
+        raise ValueError(f"key 'cosines' must be a list of {n} finite numbers, one a negative, not "
+                         f"{str(values)[:40]}")
+    return values
+
+
 def parse_text(row):
     """Return the document of a {"text"} row."""
     return _text(row, "text")
@@ -98,7 +99,7 @@ def parse_pair(row):
     """Return {query, pos, neg, prompt} of a row in any of the pair and retrieval formats.
 
     pos is never empty, neg may be; prompt is None where the row says nothing. Where Alpaca's input
-    is empty, the instruction is the query.
+    is empty, the instruction is the query. cosines: of the negatives, where tools/mine.py wrote it.
     """
     if "output" in row or "input" in row:
         prompt, pos = row.get("instruction"), [_text(row, "output")]
@@ -112,8 +113,11 @@ def parse_pair(row):
         raise ValueError("key 'pos' is an empty list")
     if not isinstance(prompt, (str, type(None))):
         raise ValueError(f"the prompt must be a string, not {type(prompt).__name__}")
-    return {"query": query, "pos": pos, "neg": _texts(row, "neg") if row.get("neg") else [],
+    pair = {"query": query, "pos": pos, "neg": _texts(row, "neg") if row.get("neg") else [],
             "prompt": prompt}
+    if row.get("cosines") is not None:
+        pair["cosines"] = _numbers(row["cosines"], len(pair["neg"]))
+    return pair
 
 
 def parse_sts(row):
@@ -126,108 +130,21 @@ def parse_sts(row):
             "score": float(score)}
 
 
+MINED = ("retrieval", "clr", "classification")     # kinds with hard negatives
 PARSERS = {"text": parse_text, "pairs": parse_pair, "retrieval": parse_pair, "clr": parse_pair,
            "classification": parse_pair, "sts": parse_sts}
 
 
-def Rows(paths, kind, cache_dir="out/cache", skip_bad=False):
-    """Return the rows of several files of one kind as one sequence (engine/jsonl.py)."""
+def Rows(paths, kind, cache_dir="out/cache", skip_bad=False, world=ALONE):
+    """Return the rows of several files of one kind as one sequence (engine/index.py)."""
     if kind not in PARSERS:
         raise ValueError(f"kind {kind!r} is unknown; choose one of {', '.join(PARSERS)}")
     if not paths:
         raise ValueError(f"no file of kind {kind!r} is given (--{kind}=FILE)")
-    return JsonlFiles(paths, PARSERS[kind], cache_dir, skip_bad)
-
-
-# ---------------------------------------------------------------- pretraining: a token stream
-
-class TokenStream:
-    """All documents of some text files as one memory-mapped stream of uint32 ids.
-
-    Documents are separated by the end-of-text id. Window w of an epoch is `block` + 1 ids. The
-    windows of later epochs start elsewhere, so text is not always cut at the same places. The name
-    of `path` must carry the hash of texts and tokenizer: a stream that exists is not built again.
-    """
-
-    def __init__(self, rows, tokenizer, path, seed=0):
-        if not Path(path).is_file():
-            with atomic(path, "wb") as file:
-                for start in range(0, len(rows), 1000):
-                    texts = [rows[i] for i in range(start, min(start + 1000, len(rows)))]
-                    for ids in tokenizer.encode_batch(texts):
-                        np.array(ids + [tokenizer.eos_id], dtype=np.uint32).tofile(file)
-        self.ids, self.seed = np.memmap(path, dtype=np.uint32, mode="r"), seed
-
-    def windows(self, positions, block):
-        """Return (len(positions), block + 1) int64 ids of these places in the endless order."""
-        n = (len(self.ids) - 1) // block - 1
-        if n < 1:
-            raise ValueError(f"{len(self.ids)} tokens of text are too few for blocks of {block}")
-        place = shuffled(positions, n, self.seed)
-        shift = mix(np.asarray(positions, dtype=np.uint64) // np.uint64(n), self.seed + 1)
-        starts = place * block + (shift % np.uint64(block)).astype(np.int64)
-        return np.stack([self.ids[s:s + block + 1] for s in starts]).astype(np.int64)
+    return JsonlFiles(paths, PARSERS[kind], cache_dir, skip_bad, kind in MINED, world)
 
 
 # ---------------------------------------------------------------- batches
-
-@dataclass
-class Batch:
-    """One step's examples on this rank, as the model takes them.
-
-    ids (S,) and lengths: the texts, in the order queries, positives, negatives (contrastive), or
-    sentence1, sentence2 (STS), or the documents of the LM stages, then with targets (S,).
-    """
-    task: str
-    ids: torch.Tensor
-    lengths: list
-    rows: np.ndarray                       # the examples' numbers in their source
-    targets: torch.Tensor | None = None
-    skip: list | None = None                       # instruction tokens at the start of each text
-    query_ids: torch.Tensor | None = None          # (B,) text ids
-    positive_ids: torch.Tensor | None = None       # (B,)
-    negative_ids: torch.Tensor | None = None       # (B, N), -1 for an empty place
-    known_ids: torch.Tensor | None = None          # (B, P) all positives of each query, -1 padded
-    scores: torch.Tensor | None = None             # (B,) STS
-    truncated: int = 0                             # texts that were cut
-
-    def to(self, device):
-        """Move the tensors; lengths stay on the CPU, where attention is planned."""
-        for name, value in vars(self).items():
-            if torch.is_tensor(value):
-                setattr(self, name, value.to(device, non_blocking=True))
-        return self
-
-    def chunks(self, n_texts):
-        """Yield (ids, lengths, targets or None, skip or None) of about `n_texts` texts; 0: all.
-
-        Absent negatives count as texts: all ranks then have the same number of chunks. FSDP
-        synchronises at every chunk, so they must.
-        """
-        texts = sure = len(self.lengths)
-        if self.negative_ids is not None:
-            sure = 2 * len(self.negative_ids)              # queries and positives are never absent
-            texts = sure + self.negative_ids.numel()
-        count, start = min(-(-texts // (n_texts or texts)), sure), 0
-        cuts = [-(-i * len(self.lengths) // count) for i in range(count + 1)]
-        for first, last in zip(cuts, cuts[1:]):
-            lengths = self.lengths[first:last]
-            end = start + sum(lengths)
-            yield (self.ids[start:end], lengths,
-                   None if self.targets is None else self.targets[start:end],
-                   None if self.skip is None else self.skip[first:last])
-            start = end
-
-    @classmethod
-    def of(cls, task, texts, limits, tokenizer, rows, **rest):
-        """Tokenise `texts`, cut (counted) and end each by `end_text`, and lay them out flat."""
-        encoded = tokenizer.encode_batch(texts)
-        ended = [end_text(ids, limit, tokenizer.eos_id) for ids, limit in zip(encoded, limits)]
-        truncated = sum(len(ids) >= limit for ids, limit in zip(encoded, limits))
-        flat = np.fromiter((i for ids in ended for i in ids), dtype=np.int64)
-        return cls(task, torch.from_numpy(flat), [len(ids) for ids in ended], rows,
-                   truncated=truncated, **rest)
-
 
 def lm_batch(stream, positions, block):
     """Return a `Batch` of windows with the next token of each place as its target."""
@@ -255,12 +172,19 @@ def sft_batch(examples, rows, tokenizer, max_len):
                  targets=torch.tensor(targets), truncated=truncated)
 
 
+def token_stream(rows, tokenizer, cfg, world=ALONE):
+    """Return the `TokenStream` of stage 1; its folder carries the hash of what it is made of."""
+    made_of = " ".join([*rows.hashes().values(), tokenizer.fingerprint()])
+    folder = Path(cfg.out) / f"tokens-{text_id(made_of):016x}"
+    return TokenStream(rows, tokenizer, folder, cfg.seed, world)
+
+
 class Task:
     """One kind of example, and its batches; `pool` holds hard negatives where DHNM works."""
 
     def __init__(self, kind, cfg, tokenizer, world, files):
         self.kind, self.cfg, self.tokenizer, self.world = kind, cfg, tokenizer, world
-        self.rows = world.main_first(lambda: Rows(files, kind, skip_bad=cfg.skip_bad_lines))
+        self.rows = Rows(files, kind, skip_bad=cfg.skip_bad_lines, world=world)
         self.size = cfg.batch_sizes.get(kind, cfg.batch_size)
         self.pool = self.passages = self.stream = None
         own = self.rows.prompts                # instructions that rows name; "" is one, too
@@ -269,13 +193,10 @@ class Task:
         self.prompts = own + Counter({self.prompt: len(self.rows) - own.total()})
         if self.rows.bad and world.is_main:
             tqdm.write(f"{kind}: {self.rows.bad:,} bad lines left out, {len(self.rows):,} taken")
-        if cfg.stage == "embed_sup" and kind != "sts":
-            self.passages = Passages(self.rows)
+        if cfg.stage == "embed_sup" and kind in MINED:
+            self.passages = Passages(self.rows, world=world)
         if kind == "text":
-            made_of = " ".join([*self.rows.hashes().values(), tokenizer.fingerprint()])
-            path = Path(cfg.out) / f"tokens-{text_id(made_of):016x}.bin"
-            self.stream = world.main_first(
-                lambda: TokenStream(self.rows, tokenizer, path, cfg.seed))
+            self.stream = token_stream(self.rows, tokenizer, cfg, world)
         elif len(self.rows) < self.size:
             raise ValueError(f"{', '.join(map(str, files))}: {len(self.rows)} rows are too few for "
                              f"a batch of {self.size}")
@@ -284,8 +205,8 @@ class Task:
 
     def load_pool(self, state):
         """Set the pool of a resumed run from what `HardNegativePool.state_dict` gave."""
-        candidates = [row[row >= 0].tolist() for row in state["candidates"]]
-        self.pool = HardNegativePool(candidates, self.cfg.n_negatives, policy=self.cfg.dhnm)
+        self.pool = HardNegativePool(state["candidates"], self.cfg.n_negatives,
+                                     policy=self.cfg.dhnm)
         self.pool.load_state_dict(state)
 
     def pairs_of(self, indices, epoch):
@@ -333,28 +254,17 @@ class Task:
             present = negatives[negatives >= 0].tolist()
             texts = texts + [self.passages.text(p) for p in present]
             ids = torch.full(negatives.shape, -1, dtype=torch.int64)
-            ids[negatives >= 0] = torch.tensor([self.passages.ids[p] for p in present],
-                                               dtype=torch.int64)
+            ids[negatives >= 0] = torch.from_numpy(self.passages.ids(present))
         limits = [self.cfg.query_len] * len(queries)
         limits += [self.cfg.passage_len] * (len(texts) - len(queries))
         skip = [prompt_length(self.tokenizer, prompt) for prompt, *_ in triples]
+        known = [self.passages.positive_ids(int(i)) if self.passages else
+                 [text_id(pos) for pos in self.rows[int(i)]["pos"]] for i in indices]
         return Batch.of(self.kind, texts, limits, self.tokenizer, indices, negative_ids=ids,
                         skip=skip + [0] * (len(texts) - len(skip)),
                         query_ids=torch.tensor([text_id(query) for _, query, _ in triples]),
                         positive_ids=torch.tensor([text_id(pos) for *_, pos in triples]),
-                        known_ids=self._known_ids(indices))
-
-    def _known_ids(self, indices):
-        """Return the text ids of all positives of these queries, (B, P), padded with -1."""
-        if self.passages:
-            known = [[self.passages.ids[p] for p in self.passages.positives[int(i)]]
-                     for i in indices]
-        else:
-            known = [[text_id(pos) for pos in self.rows[int(i)]["pos"]] for i in indices]
-        table = torch.full((len(known), max(map(len, known))), -1, dtype=torch.int64)
-        for row, ids in zip(table, known):
-            row[:len(ids)] = torch.tensor(ids)
-        return table
+                        known_ids=pad_sequence([torch.tensor(ids) for ids in known], True, -1))
 
 
 # ---------------------------------------------------------------- the mixture of a stage
@@ -374,11 +284,11 @@ def uses_folder(cfg):
     return not any(getattr(cfg, kind) for kind in PARSERS)
 
 
-def hashes(cfg):
-    """Return {kind: {file: SHA-256}} of the data files of a stage, those that exist."""
+def hashes(cfg, world=ALONE):
+    """Return {kind: {file: SHA-256}} of the data files of a stage; all ranks must call."""
     kinds = {"pretrain": ["text"], "sft": ["pairs"], "embed_weak": ["pairs"]}.get(
         cfg.stage, [kind for kind, weight in cfg.task_weights.items() if weight > 0])
-    return {kind: Rows(sources(cfg, kind), kind, skip_bad=cfg.skip_bad_lines).hashes()
+    return {kind: Rows(sources(cfg, kind), kind, skip_bad=cfg.skip_bad_lines, world=world).hashes()
             for kind in kinds if sources(cfg, kind)}
 
 
@@ -431,46 +341,45 @@ def prompts_of(tasks):
 
 
 def fill_pools(tasks, embedder):
-    """Give the tasks their pools of hard negatives, ranked by the model at hand.
+    """Give the tasks their pools of hard negatives, ranked by the model at hand; all ranks call.
 
     A row's own negatives come first; others are mined where it has fewer than `n_negatives`: the
-    passages nearest to the query by cosine, and BM25's. A model that has seen English only ranks
-    nothing for a translated query, so CLR mines around the query's positive. PAPER Sec. 3.4: what
-    Eq. 6 would discard at its first step is left out, since the same model has just scored it;
-    the `n_negatives` hardest stay, so that no query is without. Shared texts are embedded once.
+    passages nearest to the query by cosine. A model that has seen English only ranks nothing for a
+    translated query, so CLR mines around the query's positive. Rows of tools/mine.py bring their
+    cosines: nothing is embedded for them. Ranks share the work (engine/mining.py).
     """
-    vectors = {}
+    tasks = [task for task in tasks if task.passages]
+    if not tasks:
+        return
+    cfg = tasks[0].cfg
+    miner = Miner(cfg.run_dir / "mining", embedder, tasks[0].world, cfg.parallel == "fsdp")
+    miner.clear()                          # of a run that broke off: its model may be another
+    keep = partial(hard_enough, n=cfg.n_negatives)
     for task in tasks:
-        if task.passages is None:
-            continue
-        cfg, p, show = task.cfg, task.passages, task.world.is_main
-        new = [i for i in range(len(p)) if p.ids[i] not in vectors]
-        vectors.update(zip((p.ids[i] for i in new), embedder.encode(
-            [p.text(i) for i in new], show_progress_bar=show)))
-        passages = np.stack([vectors[key] for key in p.ids])
-        lexical = None
-        if task.kind == "clr":
-            queries = passages[[own[0] for own in p.positives]]
+        kind, rows, passages, queries = task.kind, task.rows, task.passages, None
+        if rows.is_scored:
+            pools, _ = miner.of_rows(kind, passages, cfg.pool_size, keep)
         else:
-            rows = [task.rows[q] for q in range(len(task.rows))]
-            queries = encode_queries(embedder, rows, task.prompt)
-            if min(map(len, p.given)) < cfg.n_negatives:
-                numbers, scores = BM25([p.text(i) for i in range(len(p))]).top_k(
-                    [row["query"] for row in rows], cfg.pool_size)
-                lexical = np.where(scores > 0, numbers, -1)
-        pools, scores = mine(queries, passages, p.positives, cfg.pool_size, given=p.given,
-                             n_given=cfg.n_negatives, extra=lexical)
-        easy = should_replace(torch.from_numpy(scores), torch.from_numpy(scores)).numpy()
-        easy[:, :cfg.n_negatives] = False
-        pools = [row[(row >= 0) & ~drop].tolist() for row, drop in zip(pools, easy)]
-        task.pool = HardNegativePool(pools, cfg.n_negatives, policy=cfg.dhnm)
+            search = miner.passages(kind, passages)
+            if kind != "clr":
+                queries = miner.queries(kind, len(rows), lambda first, end: encode_queries(
+                    embedder, [rows[q] for q in range(first, end)], task.prompt))
+            pools, _ = miner.pools(kind, passages, queries, search,
+                                   (cfg.pool_size, cfg.n_negatives), keep)
+        width = int((pools >= 0).sum(1).max())
+        task.pool = HardNegativePool(torch.from_numpy(pools[:, :width].astype(np.int64)),
+                                     cfg.n_negatives, policy=cfg.dhnm)
+    miner.clear()
 
 
-def encode_queries(embedder, rows, default):
-    """Return (Q, D) vectors of the rows' queries, each under its own instruction."""
-    prompts = [default if row["prompt"] is None else row["prompt"] for row in rows]
-    out = np.empty((len(rows), embedder.dim), dtype=np.float32)
-    for prompt in Counter(prompts):
-        chosen = [i for i, other in enumerate(prompts) if other == prompt]
-        out[chosen] = embedder.encode([rows[i]["query"] for i in chosen], prompt=prompt)
-    return out
+def hard_enough(pool, scores, n):
+    """Return the pools (Q, P) without what Eq. 6 would discard at its first step, -1 padded.
+
+    PAPER Sec. 3.4: the same model has just scored it. The n hardest stay, so no query is without.
+    """
+    easy = should_replace(torch.from_numpy(scores), torch.from_numpy(scores)).numpy()
+    easy[:, :n] = False
+    keep = (pool >= 0) & ~easy
+    order = np.argsort(~keep, axis=1, kind="stable")
+    keep, pool = (np.take_along_axis(x, order, 1) for x in (keep, pool))
+    return np.where(keep, pool, -1)

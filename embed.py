@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import PROMPTS, document_text, end_text, find_packed, format_query, read_with_ids
+from data import (PROMPTS, document_text, end_text, find_packed, format_query, prompt_length,
+                  read_with_ids)
 from engine import kernels
 from engine.distributed import accelerator
 from engine.jsonl import atomic, read_texts
@@ -111,7 +112,7 @@ class Embedder:
             if not isinstance(text, str):
                 raise TypeError(f"text {i} is a {type(text).__name__}, not a string")
         out = np.empty((len(texts), truncate_dim or self.dim), dtype=np.float32)
-        skip = len(self.tokenizer.encode(format_query("", prompt))) if prompt else 0
+        skip = prompt_length(self.tokenizer, prompt)
         bar = tqdm(total=len(texts), unit="text", disable=not show_progress_bar, desc="encode")
         for start in range(0, len(texts), TEXTS_AT_A_TIME):
             part = [format_query(text, prompt) for text in texts[start:start + TEXTS_AT_A_TIME]]

@@ -44,9 +44,12 @@ class ConanConfig:
         for name in "vocab_size n_layer n_head n_kv_head n_embd ffn_dim block_size".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_embd % (2 * self.n_head) or self.n_head % self.n_kv_head:
+        if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} must be n_head {self.n_head} times an even "
-                             f"head dim, and n_head a multiple of n_kv_head {self.n_kv_head}")
+                             "head dim")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head "
+                             f"{self.n_kv_head}")
         if self.pooling not in ("mean", "last"):
             raise ValueError(f"pooling {self.pooling!r} is unknown; choose mean or last")
 

@@ -228,7 +228,7 @@ def finished(cfg, world):
     """Return the checkpoint of a finished stage, else None; refuse other settings, other data."""
     where = run.finished(cfg) if cfg.resume else None
     if where:
-        run.check_data(world.main_first(lambda: data.hashes(cfg)), where)
+        run.check_data(data.hashes(cfg, world), where)
     return where
 
 
@@ -284,7 +284,7 @@ def start(cfg, world, where, before):
     Weights, tokenizer and instructions come from the checkpoint.
     """
     source, weights, prompts = where or before, None, dict(data.PROMPTS)
-    hashes = world.main_first(lambda: data.hashes(cfg))
+    hashes = data.hashes(cfg, world)
     if where:
         run.check_data(hashes, where)
     if source:

@@ -3,8 +3,8 @@
     python train.py config/pretrain.py
 """
 stage = "pretrain"
-steps = 350
-batch_size = 32                    # windows of 256 tokens
+steps = 600
+batch_size = 16                    # windows of 256 tokens
 passage_len = 256
 learning_rate = 2e-3
 warmup = 0.2

@@ -1,4 +1,4 @@
-"""BM25: the lexical baseline to beat, and the miner of the first hard negatives.
+"""BM25: the lexical baseline to beat, and an option of tools/mine.py for small sets.
 
     score(q, d) = sum over words w of q of   idf(w) * tf / (tf + k1 * (1 - b + b * |d| / mean |d|))
     idf(w)      = log(1 + (N - df + 1/2) / (df + 1/2))

@@ -1,22 +1,15 @@
-"""JSONL files: read them with clear errors, by number without loading them, and write them safely.
+"""JSONL files: read them with clear errors, and write them safely.
 
 One JSON object a line, UTF-8, plain or .gz; .ndjson and .json are taken for the same. A byte order
-mark is passed over. A bad line is named by file and line. `JsonlFile` gives random access to files
-larger than memory: it checks every line once, and keeps the byte offsets beside the other caches.
-`atomic` is the one place where a file is written aside, synced and renamed.
+mark is passed over. A bad line is named by file and line. engine/index.py reads rows by number.
+`atomic` writes a file aside, syncs and renames it.
 """
 import contextlib
 import gzip
-import hashlib
 import json
 import os
-import shutil
-import struct
 import zlib
-from collections import Counter
 from pathlib import Path
-
-import numpy as np
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 
@@ -181,143 +174,3 @@ def read_texts(path):
             raise ValueError(f"{path}:{number}: holds a zero byte: UTF-16, or no text")
         texts.append(text.rstrip("\r\n"))
     return texts
-
-
-# ---------------------------------------------------------------- random access
-
-def _sha256(path):
-    """Return the SHA-256 of a file that need not fit into memory."""
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()
-
-
-class JsonlFile:
-    """The rows of a file that need not fit into memory, by number.
-
-    parse: dict -> row, raises ValueError for a bad one. The first opening checks every line and
-    writes an index of byte offsets into `cache_dir`; a .gz file is unpacked there once. Later
-    openings map the index, if path, size and times of the file are the same.
-    `sha256` is the hash of the content, `bad` the number of lines that `skip_bad` left out,
-    `prompts` a Counter of the rows' own prompts (the first 100 different ones).
-    """
-
-    def __init__(self, path, parse, cache_dir="out/cache", skip_bad=False):
-        self.path, self.parse = Path(path), parse
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        stat = self.path.stat()
-        state = (f"2 {self.path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} "
-                 f"{parse.__name__} {skip_bad}")
-        key = hashlib.sha256(os.fsencode(state)).hexdigest()[:24]
-        index = Path(cache_dir) / f"{key}.idx"
-        self.plain = self.path
-        if self.path.name.lower().endswith(".gz"):
-            self.plain = index.with_suffix(".jsonl")
-        about = self._load_about(index) or self._build(index, skip_bad)
-        self.sha256, self.bad = about["sha256"], about["bad"]
-        self.prompts = Counter(about["prompts"])
-        self.offsets = np.memmap(index, np.int64, "r").reshape(-1, 2)       # (rows, 2)
-        self._file = None
-
-    def _load_about(self, index):
-        """Return what the index says of its file, or None if it is missing or damaged."""
-        try:
-            about = json.loads(index.with_suffix(".json").read_bytes())
-            whole = about["size"] == self.plain.stat().st_size \
-                and index.stat().st_size == 16 * about["rows"] \
-                and about["index"] == _sha256(index)
-            return about if whole else None
-        except (OSError, ValueError, LookupError, TypeError):
-            return None
-
-    def _build(self, index, skip_bad):
-        """Check every line and write the index; nothing of it is left after an error."""
-        if self.plain != self.path:
-            try:
-                with gzip.open(self.path) as source, atomic(self.plain, "wb") as target:
-                    shutil.copyfileobj(source, target)
-            except (EOFError, zlib.error, OSError) as error:
-                raise ValueError(f"{self.path}: cannot be unpacked: {error}") from error
-        try:
-            with atomic(index, "wb") as target:
-                about = self._scan(target, skip_bad)
-            about["index"] = _sha256(index)
-            with atomic(index.with_suffix(".json")) as file:
-                json.dump(about, file)
-        except (ValueError, OSError):
-            if self.plain != self.path:
-                self.plain.unlink()
-            raise
-        return about
-
-    def _scan(self, target, skip_bad):
-        rows = bad = position = 0
-        sha256, prompts, blank = hashlib.sha256(), Counter(), None
-        with open(self.plain, "rb") as file:
-            for number, line in enumerate(file, 1):
-                sha256.update(line)
-                start, position = position, position + len(line)
-                if not line.strip():
-                    blank = blank or []
-                    blank.append(number)               # bad only if another line follows
-                    continue
-                for number_before in blank or []:
-                    bad += self._bad(number_before, "blank line", skip_bad)
-                blank = None
-                try:
-                    row = self.parse(parse_line(line))
-                except ValueError as error:
-                    bad += self._bad(number, error, skip_bad)
-                    continue
-                target.write(struct.pack("=2q", start, number))
-                rows += 1
-                if isinstance(row, dict) and row.get("prompt") is not None \
-                        and (row["prompt"] in prompts or len(prompts) < 100):
-                    prompts[row["prompt"]] += 1
-        if not rows:
-            raise ValueError(f"{self.path}: no usable line ({bad} bad ones)")
-        return {"rows": rows, "bad": bad, "size": position, "sha256": sha256.hexdigest(),
-                "prompts": prompts}
-
-    def _bad(self, number, reason, skip_bad):
-        if not skip_bad:
-            raise ValueError(f"{self.path}:{number}: {reason}")
-        return 1
-
-    def __len__(self):
-        return len(self.offsets)
-
-    def __getitem__(self, i):
-        """Return row `i`, parsed; the file is read at its place only."""
-        if self._file is None:
-            self._file = open(self.plain, "rb")
-        start, number = self.offsets[i].tolist()
-        self._file.seek(start)
-        try:
-            return self.parse(parse_line(self._file.readline()))
-        except ValueError as error:
-            raise ValueError(f"{self.path}:{number}: changed while in use: {error}") from None
-
-
-class JsonlFiles:
-    """The rows of several files, as one sequence."""
-
-    def __init__(self, paths, parse, cache_dir="out/cache", skip_bad=False):
-        self.files = [JsonlFile(path, parse, cache_dir, skip_bad) for path in paths]
-        self.ends = np.cumsum([len(file) for file in self.files])
-        self.bad = sum(file.bad for file in self.files)
-        self.prompts = sum((file.prompts for file in self.files), Counter())
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def __getitem__(self, i):
-        which = int(np.searchsorted(self.ends, i, side="right"))
-        return self.files[which][i - (int(self.ends[which - 1]) if which else 0)]
-
-    def hashes(self):
-        """Return {path: SHA-256 of the content}."""
-        return {str(file.path): file.sha256 for file in self.files}

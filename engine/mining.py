@@ -1,88 +1,362 @@
-"""Candidates for hard negatives: the distinct passages of some rows, and exact search over them.
+"""Hard negatives: embeddings on disk, exact search over them block by block, all of it shared out.
 
-Passages are numbered; their texts stay in the files. Rows are {query, pos, neg, prompt} of data.py.
+    texts     in blocks of 20,000   ->  embeddings, a file that all ranks map
+    queries   in units of up to 32,768   ->  candidates and cosines, two such files
+
+A block or unit belongs to one rank, is the same on any number of ranks, and is noted when it is
+done, so a broken run continues. Scores of a block of passages are held at a time: never Q x P, and
+no rank ever holds all embeddings. Files are 16-bit where they would be large. PAPER Sec. 3.4.
 """
-import hashlib
-import unicodedata
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from engine.index import ALONE, text_id, together
 
-def text_id(text):
-    """Hash a text to a non-negative int64; equal ids mean equal texts, composed or not (NFC)."""
-    text = text if text.isascii() else unicodedata.normalize("NFC", text)
-    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+TEXTS = 20_000                     # texts that one rank embeds at a time
+UNIT = 32_768                      # queries that one rank searches with at a time, at most
+CHUNK = 256                        # of them that are scored together; more on an accelerator
+BLOCK = 65_536                     # passages that they are scored against at a time
+LARGE = 2e9                        # bytes of float32 embeddings that become float16
 
 
-class Passages:
-    """Every distinct passage of some rows by number; texts stay in the files.
+# ---------------------------------------------------------------- search
 
-    `positives[q]` lists the passage numbers that answer row q: its own, then those of rows with the
-    same query. `given[q]` lists the negatives that its row carries. `ids[p]` is a text id.
+def mine(queries, passages, positives, depth=50, *, given=None, n_given=0):
+    """Return (candidates, cosines), each (Q, depth): hard negatives of each query, hardest first.
+
+    queries (Q, D), passages (P, D): normalised embeddings, float32 or float16, in memory or mapped;
+    passages may be an `Exact` or `Approximate`. Candidates are int64 passage numbers padded with
+    -1, cosines float32; equal cosines go by number. A query's `positives` are left out. Its `given`
+    negatives come first; passages are searched for only if there are fewer than `n_given` of them.
+    """
+    search = passages if isinstance(passages, Exact) else Exact(passages)
+    own = [np.asarray(numbers, dtype=np.int64) for numbers in given or [()] * len(queries)]
+    scores = search.cosines(queries, own)
+    needy = [len(numbers) < max(n_given, 1) for numbers in own]
+    near, near_scores = search.nearest(
+        queries, [[*p, *o] for p, o in zip(positives, own)], depth, needy)
+    pool = np.full((len(queries), depth), -1, dtype=np.int64)
+    out = np.zeros((len(queries), depth), dtype=np.float32)
+    for q, row in enumerate(scores):
+        best, ok = np.argsort(-row, kind="stable"), near[q] >= 0
+        chosen = np.concatenate([own[q][best], near[q][ok]])[:depth]
+        pool[q, :len(chosen)] = chosen
+        out[q, :len(chosen)] = np.concatenate([row[best], near_scores[q][ok]])[:depth]
+    return pool, out
+
+
+class Exact:
+    """Exact search over passages (P, D), block by block; never holds Q x P scores."""
+
+    def __init__(self, passages, device="cpu"):
+        self.passages, self.device = passages, torch.device(device)
+
+    def _load(self, vectors):
+        """Put vectors on the device; a CPU computes in float32."""
+        vectors = torch.from_numpy(np.array(vectors)).to(self.device)
+        return vectors if vectors.is_cuda else vectors.float()
+
+    def _product(self, queries, block):
+        """Return the float32 cosines (chunk, b) of some queries and a loaded block of passages."""
+        queries = self._load(queries)
+        if block.is_cuda and block.dtype == torch.float16:
+            return torch.mm(queries.to(block.dtype), block.T, out_dtype=torch.float32)
+        return queries @ block.T
+
+    def cosines(self, queries, numbers):
+        """Return for each query its cosines with the passages `numbers[q]`: float32 arrays.
+
+        The passages of a chunk of queries are read once each.
+        """
+        out = []
+        for start in range(0, len(queries), CHUNK):
+            part = numbers[start:start + CHUNK]
+            distinct, place = np.unique(np.concatenate(part), return_inverse=True)
+            scores = self._product(queries[start:start + CHUNK],
+                                   self._load(self.passages[distinct.astype(np.int64)]))
+            ends = np.cumsum([len(n) for n in part])
+            out += [row[columns] for row, columns in zip(
+                scores.cpu().numpy(), np.split(place.reshape(-1), ends[:-1]))]
+        return out
+
+    def nearest(self, queries, without, depth, needy):
+        """Return (numbers, cosines) (Q, k) of the nearest passages but `without`; -1 padded.
+
+        Only chunks with a query that is `needy` are searched, and only such queries get any.
+        """
+        chunk, k = CHUNK * (1 if self.device.type == "cpu" else 4), min(depth, len(self.passages))
+        starts = [s for s in range(0, len(queries), chunk) if any(needy[s:s + chunk])]
+        values = torch.full((len(queries), k), -torch.inf, device=self.device)
+        numbers = torch.full(values.shape, -1, dtype=torch.int64, device=self.device)
+        pairs = {s: _pairs(without[s:s + chunk]) for s in starts}
+        for first in range(0, len(self.passages) if starts else 0, BLOCK):
+            block = self._load(self.passages[first:first + BLOCK])
+            for s in starts:
+                scores = self._product(queries[s:s + chunk], block)         # (chunk, b)
+                rows, columns = pairs[s]
+                here = (columns >= first) & (columns < first + len(block))
+                rows, columns = torch.from_numpy(rows[here]), torch.from_numpy(columns[here])
+                scores[rows, columns - first] = -torch.inf
+                best, column = top(scores, k)
+                both = torch.cat([values[s:s + chunk], best], 1)
+                which = torch.cat([numbers[s:s + chunk], column + first], 1)
+                both, order = both.sort(dim=1, descending=True, stable=True)    # low blocks first
+                values[s:s + chunk] = both[:, :k]
+                numbers[s:s + chunk] = which.gather(1, order)[:, :k]
+        numbers[values == -torch.inf] = -1
+        numbers[~torch.tensor(needy, dtype=torch.bool)] = -1
+        return numbers.cpu().numpy(), values.cpu().numpy()
+
+
+class Approximate(Exact):
+    """The same by faiss: an inverted file of 8-bit vectors, ranked again by the exact cosines.
+
+    The file takes D bytes a passage; the main rank builds it, all ranks map it. probes: how many of
+    its sqrt(P) cells are searched.
     """
 
-    def __init__(self, rows):
-        self.rows, self.where, self.ids = rows, [], []
-        self.positives, self.given = [], []
-        self.number, same = {}, {}
-        for q in range(len(rows)):
-            row = rows[q]
-            self.positives.append(self._add(row, q, "pos"))
-            self.given.append(self._add(row, q, "neg"))
-            same.setdefault(text_id(row["query"]), []).append(q)
-        for group in same.values():
-            shared = [p for q in group for p in self.positives[q]]
-            for q in group:
-                self.positives[q] = list(dict.fromkeys(self.positives[q] + shared))
-                self.given[q] = [p for p in dict.fromkeys(self.given[q])
-                                 if p not in self.positives[q]]
+    def __init__(self, passages, path, device="cpu", world=ALONE, probes=32):
+        super().__init__(passages, device)
+        try:
+            import faiss
+        except ImportError:
+            raise ImportError("--search=faiss needs `pip install faiss-cpu`") from None
+        together(world, lambda: self._build(faiss, path) if world.is_main
+                 and not Path(path).is_file() else None)
+        self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+        self.index.nprobe = probes
 
-    def _add(self, row, q, part):
-        numbers = []
-        for place, text in enumerate(row[part]):
-            key = text_id(text)
-            if key not in self.number:
-                self.number[key] = len(self.where)
-                self.where.append((q, part, place))
-                self.ids.append(key)
-            numbers.append(self.number[key])
-        return numbers
+    def _build(self, faiss, path):
+        n, dim = len(self.passages), self.passages[:1].shape[1]
+        index = faiss.index_factory(dim, f"IVF{max(1, int(n ** 0.5))},SQ8",
+                                    faiss.METRIC_INNER_PRODUCT)
+        index.train(self.passages[::max(1, n // 200_000)].astype(np.float32))
+        for first in range(0, n, BLOCK):
+            index.add(self.passages[first:first + BLOCK].astype(np.float32))
+        faiss.write_index(index, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+
+    def nearest(self, queries, without, depth, needy):
+        """Return what `Exact.nearest` returns, as far as the index finds it."""
+        k = min(len(self.passages), 4 * depth + max(map(len, without), default=0))
+        _, numbers = self.index.search(queries.astype(np.float32), k)
+        numbers = [np.setdiff1d(row, [*out, -1]) if need else row[:0].astype(np.int64)
+                   for row, out, need in zip(numbers, without, needy)]
+        pool = np.full((len(queries), depth), -1, dtype=np.int64)
+        values = np.full(pool.shape, -np.inf, dtype=np.float32)
+        for q, scores in enumerate(self.cosines(queries, numbers)):
+            best = np.argsort(-scores, kind="stable")[:depth]
+            pool[q, :len(best)], values[q, :len(best)] = numbers[q][best], scores[best]
+        return pool, values
+
+
+def _pairs(without):
+    """Return (rows, numbers): all the passages that the queries of a chunk must not get."""
+    rows = np.repeat(np.arange(len(without)), [len(numbers) for numbers in without])
+    return rows, np.array([n for numbers in without for n in numbers], dtype=np.int64)
+
+
+def top(scores, k):
+    """Return the k best (values, columns) of each row of scores, best first, ties by lower column.
+
+    >>> top(torch.tensor([[1., 3, 2, 3, 2]]), 3)[1]
+    tensor([[1, 3, 2]])
+    """
+    values, columns = scores.topk(min(k, scores.shape[1]), dim=1)
+    edge = values[:, -1:]
+    tied = ((scores >= edge).sum(1) > values.shape[1]) & (edge[:, 0] > -torch.inf)
+    for row in tied.nonzero()[:, 0].tolist():              # topk leaves open which one it takes
+        order = scores[row].sort(descending=True, stable=True).indices[:values.shape[1]]
+        columns[row], values[row] = order, scores[row, order]
+    columns, order = columns.sort(1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)
+
+
+# ---------------------------------------------------------------- files that ranks fill together
+
+class Shared:
+    """An array in a file that all ranks fill and map; parts that are done are noted beside it.
+
+    shape: (N, width). Part i has the rows i * step and following, and is rank i % W's.
+    """
+
+    def __init__(self, path, shape, dtype, step, world=ALONE):
+        self.path, self.shape, self.dtype, self.step = Path(path), shape, np.dtype(dtype), step
+        self.world, self.notes = world, Path(f"{path}.done")
+        self.n_parts = -(-shape[0] // step)
+        self.done = together(world, lambda: self._create() if world.is_main else None)[0]
+
+    def _create(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        size = int(np.prod(self.shape)) * self.dtype.itemsize
+        if not self.path.is_file() or self.path.stat().st_size != size \
+                or not self.notes.is_file() or self.notes.stat().st_size != self.n_parts:
+            self.notes.write_bytes(bytes(self.n_parts))
+            with open(self.path, "wb") as file:
+                file.truncate(size)
+        return self.notes.read_bytes()
+
+    def fill(self, work, everywhere=False):
+        """Write `work(first, end)` into each part that is not done; return the whole, mapped.
+
+        everywhere: all ranks call `work` for all parts, since its model needs them all (fsdp).
+        """
+        def run():
+            for i in range(self.n_parts):
+                mine = i % self.world.size == self.world.rank
+                if not self.done[i] and (mine or everywhere):
+                    part = work(i * self.step, min((i + 1) * self.step, self.shape[0]))
+                    if mine:
+                        self._write(self.path, i * self.step * self._row(), part.astype(self.dtype))
+                        self._write(self.notes, i, np.ones(1, np.uint8))
+        together(self.world, run)
+        return np.memmap(self.path, self.dtype, "r", shape=self.shape) if self.shape[0] else \
+            np.empty(self.shape, self.dtype)
+
+    def _row(self):
+        return self.shape[1] * self.dtype.itemsize
+
+    def _write(self, path, offset, values):
+        with open(path, "r+b") as file:                    # a full disk is an OSError here, and
+            file.seek(offset)                              # a SIGBUS through a map
+            file.write(values.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Store:
+    """The embeddings of texts, in one mapped array after the other, each text once."""
+
+    def __init__(self):
+        self.arrays, self.ends = [], [0]
+        self.ids = self.places = np.empty(0, dtype=np.int64)           # ids in ascending order
+
+    def find(self, ids):
+        """Return the places (N,) of texts, -1 for those that are not here."""
+        if not len(self.ids):
+            return np.full(len(ids), -1)
+        at = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
+        return np.where(self.ids[at] == ids, self.places[at], -1)
+
+    def add(self, ids, array):
+        """Take the embeddings of new texts; return their places."""
+        places = np.arange(self.ends[-1], self.ends[-1] + len(ids))
+        self.arrays.append(array)
+        self.ends.append(self.ends[-1] + len(ids))
+        ids, both = np.concatenate([self.ids, ids]), np.concatenate([self.places, places])
+        order = np.argsort(ids)
+        self.ids, self.places = ids[order], both[order]
+        return places
+
+
+class View:
+    """The embeddings of some places of a store: what `mine` reads as passages."""
+
+    def __init__(self, store, places):
+        self.store, self.places = store, places
 
     def __len__(self):
-        return len(self.where)
+        return len(self.places)
 
-    def text(self, number):
-        """Return the text of a passage."""
-        q, part, place = self.where[number]
-        return self.rows[q][part][place]
+    def __getitem__(self, which):
+        places, store = np.asarray(self.places[which]), self.store
+        out = np.empty((len(places), store.arrays[0].shape[1]),
+                       dtype=np.result_type(*(array.dtype for array in store.arrays)))
+        for array, start, end in zip(store.arrays, store.ends, store.ends[1:]):
+            here = (places >= start) & (places < end)
+            out[here] = array[places[here] - start]
+        return out
 
 
-def mine(queries, passages, positives, depth=50, *, given=None, n_given=0, extra=None, chunk=256):
-    """Return (candidates, scores), each (Q, depth): hard negatives of each query, hardest first.
+def encode_queries(embedder, rows, default):
+    """Return (Q, D) vectors of the rows' queries, each under its own instruction."""
+    prompts = [default if row["prompt"] is None else row["prompt"] for row in rows]
+    out = np.empty((len(rows), embedder.dim), dtype=np.float32)
+    for prompt in Counter(prompts):
+        chosen = [i for i, other in enumerate(prompts) if other == prompt]
+        out[chosen] = embedder.encode([rows[i]["query"] for i in chosen], prompt=prompt)
+    return out
 
-    queries (Q, D), passages (P, D): normalised float32 embeddings. Candidates are int64 passage
-    numbers padded with -1, scores float32 cosines. A query's `positives` are left out. Its `given`
-    negatives come first; passages are searched for only if there are fewer than `n_given` of them.
-    extra: (Q, X) further candidates (BM25's), ranked by the same cosine. Never holds Q x P scores.
+
+class Miner:
+    """Mine the pools of some tasks, one after the other; texts that they share are embedded once.
+
+    folder: where the files go; all ranks must see it. everywhere: see `Shared.fill`.
     """
-    pool = np.full((len(queries), depth), -1, dtype=np.int64)
-    cosines = np.zeros((len(queries), depth), dtype=np.float32)
-    k = min(len(passages), depth + max((len(p) for p in positives), default=0))
-    embedded = torch.from_numpy(passages)
-    for start in range(0, len(queries), chunk):
-        scores = torch.from_numpy(queries[start:start + chunk]) @ embedded.T    # (chunk, P)
-        nearest = scores.topk(k, dim=1).indices.numpy()
-        for row, score in enumerate(scores.numpy()):
-            q = start + row
-            own = np.array(given[q] if given else [], dtype=np.int64)
-            own = own[np.argsort(-score[own], kind="stable")]
-            near = nearest[row] if len(own) < max(n_given, 1) else own[:0]
-            if extra is not None and len(near):
-                near = np.union1d(near, extra[q][extra[q] >= 0])
-            near = near[~np.isin(near, [*positives[q], *own])]
-            near = near[np.argsort(-score[near], kind="stable")]
-            chosen = np.concatenate([own, near])[:depth]
-            pool[q, :len(chosen)], cosines[q, :len(chosen)] = chosen, score[chosen]
-    return pool, cosines
+
+    def __init__(self, folder, embedder, world=ALONE, everywhere=False):
+        self.folder, self.embedder, self.world = Path(folder), embedder, world
+        self.everywhere, self.store = everywhere, Store()
+
+    def _embed(self, name, n, work):
+        dim = self.embedder.dim
+        dtype = np.float32 if n * dim * 4 <= LARGE else np.float16
+        return Shared(self.folder / name, (n, dim), dtype, TEXTS, self.world).fill(
+            work, self.everywhere)
+
+    def passages(self, name, passages):
+        """Return exact search over the embeddings of a `Passages`."""
+        ids = passages.ids(np.arange(len(passages)))
+        places = self.store.find(ids)
+        new = np.flatnonzero(places < 0)
+        places[new] = self.store.add(ids[new], self._embed(
+            f"{name}.passages", len(new), lambda first, end: self.embedder.encode(
+                [passages.text(i) for i in new[first:end].tolist()])))
+        return Exact(View(self.store, places), self.embedder.device)
+
+    def queries(self, name, n, encode):
+        """Return the embeddings (n, D) of queries; encode: (first, end) -> (end - first, D)."""
+        return self._embed(f"{name}.queries", n, encode)
+
+    def pools(self, name, passages, queries, search, sizes, keep=None):
+        """Return (candidates, cosines), (Q, depth) int32 and float32 in a file.
+
+        queries: (Q, D); None: the query of a row is its first positive. search: over the vectors of
+        `passages`. sizes: (depth, n_given), see `mine`. keep: (candidates, cosines) -> candidates.
+        """
+        def work(first, end):
+            known = [passages.positives(q) for q in range(first, end)]
+            given = [passages.negatives(q) for q in range(first, end)]
+            vectors = queries[first:end] if queries is not None else \
+                search.passages[np.array([p[0] for p in known])]
+            return mine(vectors, search, known, sizes[0], given=given, n_given=sizes[1])
+        return self._units(name, len(passages.rows), sizes[0], work, keep)
+
+    def of_rows(self, name, passages, depth, keep=None):
+        """Return the same of rows that bring their negatives, in order, and their cosines."""
+        def work(first, end):
+            pool = np.full((end - first, depth), -1, dtype=np.int64)
+            out = np.zeros((end - first, depth), dtype=np.float32)
+            for i, q in enumerate(range(first, end)):
+                row, known = passages.rows[q], set(passages.positive_ids(q))
+                score = {}
+                for text, cosine in zip(row["neg"], row["cosines"]):
+                    score.setdefault(text_id(text), cosine)
+                best = [key for key in score if key not in known][:depth]
+                pool[i, :len(best)] = passages.numbers(best)
+                out[i, :len(best)] = [score[key] for key in best]
+            return pool, out
+        return self._units(name, len(passages.rows), depth, work, keep)
+
+    def _units(self, name, n, depth, work, keep):
+        """Share `work` out in units of queries; their size depends on n alone."""
+        def unit(first, end):
+            pool, scores = work(first, end)
+            pool = (keep(pool, scores) if keep else pool).astype(np.int32)
+            return np.concatenate([pool, scores.view(np.int32)], axis=1)
+        size = min(UNIT, CHUNK * max(1, -(-n // (64 * CHUNK))))
+        out = Shared(self.folder / f"{name}.pools", (n, 2 * depth), np.int32, size, self.world
+                     ).fill(unit)
+        return out[:, :depth], out[:, depth:].view(np.float32)
+
+    def clear(self):
+        """Remove the files; all ranks must call."""
+        self.world.gather_objects(None)                    # each has mapped them by now
+        together(self.world, lambda: shutil.rmtree(self.folder, ignore_errors=True)
+                 if self.world.is_main else None)

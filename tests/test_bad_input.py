@@ -6,7 +6,6 @@ in test_configurator.py. What may come out of a bad file is ValueError or OSErro
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 

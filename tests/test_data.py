@@ -9,6 +9,7 @@ import torch
 import data
 import train
 from embed import Embedder
+from engine import mining
 from engine.distributed import World
 from mask import FULL
 from model import Conan
@@ -100,9 +101,9 @@ def test_equal_ids_are_equal_texts_composed_or_not():
 
 def test_token_windows_predict_the_next_token(tokenizer, tmp_path):
     texts = [f"the fox {i}" for i in range(200)]
-    stream = data.TokenStream(texts, tokenizer, tmp_path / "t.bin", seed=0)
+    stream = data.TokenStream(texts, tokenizer, tmp_path / "tokens", seed=0)
     flat = [i for text in texts for i in tokenizer.encode(text) + [tokenizer.eos_id]]
-    assert stream.ids.dtype == np.uint32 and stream.ids.tolist() == flat
+    assert stream.read(0, len(stream)).tolist() == flat
     batch = data.lm_batch(stream, np.arange(4), 16)
     assert batch.lengths == [16] * 4 and len(batch.ids) == 64
     ids, targets = batch.ids.view(4, 16), batch.targets.view(4, 16)
@@ -184,7 +185,7 @@ def test_batches_never_hold_a_query_twice_and_all_ranks_share_them(tokenizer, mo
         indices = alone.batch(k).rows.tolist()
         assert len(set(indices)) == 4
         assert indices == [i for t in ranks for i in t.batch(k).rows.tolist()]
-    monkeypatch.setattr(World, "barrier", lambda world: None)
+    monkeypatch.setattr(World, "gather_objects", lambda world, value: [value])
     with pytest.raises(ValueError, match="a batch of 4 cannot be split over 3 ranks"):
         task(tokenizer, rows, "pairs", "embed_weak", World(0, 3, torch.device("cpu")), batch_size=4)
 
@@ -223,37 +224,6 @@ def test_long_texts_are_cut_and_counted_and_chunks_cover_the_batch(tokenizer):
 
 # ---------------------------------------------------------------- hard negatives
 
-def test_mining_orders_by_score_and_leaves_out_positives():
-    passages = np.eye(4, dtype=np.float32)
-    queries = np.array([[0.9, 0.8, 0.7, 0.1]], dtype=np.float32)
-
-    def mine(*args, **more):
-        pool, scores = data.mine(queries, passages, *args, **more)
-        assert scores[0, :len(pool[0])][pool[0] >= 0].tolist() == \
-            queries[0, pool[0][pool[0] >= 0]].tolist()
-        return pool[0].tolist()
-    assert mine([[0]], 3) == [1, 2, 3]
-    assert mine([[0, 1]], 3) == [2, 3, -1]
-    assert mine([[1]], 1, extra=np.array([[3, -1]])) == [0]    # BM25's, ranked by the same cosine
-    assert mine([[0]], 2, extra=np.array([[3]])) == [1, 2]
-
-
-def test_given_negatives_come_first_ranked_by_the_model():
-    passages, queries = np.eye(4, dtype=np.float32), np.array([[0.9, 0.8, 0.7, 0.1]], np.float32)
-
-    def mine(given, n_given, depth=3):
-        return data.mine(queries, passages, [[0]], depth, given=given, n_given=n_given)[0].tolist()
-    assert mine([[3, 2]], 2) == [[2, 3, -1]]       # enough of them: nothing is mined
-    assert mine([[3, 2]], 3) == [[2, 3, 1]]        # one is missing
-    assert mine([[]], 2) == [[1, 2, 3]]
-
-
-def test_mining_where_every_passage_is_a_positive():
-    one = np.ones((1, 1), dtype=np.float32)
-    assert data.mine(one, one, [[0]], 3)[0].tolist() == [[-1, -1, -1]]
-    assert data.mine(np.ones((0, 1), np.float32), one, [], 3)[0].shape == (0, 3)
-
-
 def test_own_negatives_are_in_use_though_one_row_has_none(tokenizer, embedder):
     rows = [{"query": f"the {i}", "pos": [f"fox {i}"], "neg": [f"own {i} a", f"own {i} b"]}
             for i in range(64)]
@@ -274,7 +244,7 @@ def test_candidates_below_the_floor_are_left_out_but_for_the_hardest(tokenizer, 
     def mine(queries, passages, *args, **more):
         scores = np.array([[0.9, 0.3, 0.2, 0.5, 0.39, -0.5, -0.1, 0.1]] * 10, dtype=np.float32)
         return np.tile(np.arange(8), (10, 1)), scores
-    monkeypatch.setattr(data, "mine", mine)
+    monkeypatch.setattr(mining, "mine", mine)
     data.fill_pools([t], embedder)
     assert t.pool.candidates.tolist() == [[0, 1, 3]] * 10      # 0.3 stays: every query has two
 
@@ -284,9 +254,9 @@ def test_translated_queries_are_mined_around_their_positive(tokenizer, embedder,
     calls = {}
 
     def mine(queries, passages, *args, **more):
-        calls[len(calls)] = (queries, passages)
-        return np.full((len(queries), 2), -1), np.zeros((len(queries), 2), np.float32)
-    monkeypatch.setattr(data, "mine", mine)
+        calls[len(calls)] = (queries, passages.passages)
+        return np.full((len(queries), 50), -1), np.zeros((len(queries), 50), np.float32)
+    monkeypatch.setattr(mining, "mine", mine)
     data.fill_pools([task(tokenizer, rows, "clr"), task(tokenizer, rows, "retrieval")], embedder)
     assert np.array_equal(calls[0][0], embedder.encode([row["pos"][0] for row in rows]))
     assert np.allclose(calls[1][0], embedder.encode([row["query"] for row in rows], prompt="Find"),
@@ -298,15 +268,6 @@ def test_queries_are_embedded_under_their_own_instruction(embedder):
     vectors = data.encode_queries(embedder, rows, "jumps")
     right = [embedder.encode("the fox", prompt=prompt) for prompt in ("jumps", "over", "", "jumps")]
     assert np.allclose(vectors, right, atol=1e-6)
-
-
-def test_passages_of_rows_that_repeat_each_other():
-    rows = [{"query": "q", "pos": ["a", "a"], "neg": ["a", "b", "b"]},
-            {"query": "q", "pos": ["b"], "neg": ["c"]}]
-    passages = data.Passages(rows)
-    assert [passages.text(i) for i in range(len(passages))] == ["a", "b", "c"]
-    assert [set(p) for p in passages.positives] == [{0, 1}, {0, 1}]
-    assert passages.given == [[], [2]]             # the other row's positive is no negative
 
 
 # ---------------------------------------------------------------- the mixture of a stage

@@ -21,7 +21,8 @@ from hypothesis import strategies as st  # noqa: E402
 import data  # noqa: E402
 from configurator import ConfigError, load_config, split_args  # noqa: E402
 from engine import checkpoint, model_folder  # noqa: E402
-from engine.jsonl import JsonlFile, read_jsonl, read_texts  # noqa: E402
+from engine.index import JsonlFiles  # noqa: E402
+from engine.jsonl import read_jsonl, read_texts  # noqa: E402
 from tokenizer import Tokenizer, compose  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
@@ -92,13 +93,13 @@ def test_any_file_gives_right_rows_or_a_clear_error(folder, kind, lines):
     path = where / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
     try:
-        rows = JsonlFile(path, data.PARSERS[kind], where)
+        rows = JsonlFiles([path], data.PARSERS[kind], where)
     except Exception as error:
         assert is_clear(error, path)
     else:
         assert all(is_right(kind, rows[i]) for i in range(len(rows))) and rows.bad == 0
     try:
-        rows = JsonlFile(path, data.PARSERS[kind], where, skip_bad=True)
+        rows = JsonlFiles([path], data.PARSERS[kind], where, skip_bad=True)
     except ValueError as error:
         assert "no usable line" in str(error)
     else:
@@ -113,7 +114,8 @@ def test_any_gz_gives_right_rows_or_a_clear_error(folder, raw):
     where = folder()
     path = where / "rows.jsonl.gz"
     path.write_bytes(raw)
-    for read in (lambda: JsonlFile(path, data.parse_text, where), lambda: list(read_jsonl(path))):
+    for read in (lambda: JsonlFiles([path], data.parse_text, where),
+                 lambda: list(read_jsonl(path))):
         try:
             read()
         except Exception as error:

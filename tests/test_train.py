@@ -371,7 +371,7 @@ def test_starting_afresh_takes_the_new_vocabulary_and_the_new_text(rows, tmp_pat
     def tokens_of(*more):
         train.main(arguments(rows, "pretrain", tmp_path, "--steps=1", *more))
         path = checkpoint.latest(tmp_path / "pretrain") / "tokenizer.tiktoken"
-        stream = max(tmp_path.glob("tokens-*.bin"), key=lambda file: file.stat().st_mtime_ns)
+        stream = max(tmp_path.glob("tokens-*/*.bin"), key=lambda file: file.stat().st_mtime_ns)
         tokenizer = Tokenizer.load(path)
         return tokenizer, data.np.fromfile(stream, data.np.uint32)
     first, stream = tokens_of("--vocab_size=300")
@@ -383,7 +383,7 @@ def test_starting_afresh_takes_the_new_vocabulary_and_the_new_text(rows, tmp_pat
                                                   for i in range(96)])
     last, stream = tokens_of("--vocab_size=300", f"--text={path}", "--resume=false")
     assert last.decode(stream.tolist()).startswith("quite another text 0")
-    assert len(list(tmp_path.glob("tokenizer-*"))) == len(list(tmp_path.glob("tokens-*.bin"))) == 3
+    assert len(list(tmp_path.glob("tokenizer-*"))) == len(list(tmp_path.glob("tokens-*"))) == 3
 
 
 # ---------------------------------------------------------------- what a checkpoint holds

@@ -5,8 +5,8 @@
 stage = "pretrain"
 out = "out/real"
 data = "out/real/sets"            # python -m tools.sets --root=FOLDER --out=out/real/sets
-steps = 350
-batch_size = 32                    # windows of 256 tokens
+steps = 600
+batch_size = 16                    # windows of 256 tokens
 passage_len = 256
 learning_rate = 2e-3
 warmup = 0.2

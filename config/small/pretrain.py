@@ -4,8 +4,8 @@
 """
 stage = "pretrain"
 out = "out/small"
-steps = 1500
-batch_size = 32                    # windows of 256 tokens
+steps = 3000
+batch_size = 16                    # windows of 256 tokens
 passage_len = 256
 learning_rate = 2e-3
 warmup = 0.2

@@ -13,7 +13,8 @@ import pytest
 
 from data import parse_pair, parse_text
 from engine import jsonl
-from engine.jsonl import JsonlFile, JsonlFiles, atomic, read_jsonl, read_texts, write_jsonl
+from engine.index import JsonlFiles
+from engine.jsonl import atomic, read_jsonl, read_texts, write_jsonl
 from ranks import ROOT
 
 GOOD = b'{"text": "a"}'
@@ -53,7 +54,7 @@ def all_of(rows):
 @pytest.mark.parametrize("line, reason", BAD_LINES.items(), ids=range(len(BAD_LINES)))
 def test_a_bad_line_is_named_by_file_and_number_or_counted(tmp_path, line, reason):
     path = file_of(tmp_path, GOOD, line, GOOD)
-    for read in (lambda: list(read_jsonl(path)), lambda: JsonlFile(path, parse_text, tmp_path)):
+    for read in (lambda: list(read_jsonl(path)), lambda: JsonlFiles([path], parse_text, tmp_path)):
         with pytest.raises(ValueError) as caught:
             read()
         assert type(caught.value) is ValueError and str(caught.value).startswith(f"{path}:2: ")
@@ -61,7 +62,7 @@ def test_a_bad_line_is_named_by_file_and_number_or_counted(tmp_path, line, reaso
     messages = []
     rows = list(read_jsonl(path, skip_bad=True, on_bad=messages.append))
     assert len(rows) == 2 and len(messages) == 1 and f"{path}:2: " in messages[0]
-    rows = JsonlFile(path, parse_text, tmp_path, skip_bad=True)
+    rows = JsonlFiles([path], parse_text, tmp_path, skip_bad=True)
     assert (len(rows), rows.bad, rows[1]) == (2, 1, "a")
 
 
@@ -84,12 +85,12 @@ def test_blank_lines_at_the_end_are_no_mistake(tmp_path, end):
     for name in ("rows.jsonl", "rows.jsonl.gz"):
         path = file_of(tmp_path, GOOD, b'{"text": "b"}', name=name, end=end)
         assert [row["text"] for row in read_jsonl(path)] == ["a", "b"]
-        assert all_of(JsonlFile(path, parse_text, tmp_path / "cache")) == ["a", "b"]
+        assert all_of(JsonlFiles([path], parse_text, tmp_path / "cache")) == ["a", "b"]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_mistake(tmp_path):
     path = file_of(tmp_path, b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r')
-    assert all_of(JsonlFile(path, parse_text, tmp_path)) == ["a", "b"]
+    assert all_of(JsonlFiles([path], parse_text, tmp_path)) == ["a", "b"]
     assert [row["text"] for row in read_jsonl(path)] == ["a", "b"]
 
 
@@ -99,7 +100,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_mistake(tmp_path):
 def test_odd_texts_come_through_unchanged(tmp_path, text):
     path = tmp_path / "rows.jsonl"
     write_jsonl(path, [{"text": f"x{text}"}])
-    assert JsonlFile(path, parse_text, tmp_path)[0] == f"x{text}"
+    assert JsonlFiles([path], parse_text, tmp_path)[0] == f"x{text}"
     path.write_text(json.dumps({"text": f"{text}y"}) + "\n")   # escaped
     assert next(read_jsonl(path)) == {"text": f"{text}y"}
 
@@ -109,7 +110,7 @@ def test_odd_texts_come_through_unchanged(tmp_path, text):
 def test_lone_surrogates_become_question_marks(tmp_path, escaped, text):
     path = file_of(tmp_path, b'{"query": "%s", "pos": ["%s"], "prompt": "%s"}' % (
         escaped, escaped, escaped))
-    row = JsonlFile(path, parse_pair, tmp_path)[0]
+    row = JsonlFiles([path], parse_pair, tmp_path)[0]
     assert row == {"query": text, "pos": [text], "neg": [], "prompt": text}
     assert jsonl.to_line({"text": "a\ud800b"}) == b'{"text": "a?b"}\n'
 
@@ -142,7 +143,7 @@ def test_a_broken_file_is_named_and_leaves_no_half_of_an_index(tmp_path, name):
     path.write_bytes(raw)
     for skip in (False, True):                     # what cannot be read cannot be skipped either
         with pytest.raises(ValueError) as caught:
-            JsonlFile(path, parse_text, tmp_path / "cache", skip_bad=skip)
+            JsonlFiles([path], parse_text, tmp_path / "cache", skip_bad=skip)
         assert str(path) in str(caught.value) and reason in str(caught.value)
     assert not list((tmp_path / "cache").glob("*"))
     if "unpacked" in reason:
@@ -157,7 +158,7 @@ def test_paths_that_are_no_files(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     for name in ("pipe.jsonl", "folder.jsonl", "loop.jsonl", "none.jsonl", "x" * 300):
-        for read in (lambda: JsonlFile(tmp_path / name, parse_text, tmp_path),
+        for read in (lambda: JsonlFiles([tmp_path / name], parse_text, tmp_path),
                      lambda: list(read_jsonl(tmp_path / name))):
             with pytest.raises((OSError, ValueError), match=name):
                 read()
@@ -231,18 +232,18 @@ def test_instructions_and_bad_lines_are_counted_over_all_files(tmp_path):
 @pytest.mark.parametrize("suffix", ["idx", "json", "jsonl"])
 def test_a_damaged_index_is_built_again(tmp_path, damage, suffix):
     path = file_of(tmp_path, GOOD, b'{"text": "b"}', name="rows.jsonl.gz")
-    JsonlFile(path, parse_text, tmp_path / "cache")
+    JsonlFiles([path], parse_text, tmp_path / "cache")
     index, = (tmp_path / "cache").glob(f"*.{suffix}")
     raw = damage(index.read_bytes())
     index.write_bytes(raw)
     if suffix == "jsonl" and len(raw) == 28:
         return                                     # of equal size: its lines are checked in use
-    assert all_of(JsonlFile(path, parse_text, tmp_path / "cache")) == ["a", "b"]
+    assert all_of(JsonlFiles([path], parse_text, tmp_path / "cache")) == ["a", "b"]
 
 
 def test_a_file_that_changes_while_it_is_used_is_noticed(tmp_path):
     path = file_of(tmp_path, b'{"text": "aaa"}', b'{"text": "bbb"}')
-    rows = JsonlFile(path, parse_text, tmp_path)
+    rows = JsonlFiles([path], parse_text, tmp_path)
     path.write_bytes(b'{"text": "a longer one"}\n{"text": "b"}\n')
     with pytest.raises(ValueError, match="rows.jsonl:2: changed while in use"):
         rows[1]
@@ -274,10 +275,10 @@ def test_rows_are_written_as_they_are_read(tmp_path):
 def test_a_full_disk_leaves_no_half_index(tmp_path):
     file_of(tmp_path, *[GOOD] * 5000)
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import signal\n"
-            "from engine.jsonl import JsonlFile\n"
+            "from engine.index import JsonlFiles\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             "def parse(row): return row\n"
-            "try:\n    JsonlFile('rows.jsonl', parse, 'cache')\n"
+            "try:\n    JsonlFiles(['rows.jsonl'], parse, 'cache')\n"
             "except OSError as error:\n    print('OSError', error)")
     done = subprocess.run(["prlimit", "--fsize=20000", sys.executable, "-c", code], cwd=tmp_path,
                           capture_output=True, text=True)

@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, sys.argv[1])
 import data
 from embed import Embedder
+from engine.mining import mine
 from engine import kernels
 from engine.order import shuffled
 from mask import FULL
@@ -98,7 +99,7 @@ rng = np.random.default_rng(0)
 passages = rng.standard_normal((200_000, 16), dtype=np.float32)
 passages /= np.linalg.norm(passages, axis=1, keepdims=True)
 queries, before = passages[:1000], peak()
-pools, _ = data.mine(queries, passages, [[q] for q in range(1000)], depth=50)
+pools, _ = mine(queries, passages, [[q] for q in range(1000)], depth=50)
 scores = queries[:3] @ passages.T
 right = np.argsort(-scores, axis=1, kind="stable")[:, 1:51]
 print(json.dumps({"grown": peak() - before, "shape": pools.shape,

@@ -1,0 +1,135 @@
+"""The distinct passages of some rows by number: tables on disk that all ranks build and map.
+
+The text ids of all rows stand in their indices (engine/index.py), one place for each text. A
+passage is numbered by the first place of its text. To find equal texts the ids are sorted in 64
+buckets by their first bits; buckets are shared out among the ranks, so each holds a 64th at most.
+
+    keys, firsts      each distinct id, in ascending order, and its first place
+    queries, rows     the query ids of all rows, in ascending order, and their rows
+    where             the first places in ascending order: passage p has its text at where[p]
+"""
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from engine.index import ALONE, Job, about_of, build, columns_of, together
+
+BITS = 6                           # of an id that name its bucket: 64 buckets
+SMALL = 1 << 20                    # texts that make one bucket
+CHUNK = 1 << 22                    # ids that are looked at together
+
+
+class Passages:
+    """Every distinct passage of some rows by number; texts stay in the files.
+
+    rows: `JsonlFiles` of rows {query, pos, neg} with their ids. All ranks must call. cache_dir: a
+    folder that all ranks see.
+    """
+
+    def __init__(self, rows, cache_dir="out/cache", world=ALONE):
+        self.rows, self.files = rows, rows.files
+        self.starts = np.cumsum([0, *(file.n_ids for file in self.files)])   # place of a file's id
+        self.first_rows = np.concatenate([[0], rows.ends])
+        made_of = hashlib.sha256(" ".join(file.index.stem for file in self.files).encode())
+        path = Path(cache_dir) / made_of.hexdigest()[:24]
+        self.bits = BITS if self.starts[-1] > SMALL else 0
+        self.keys, self.firsts, self.query_ids, self.query_rows = self._table(
+            path.with_name(f"{path.name}-equal.tab"), self._bucket, world)
+        self.where, = self._table(path.with_name(f"{path.name}-where.tab"), self._firsts, world)
+
+    def _table(self, path, make, world):
+        """Return the columns of a table, which is built first if it is missing or damaged."""
+        if not all(together(world, lambda: about_of(path, world) is not None)):
+            if world.is_main and path.is_file():
+                tqdm.write(f"{path}: the table is damaged; it is built again")
+            build([Job(path, 1 << self.bits, lambda k: (make(k), {}),
+                       lambda _, lengths: ([[0] * len(n) for n in lengths], {}))], world)
+        return columns_of(path)
+
+    def _bucket(self, k):
+        """Return the four columns of bucket k."""
+        ids, places = self._select([file.ids for file in self.files], self.starts, k)
+        new = np.concatenate([[True], ids[1:] != ids[:-1]]) if len(ids) else np.empty(0, bool)
+        return [ids[new], places[new], *self._select(
+            [file.query_ids for file in self.files], self.first_rows, k)]
+
+    def _select(self, columns, starts, k):
+        """Return the ids in bucket k in ascending order, and their places; ties by place."""
+        ids, places = [], []
+        for column, start in zip(columns, starts.tolist()):
+            for first in range(0, len(column), CHUNK):
+                part = np.asarray(column[first:first + CHUNK])
+                here = np.flatnonzero(part >> 63 - self.bits == k)
+                ids.append(part[here])
+                places.append(here + (start + first))
+        ids, places = np.concatenate(ids), np.concatenate(places)
+        order = np.argsort(ids, kind="stable")
+        return ids[order], places[order]
+
+    def _firsts(self, k):
+        """Return the first places that lie in the k-th part of all places, in order."""
+        low, high = (int(self.starts[-1]) * i >> self.bits for i in (k, k + 1))
+        parts = [self.firsts[i:i + CHUNK] for i in range(0, len(self.firsts), CHUNK)]
+        return [np.sort(np.concatenate([p[(p >= low) & (p < high)] for p in parts]))]
+
+    def __len__(self):
+        return len(self.where)
+
+    def numbers(self, ids):
+        """Return the numbers of the passages with these text ids, int64."""
+        return np.searchsorted(self.where, self.firsts[np.searchsorted(self.keys, ids)])
+
+    def ids(self, numbers):
+        """Return the text ids (N,) int64 of some passages."""
+        places = self.where[numbers]
+        which = np.searchsorted(self.starts, places, side="right") - 1
+        out = np.empty(len(places), dtype=np.int64)
+        for f in np.unique(which):
+            out[which == f] = self.files[f].ids[places[which == f] - self.starts[f]]
+        return out
+
+    def text(self, number):
+        """Return the text of a passage."""
+        place = int(self.where[number])
+        f = int(np.searchsorted(self.starts, place, side="right")) - 1
+        file, place = self.files[f], place - int(self.starts[f])
+        i = int(np.searchsorted(file.first, place, side="right")) - 1
+        row = file[i]
+        return (row["pos"] + row["neg"])[place - int(file.first[i])]
+
+    def _ids_of(self, q, part):
+        """Return the text ids of the positives, or the negatives, of row q."""
+        f, i = self.rows.place(q)
+        file = self.files[f]
+        first, end = int(file.first[i]), int(file.first[i + 1]) if i + 1 < len(file) else file.n_ids
+        middle = first + int(file.n_pos[i])
+        return file.ids[first:middle] if part == "pos" else file.ids[middle:end]
+
+    def own_positives(self, q):
+        """Return the numbers of row q's own positives, as they stand in the row."""
+        return self.numbers(self._ids_of(q, "pos"))
+
+    def positive_ids(self, q):
+        """Return the distinct ids of row q's positives, its own first, then those of its twins.
+
+        Twins are the rows with the same query.
+        """
+        f, i = self.rows.place(q)
+        key = self.files[f].query_ids[i]
+        left, right = (int(np.searchsorted(self.query_ids, key, side)) for side in
+                       ("left", "right"))
+        twins = self.query_rows[left:right].tolist() if right - left > 1 else []
+        return list(dict.fromkeys(np.concatenate(
+            [self._ids_of(r, "pos") for r in [q, *twins]]).tolist()))
+
+    def positives(self, q):
+        """Return the numbers of the passages that answer row q, int64; its own first."""
+        return self.numbers(self.positive_ids(q))
+
+    def negatives(self, q):
+        """Return the numbers of row q's own negatives, without its positives, each once."""
+        known = set(self.positive_ids(q))
+        return self.numbers([key for key in dict.fromkeys(self._ids_of(q, "neg").tolist())
+                             if key not in known])

@@ -1,0 +1,297 @@
+"""Rehearse all that comes before a stage's first step, on made-up rows: seconds, memory, disk.
+
+    python -m experiments.rehearsal                                   # minutes, 10 GB of disk
+    python -m experiments.rehearsal --rows=100000,1000000,10000000    # an hour or two, 60 GB
+
+Each part runs in processes of its own, which meet through gloo. A rank's seconds are those of its
+CPU, so that more ranks than cores give the same numbers as an idle machine. Its memory is what it
+holds besides mapped files. The law is linear: seconds of one rank for a unit of data, divided by
+the ranks; exact search has its FLOPs, and the share of a plain matmul's rate that the code reaches.
+Writes results/rehearsal.json and the tables of docs/scale.md; `train.py --dry_run` reads the law.
+"""
+import json
+import math
+import os
+import platform
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from configurator import load_config
+from engine import budget, distributed, run
+from engine.index import together
+from engine.jsonl import atomic
+from engine.mining import CHUNK, Exact, Miner, Shared, mine
+from engine.passages import Passages
+from engine.tokens import TokenStream
+from experiments.results import ROOT, fill, markdown
+from tokenizer import Tokenizer
+from train import TrainConfig
+
+UNITS = {                              # part of a start: the unit that its cost is given for
+    "index of text": "GB", "token shards": "million tokens", "index of pairs": "GB",
+    "second start": "GB", "index of stage 4": "million rows", "passage tables": "million rows",
+    "pools of mined rows": "million rows", "exact search": "TFLOP"}
+PAPER = {"pretrain": 3e12, "sft": 0.6e9, "embed_weak": 1.77e9, "embed_sup": 10.6e6}
+SEARCH, WIDTH = 16_384, 256            # queries and passages of the exact search, and their width
+WORDS = "sort list tree graph node edge file open read write matrix vector random time".split()
+
+
+@dataclass(frozen=True)
+class RehearsalConfig:
+    """The settings of `python -m experiments.rehearsal`."""
+    rows: tuple[int, ...] = (100_000, 1_000_000)   # of each kind of file
+    ranks: tuple[int, ...] = (1, 2, 4)
+    folder: str = ""               # of the rows, some 4 GB for a million; empty: a temporary one
+    results: str = "results"
+    page: str = "docs/scale.md"    # whose tables are filled; empty: none
+    work: str = ""                 # what the command calls itself with: the folder of one rehearsal
+
+
+# ---------------------------------------------------------------- rows
+
+def write_rows(folder, n):
+    """Write n rows of text, of pairs and of stage 4, as tools/mine.py leaves them."""
+    rng = random.Random(0)
+    part = [" ".join(rng.choices(WORDS, k=16)) for _ in range(997)]        # some 80 characters
+    with atomic(folder / "text.jsonl") as file:
+        for i in range(n):
+            text = " ".join(part[(i + k * k) % 997] for k in range(6))
+            file.write(f'{{"text": "Document {i}. {text}"}}\n')
+    with atomic(folder / "pairs.jsonl") as file:
+        for i in range(n):
+            file.write(f'{{"query": "question {i}", '
+                       f'"pos": "{part[i % 997]} {part[i % 991]} {i}"}}\n')
+    cosines = json.dumps([round(0.9 - k / 20, 2) for k in range(8)])
+    with atomic(folder / "retrieval.jsonl") as file:
+        for i in range(n):
+            neg = ", ".join(f'"passage {(7 * i + k * k + 1) % n} {part[k]}"' for k in range(8))
+            file.write(f'{{"query": "question {i}", "pos": "passage {i} {part[i % 8]}", '
+                       f'"neg": [{neg}], "cosines": {cosines}}}\n')
+    Tokenizer.train(part, 400).save(folder / "tokenizer.tiktoken")
+
+
+# ---------------------------------------------------------------- what one rank does
+
+class Meter:
+    """Measure parts: {part: {"seconds" of CPU, "wall", "MB" beyond mapped files}}, worst rank."""
+
+    def __init__(self, world):
+        self.world, self.parts = world, {}
+
+    def __call__(self, name, work):
+        """Call `work()` and note what it took; return its result."""
+        before, peak, done = anonymous(), [0], threading.Event()
+
+        def watch():
+            while not done.wait(0.02):
+                peak[0] = max(peak[0], anonymous())
+        thread = threading.Thread(target=watch)
+        together(self.world, thread.start)
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = work()
+        mine = [time.process_time() - cpu, time.perf_counter() - wall]
+        done.set()
+        thread.join()
+        mine.append(max(0, max(peak[0], anonymous()) - before) / 1e6)
+        worst = np.max(together(self.world, lambda: mine), axis=0).tolist()
+        self.parts[name] = dict(zip(("seconds", "wall", "MB"), worst))
+        return result
+
+
+def anonymous():
+    """Return the bytes of this process's memory that are no mapped file."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+
+class Vectors:
+    """An embedder's place: no model, only a width and a device."""
+    dim, device = WIDTH, "cpu"
+
+
+def rehearse(folder, world):
+    """Run every part of the starts in a folder of rows -> {part: what it took, and how much}."""
+    meter, cache = Meter(world), folder / f"cache{world.size}"
+
+    def rows(kind):
+        return data.Rows([folder / f"{kind}.jsonl"], kind, cache, world=world)
+    text = meter("index of text", lambda: rows("text"))
+    tokens = meter("token shards", lambda: TokenStream(
+        text, Tokenizer.load(folder / "tokenizer.tiktoken"), cache / "tokens", 0, world))
+    meter("index of pairs", lambda: rows("pairs"))
+    meter("second start", lambda: rows("pairs"))
+    found = meter("index of stage 4", lambda: rows("retrieval"))
+    passages = meter("passage tables", lambda: Passages(found, cache, world))
+    meter("pools of mined rows", lambda: Miner(cache / "mining", Vectors, world).of_rows(
+        "retrieval", passages, 50, lambda pool, scores: data.hard_enough(pool, scores, 7)))
+
+    def draw(first, end):
+        vectors = np.random.default_rng(first).standard_normal((end - first, WIDTH), np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = Shared(cache / "vectors", (SEARCH, WIDTH), np.float16, 1024, world).fill(draw)
+    meter("exact search", lambda: Shared(cache / "pools", (SEARCH, 50), np.int32, 1024, world).fill(
+        lambda first, end: mine(vectors[first:end], Exact(vectors), [[q] for q in range(
+            first, end)], 50)[0]))
+    size = {kind: (folder / f"{kind}.jsonl").stat().st_size for kind in (
+        "text", "pairs", "retrieval")}
+    amounts = [size["text"] / 1e9, len(tokens) / 1e6, *[size["pairs"] / 1e9] * 2,
+               *[len(found) / 1e6] * 3, 2 * SEARCH ** 2 * WIDTH / 1e12]
+    for part, amount in zip(UNITS, amounts):
+        meter.parts[part]["amount"] = amount
+    return {"parts": meter.parts, "disk": disk(folder, cache), "matmul": plain_rate(vectors)}
+
+
+def disk(folder, cache):
+    """Return {file: bytes} of what the start leaves on disk."""
+    sizes = {}
+    for path in (path for path in cache.rglob("*") if path.suffix in (".bin", ".tab", ".idx")):
+        kind = path.suffix[1:]
+        sizes[kind] = sizes.get(kind, 0) + path.stat().st_size
+    return sizes
+
+
+def plain_rate(vectors):
+    """Return the TFLOP/s of a plain float32 matmul of the search's shapes on one thread."""
+    block = torch.from_numpy(vectors[:SEARCH].astype(np.float32))
+    began, n = time.process_time(), min(4096, len(block))
+    for start in range(0, n, CHUNK):
+        block[start:start + CHUNK] @ block.T
+    return 2 * n * len(block) * WIDTH / 1e12 / (time.process_time() - began)
+
+
+def worker(folder):
+    """Be one rank of a rehearsal; the main rank writes FOLDER/RANKS.json."""
+    torch.set_num_threads(1)
+    world = distributed.start("cpu")
+    torch.set_num_threads(1)
+    told = rehearse(Path(folder), world)
+    if world.is_main:
+        with atomic(Path(folder) / f"{world.size}.json") as file:
+            json.dump(told, file)
+    distributed.stop()
+
+
+# ---------------------------------------------------------------- the command
+
+def launch(folder, ranks):
+    """Run one rehearsal on some ranks; return what its main rank wrote."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                        "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1",
+                        "RAYON_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "experiments.rehearsal", f"--work={folder}"]
+    processes = [subprocess.Popen(command, cwd=ROOT, env={**env, "RANK": str(rank),
+                                                          "LOCAL_RANK": str(rank)})
+                 for rank in range(ranks)]
+    if any([process.wait() for process in processes]):
+        raise ValueError(f"{folder}: a rank of {ranks} failed")
+    return json.loads((folder / f"{ranks}.json").read_text())
+
+
+def fit(runs):
+    """Return the law of {rows: {ranks: rehearsal}}: seconds and bytes for a unit, one rank.
+
+    The seconds are those of the largest files on the fewest ranks.
+    """
+    largest = runs[max(runs)]
+    one = largest[min(largest)]
+    law = {part: {"seconds": said["seconds"] * min(largest) / said["amount"], "unit": UNITS[part]}
+           for part, said in one["parts"].items()}
+    n, tokens = max(runs) / 1e6, one["parts"]["token shards"]["amount"]
+    law["exact search"]["share"] = 1 / law["exact search"]["seconds"] / one["matmul"]
+    law["disk"] = {"a token": one["disk"]["bin"] / tokens / 1e6,
+                   "a row of stage 4": (one["disk"]["tab"] + one["disk"]["idx"]) / n / 1e6 - 32}
+    law["bytes"] = {"a token of text": one["parts"]["index of text"]["amount"] * 1e3 / tokens,
+                    "a pair": one["parts"]["index of pairs"]["amount"] * 1e3 / n}
+    return law
+
+
+def table_of(runs):
+    """Return the rows of the table: what a unit costs, by size and ranks, and memory.
+
+    power of rows: the exponent x of seconds = c * rows ** x between the smallest and largest files.
+    """
+    small, large = min(runs), max(runs)
+    first = min(runs[large])
+    rows = []
+    for part, unit in UNITS.items():
+        row = {"part": part, "unit": unit}
+        for n in runs:
+            said = runs[n][first]["parts"][part]
+            row[f"s a unit, {n:,} rows"] = said["seconds"] / said["amount"]
+        ends = [runs[n][first]["parts"][part] for n in (small, large)]
+        if ends[1]["amount"] > ends[0]["amount"]:
+            row["power of rows"] = math.log(ends[1]["seconds"] / ends[0]["seconds"]) / math.log(
+                ends[1]["amount"] / ends[0]["amount"])
+        for ranks in runs[large]:
+            if ranks > first:
+                row[f"{ranks} ranks, share of it"] = runs[large][ranks]["parts"][part]["seconds"] \
+                    / runs[large][first]["parts"][part]["seconds"]
+        row |= {f"MB a rank, {n:,}": runs[n][first]["parts"][part]["MB"] for n in (small, large)}
+        rows.append(row)
+    return rows
+
+
+def projection(law):
+    """Return the rows of the table: minutes, disk and memory at the paper's own numbers."""
+    rows = []
+    for cfg in run.chain(TrainConfig, [str(ROOT / "config/full/embed_sup.py")]):
+        amount, shape = PAPER[cfg.stage], cfg.model_config()
+        sizes = budget.start_bytes(law, cfg.stage, amount, cfg)
+        for part, alone in budget.start_minutes(law, cfg.stage, amount, 1, shape).items():
+            rows.append({"stage": cfg.stage, "amount": f"{amount:.3g}", "part": part,
+                         **{f"min, {n} ranks": alone / n for n in (1, 16, 64)},
+                         "GB on disk": sizes["disk"] / 1e9 if part == "index" else None,
+                         "GB a rank, DHNM": sizes["pools"] / 1e9 if part == "pools" else None})
+    return rows
+
+
+def main(argv=None):
+    """Rehearse, write the results file and fill the tables of the page."""
+    cfg = load_config(RehearsalConfig, argv)
+    if cfg.work:
+        return worker(cfg.work)
+    runs = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for n in cfg.rows:
+            folder = Path(cfg.folder or temporary) / str(n)
+            write_rows(folder, n)
+            runs[n] = {ranks: launch(folder, ranks) for ranks in cfg.ranks}
+    record(cfg, runs)
+
+
+def record(cfg, runs):
+    """Write the results file of {rows: {ranks: rehearsal}}, and fill the tables of the page."""
+    law = fit(runs)
+    with atomic(Path(cfg.results) / "rehearsal.json") as file:
+        json.dump({"title": "What comes before the first step", "tables": {"": table_of(runs)},
+                   "law": law, "cores": len(os.sched_getaffinity(0)), "cpu": platform.machine(),
+                   "runs": runs}, file, indent=1)
+        file.write("\n")
+    if cfg.page:
+        path = Path(cfg.page)
+        text = fill(path.read_text("utf-8"), {
+            "rehearsal": markdown(table_of(runs)), "start": markdown(projection(law))})
+        with atomic(path) as file:
+            file.write(text)
+    print("\n".join(markdown(table_of(runs))))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"rehearsal: error: {error}")

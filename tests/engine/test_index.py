@@ -1,0 +1,119 @@
+"""The index of rows: cut into any ranges, built by any number of ranks, it is the same."""
+import gzip
+import hashlib
+import json
+import random
+
+import numpy as np
+import pytest
+
+from data import parse_pair, parse_text
+from engine import index
+from engine.index import JsonlFiles, together
+from ranks import on_ranks, write_lines
+
+LINES = [json.dumps({"text": f"text {i} " + "é" * (i % 30)}).encode() for i in range(200)]
+PAIRS = [{"query": f"q{i % 7}", "pos": [f"p{i}", "same"][:1 + i % 2], "prompt": "Find",
+          "neg": [f"n{i % 5}", f"p{i - 1}"]} for i in range(120)]
+
+
+def content(rows):
+    """Return all that an index says of its files."""
+    return [[rows[i] for i in range(len(rows))], rows.bad, dict(rows.prompts),
+            [[column.tolist() for column in (file.offsets, file.lines)] for file in rows.files]]
+
+
+@pytest.mark.parametrize("size", [3, 100, 4096])
+@pytest.mark.parametrize("end", [b"", b"\n", b"\n\n \n\n"])
+def test_ranges_of_any_size_give_the_same_index(tmp_path, monkeypatch, size, end):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(LINES[:20]) + end)
+    right = content(JsonlFiles([path], parse_text, tmp_path / "whole"))
+    monkeypatch.setattr(index, "RANGE", size)
+    assert content(JsonlFiles([path], parse_text, tmp_path / "parts")) == right
+    assert len(list((tmp_path / "parts").iterdir())) == 2              # nothing is left over
+
+
+@pytest.mark.parametrize("size", [7, 50, 4096])
+def test_the_first_bad_line_is_named_wherever_it_lies(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(index, "RANGE", size)
+    path, rng = tmp_path / "rows.jsonl", random.Random(size)
+    for _ in range(6):
+        lines = rng.choices([LINES[0], b"", b" ", b"{", b'{"txt": 1}'], [12, 1, 1, 1, 1], k=20)
+        path.write_bytes(b"\n".join([*lines, LINES[1]]))
+        bad = [i for i, line in enumerate(lines, 1) if line != LINES[0]]
+        rows = JsonlFiles([path], parse_text, tmp_path / "cache", skip_bad=True)
+        assert rows.bad == len(bad) and len(rows) == 21 - len(bad)
+        assert rows.files[0].lines.tolist() == [i for i in range(1, 22) if i not in bad]
+        if bad:
+            with pytest.raises(ValueError, match=rf"^{path}:{bad[0]}: "):
+                JsonlFiles([path], parse_text, tmp_path / "cache")
+
+
+def index_on(world, folder, paths):
+    index.RANGE = 300
+    rows = JsonlFiles(paths, parse_pair, folder / "cache", ids=True, world=world)
+    told = together(world, lambda: content(rows))
+    assert all(part == told[0] for part in told)
+    (folder / "told.json").write_text(json.dumps(told[0]))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_build_one_index_of_plain_and_packed_files(tmp_path, ranks):
+    paths = [write_lines(tmp_path / f"{name}.jsonl", PAIRS[a:b])
+             for name, a, b in (("a", 0, 60), ("b", 60, 61), ("c", 61, 120))]
+    packed = tmp_path / "d.jsonl.gz"
+    packed.write_bytes(gzip.compress(paths[0].read_bytes()))
+    paths += [packed, paths[1]]                            # the last one is given twice
+    on_ranks(ranks, index_on, tmp_path, paths)
+    alone = JsonlFiles(paths, parse_pair, tmp_path / "alone", ids=True)
+    assert json.loads((tmp_path / "told.json").read_text()) == content(alone)
+
+
+def fail_on(world, folder):
+    index.RANGE = 300
+    with pytest.raises(ValueError, match="rows.jsonl:150: not JSON"):
+        JsonlFiles([folder / "rows.jsonl"], parse_text, folder / "cache", world=world)
+
+
+def test_all_ranks_raise_the_error_of_one(tmp_path):
+    lines = [*LINES[:149], b"{", *LINES[149:], b"["]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    on_ranks(3, fail_on, tmp_path)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_second_start_reads_no_row(tmp_path, monkeypatch, capsys):
+    path = write_lines(tmp_path / "rows.jsonl", PAIRS)
+    right = content(JsonlFiles([path], parse_pair, tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(index.JsonlFile, "_check", lambda *_: pytest.fail("a line is checked"))
+        again = JsonlFiles([path], parse_pair, tmp_path / "cache")
+    assert content(again) == right and "damaged" not in "".join(capsys.readouterr())
+    damaged, = (tmp_path / "cache").glob("*.idx")
+    raw = bytearray(damaged.read_bytes())
+    raw[100] ^= 1
+    damaged.write_bytes(raw)
+    assert content(JsonlFiles([path], parse_pair, tmp_path / "cache")) == right
+    assert f"{path}: its index {damaged} is damaged" in "".join(capsys.readouterr())
+
+
+def test_the_hash_of_a_large_file_is_that_of_its_ranges(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(LINES))
+    small = JsonlFiles([path], parse_text, tmp_path / "cache").files[0].sha256
+    assert small == hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(index, "RANGE", 1000)
+    hashes = [JsonlFiles([path], parse_text, tmp_path / name).files[0].sha256 for name in "ab"]
+    path.write_bytes(b"\n".join([LINES[1], LINES[0], *LINES[2:]]))
+    other = JsonlFiles([path], parse_text, tmp_path / "c").files[0].sha256
+    assert hashes[0] == hashes[1] != other and hashes[0] != small
+
+
+def test_ids_of_the_texts_stand_in_the_index(tmp_path):
+    rows = JsonlFiles([write_lines(tmp_path / "a.jsonl", PAIRS)], parse_pair, tmp_path, ids=True)
+    file, texts = rows.files[0], [text for row in PAIRS for text in row["pos"] + row["neg"]]
+    assert file.ids.tolist() == [index.text_id(text) for text in texts]
+    assert file.n_pos.tolist() == [len(row["pos"]) for row in PAIRS]
+    assert file.query_ids.tolist() == [index.text_id(row["query"]) for row in PAIRS]
+    assert np.array_equal(file.first, np.cumsum([0, *(len(row["pos"]) + 2 for row in PAIRS)])[:-1])

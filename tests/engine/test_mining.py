@@ -1,0 +1,128 @@
+"""Mining: by hand, and equal to a plain search of all pairs; files that ranks fill together."""
+import numpy as np
+import pytest
+import torch
+
+from engine import mining
+from engine.mining import mine
+from ranks import on_ranks
+
+EYE = np.eye(4, dtype=np.float32)
+QUERY = np.array([[0.9, 0.8, 0.7, 0.1]], dtype=np.float32)
+
+
+def plain(queries, passages, positives, depth, given, n_given):
+    """Return what the first edition did: all scores of a query at once, then a stable sort."""
+    pool = np.full((len(queries), depth), -1)
+    for q, scores in enumerate((torch.from_numpy(queries) @ torch.from_numpy(passages).T).numpy()):
+        own = np.array(given[q], dtype=np.int64)
+        own = own[np.argsort(-scores[own], kind="stable")]
+        near = np.argsort(-scores, kind="stable") if len(own) < max(n_given, 1) else own[:0]
+        near = near[~np.isin(near, [*positives[q], *own])]
+        chosen = np.concatenate([own, near])[:depth]
+        pool[q, :len(chosen)] = chosen
+    return pool
+
+
+def test_mining_orders_by_score_and_leaves_out_positives():
+    def pool(*args):
+        numbers, scores = mine(QUERY, EYE, *args)
+        n = int((numbers >= 0).sum())
+        assert scores[0].tolist() == QUERY[0, numbers[0, :n]].tolist() + [0] * (numbers.size - n)
+        return numbers[0].tolist()
+    assert pool([[0]], 3) == [1, 2, 3]
+    assert pool([[0, 1]], 3) == [2, 3, -1]
+    assert pool([[1]], 1) == [0]
+
+
+def test_given_negatives_come_first_ranked_by_the_model():
+    def pool(given, n_given, depth=3):
+        return mine(QUERY, EYE, [[0]], depth, given=given, n_given=n_given)[0].tolist()
+    assert pool([[3, 2]], 2) == [[2, 3, -1]]       # enough of them: nothing is mined
+    assert pool([[3, 2]], 3) == [[2, 3, 1]]        # one is missing
+    assert pool([[]], 2) == [[1, 2, 3]]
+    assert pool([[3, 2]], 2, depth=1) == [[2]]
+
+
+def test_mining_where_every_passage_is_a_positive():
+    one = np.ones((1, 1), dtype=np.float32)
+    assert mine(one, one, [[0]], 3)[0].tolist() == [[-1, -1, -1]]
+    assert mine(np.ones((0, 1), np.float32), one, [], 3)[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("block", [7, 65_536])
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_give_the_plain_search_ties_by_number(monkeypatch, block, seed):
+    """Small whole numbers as vectors: sums are exact, and many scores are equal."""
+    monkeypatch.setattr(mining, "BLOCK", block)
+    monkeypatch.setattr(mining, "CHUNK", 8)
+    rng = np.random.default_rng(seed)
+    queries = rng.integers(-2, 3, (30, 3)).astype(np.float32)
+    passages = rng.integers(-2, 3, (60, 3)).astype(np.float32)
+    positives = [rng.choice(60, rng.integers(1, 4), replace=False).tolist() for _ in queries]
+    given = [[n for n in rng.choice(60, rng.integers(0, 6), replace=False).tolist()
+              if n not in p] for p in positives]
+    for depth, n_given in ((5, 3), (70, 2), (1, 1)):
+        pool, scores = mine(queries, passages, positives, depth, given=given, n_given=n_given)
+        assert np.array_equal(pool, plain(queries, passages, positives, depth, given, n_given))
+        exact = np.take_along_axis(queries @ passages.T, pool.clip(min=0), 1)
+        assert np.array_equal(scores, np.where(pool < 0, 0, exact))
+        half = mine(queries, passages.astype(np.float16), positives, depth, given=given,
+                    n_given=n_given)[0]
+        assert np.array_equal(half, pool)          # such numbers are exact in 16 bits, too
+
+
+def test_lexical_candidates_ranked_by_cosine_never_entered_a_pool():
+    """Why training no longer asks BM25: the nearest `depth` passages were in the pool already."""
+    rng = np.random.default_rng(0)
+    queries, passages = (rng.standard_normal((n, 8)).astype(np.float32) for n in (20, 200))
+    pool, _ = mine(queries, passages, [[q] for q in range(20)], 10)
+    scores = queries @ passages.T
+    for q in range(20):
+        extra = rng.choice(200, 50, replace=False)
+        both = np.union1d(pool[q], extra[extra != q])
+        best = both[np.argsort(-scores[q, both], kind="stable")][:10]
+        assert best.tolist() == pool[q].tolist()
+
+
+# ---------------------------------------------------------------- files that ranks fill together
+
+def test_a_broken_fill_continues_and_does_nothing_twice(tmp_path):
+    calls = []
+
+    def work(first, end):
+        if len(calls) == 2:
+            raise OSError("no space left")
+        calls.append((first, end))
+        return np.arange(first, end, dtype=np.float32)[:, None] * [1, 10]
+    with pytest.raises(OSError, match="no space left"):
+        mining.Shared(tmp_path / "a", (10, 2), np.float32, 4).fill(work)
+    calls[:] = [*calls, None]
+    out = mining.Shared(tmp_path / "a", (10, 2), np.float32, 4).fill(work)
+    assert calls == [(0, 4), (4, 8), None, (8, 10)]
+    assert out.tolist() == [[i, 10 * i] for i in range(10)]
+    other = mining.Shared(tmp_path / "a", (8, 2), np.float32, 4)       # another size: afresh
+    calls[:] = [None] * 3
+    assert other.fill(work).shape == (8, 2) and len(calls) == 5
+
+
+def fill_on(world, path):
+    def work(first, end):
+        assert first // 3 % world.size == world.rank
+        return np.arange(first, end)[:, None]
+    out = mining.Shared(path, (20, 1), np.int32, 3, world).fill(work)
+    assert out[:, 0].tolist() == list(range(20))
+
+
+def test_ranks_fill_a_file_together(tmp_path):
+    on_ranks(3, fill_on, tmp_path / "numbers")
+
+
+def test_a_text_of_two_tasks_is_embedded_once():
+    store, texts = mining.Store(), np.array([[1.0], [2.0], [3.0]], dtype=np.float32)
+    assert store.find(np.array([7, 5])).tolist() == [-1, -1]
+    assert store.add(np.array([7, 5, 9]), texts).tolist() == [0, 1, 2]
+    assert store.find(np.array([9, 4, 5])).tolist() == [2, -1, 1]
+    store.add(np.array([4]), np.array([[8.0]], dtype=np.float16))
+    view = mining.View(store, store.find(np.array([4, 9])))
+    assert view[0:2].tolist() == [[8.0], [3.0]] and view[np.array([1])].tolist() == [[3.0]]

@@ -1,0 +1,86 @@
+"""The start of a stage grows with the rows and falls with the ranks; its law is what was measured.
+
+Limits are generous: seconds of CPU, four times the rows, twice the ranks.
+"""
+import json
+
+import pytest
+import torch
+
+from engine import budget, index, tokens
+from experiments import rehearsal
+from ranks import on_ranks
+from train import distributed
+
+
+def small_parts():
+    """Cut files so that a few thousand rows make several parts for each rank."""
+    index.RANGE, tokens.DOCUMENTS, rehearsal.SEARCH = 1 << 16, 256, 2048
+
+
+def rehearse_on(world, folder):
+    small_parts()
+    told = rehearsal.rehearse(folder, world)
+    if world.is_main:
+        (folder / f"{world.size}.json").write_text(json.dumps(told))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return {rows: {ranks: rehearsal}} of two sizes, on one rank and two."""
+    before, found = (index.RANGE, tokens.DOCUMENTS, rehearsal.SEARCH), {}
+    for n in (3000, 12_000):
+        folder = tmp_path_factory.mktemp(f"rows{n}")
+        rehearsal.write_rows(folder, n)
+        on_ranks(2, rehearse_on, folder)
+        rehearse_on(distributed.World(0, 1, torch.device("cpu")), folder)
+        found[n] = {r: json.loads((folder / f"{r}.json").read_text()) for r in (1, 2)}
+    index.RANGE, tokens.DOCUMENTS, rehearsal.SEARCH = before
+    return found
+
+
+def seconds(runs, n, ranks, part):
+    return runs[n][ranks]["parts"][part]["seconds"]
+
+
+@pytest.mark.parametrize("part", list(rehearsal.UNITS)[:-1])
+def test_everything_but_the_search_is_linear_in_rows(runs, part):
+    assert seconds(runs, 12_000, 1, part) < 2.5 * 4 * seconds(runs, 3000, 1, part) + 0.2
+
+
+@pytest.mark.parametrize("part", [p for p in rehearsal.UNITS if p not in (
+    "second start", "passage tables")])                    # milliseconds at this size
+def test_all_of_it_falls_with_ranks(runs, part):
+    assert seconds(runs, 12_000, 2, part) < 0.85 * seconds(runs, 12_000, 1, part) + 0.1
+
+
+def test_memory_does_not_grow_with_rows(runs):
+    for part in list(rehearsal.UNITS)[:-1]:
+        small, large = (runs[n][1]["parts"][part]["MB"] for n in runs)
+        assert large < small + 25, part
+
+
+def test_exact_search_reaches_a_share_of_a_matmuls_rate(runs):
+    assert 0.1 < rehearsal.fit(runs)["exact search"]["share"] < 1.2
+
+
+def test_the_law_is_the_cost_of_a_unit(runs, tmp_path, monkeypatch, capsys):
+    law, parts = rehearsal.fit(runs), runs[12_000][1]["parts"]
+    assert law["index of pairs"]["seconds"] == pytest.approx(
+        parts["index of pairs"]["seconds"] / parts["index of pairs"]["amount"])
+    cost = budget.start_minutes(law, "embed_weak", 12_000, 2)
+    assert cost["index"] == pytest.approx(parts["index of pairs"]["seconds"] / 60 / 2)
+    assert [row["part"] for row in rehearsal.table_of(runs)] == list(rehearsal.UNITS)
+    assert {row["stage"] for row in rehearsal.projection(law)} == set(rehearsal.PAPER)
+    # 10.6M queries x 21.2M passages x 3,584 x 2 FLOP at 300 TFLOP/s a card, on 16 cards
+    path = rehearsal.ROOT / "config/full/embed_sup.py"
+    full = rehearsal.run.chain(rehearsal.TrainConfig, [str(path)])[-1]
+    search = budget.start_minutes({**law, "exact search": {"share": 1.0}}, "embed_sup", 10.6e6, 16,
+                                  full.model_config())["search"]
+    assert search == pytest.approx(10.6e6 * 21.2e6 * 3584 * 2 / 3e14 / 16 / 60)
+    monkeypatch.setattr(budget, "LAW", tmp_path / "law.json")
+    shape = full.model_config()
+    assert "experiments.rehearsal" in budget.start_report(full, shape)[-1]
+    (tmp_path / "law.json").write_text(json.dumps({"law": law}))
+    text = "\n".join(budget.start_report(full, shape))
+    assert "DHNM's pools" in text and "search" in text

@@ -1,0 +1,164 @@
+"""Mine hard negatives for rows, once, on any number of ranks: texts and cosines in the rows.
+
+    torchrun --nproc_per_node=8 -m tools.mine --checkpoint=out/full/embed_weak \
+        --input=retrieval.jsonl --out=data/retrieval.jsonl
+    python -m tools.mine --checkpoint=out/embed_weak --input=clr.jsonl --out=m.jsonl --task=clr
+
+PAPER Sec. 3.4. A row gets "neg", its own first, then the passages nearest to its query, and
+"cosines", one for each. Stage 4 takes them as they are and embeds nothing; a cap on the cosines can
+be applied later, beside "pos_cosines". A run that broke off continues. --lexical adds BM25's best,
+for small sets: about 0.1 microseconds of one core a query and passage, 9 days for 3M rows.
+"""
+import hashlib
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from configurator import load_config
+from data import parse_pair
+from embed import Embedder
+from engine import distributed
+from engine.bm25 import BM25
+from engine.index import JsonlFiles, together
+from engine.jsonl import atomic, to_line
+from engine.mining import Approximate, Exact, Miner, encode_queries
+from engine.passages import Passages
+
+PART = 4096                        # rows that one rank writes at a time
+
+
+@dataclass(frozen=True)
+class MineConfig:
+    """The settings of `python -m tools.mine`."""
+    checkpoint: str                # folder of train.py or of an export
+    input: tuple[str, ...]         # JSONL(.gz) files of pairs or retrieval rows, mined together
+    out: str                       # JSONL file to write; all ranks must see its folder
+    task: Literal["retrieval", "clr"] = "retrieval"    # clr: mine around a row's first positive
+    depth: int = 50                # candidates of a row
+    n_negatives: int = 7           # rows with as many of their own are not searched for
+    lexical: int = 0               # of the depth, how many are BM25's
+    search: Literal["exact", "faiss"] = "exact"        # faiss: approximate, recall is printed
+    device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
+    skip_bad_lines: bool = False   # count bad lines instead of stopping at them
+
+    def __post_init__(self):
+        if not 0 <= self.lexical < self.depth:
+            raise ValueError(f"lexical {self.lexical} must lie in 0 .. depth {self.depth} - 1")
+
+
+def parse_row(row):
+    """Return a row of pairs as {query, pos, neg, prompt} and the keys that have no part in that."""
+    rest = {k: v for k, v in row.items() if k not in ("instruction", "input", "output", "cosines")}
+    return {**rest, **parse_pair(rest if "query" in rest else row)}
+
+
+def add_lexical(pool, scores, passages, search, queries):
+    """Put BM25's candidates at the end of pools, and rank by cosine again; return both arrays.
+
+    pool (n, depth), whose last places are free. passages: (known, lexical): numbers for each row.
+    """
+    known, lexical = passages
+    extra = [[n for n in words.tolist() if n not in {*row.tolist(), *own}][:int((row < 0).sum())]
+             for row, own, words in zip(pool, known, lexical)]
+    for row, score, numbers, cosines in zip(pool, scores, extra, search.cosines(
+            queries, [np.array(numbers, dtype=np.int64) for numbers in extra])):
+        free = int((row >= 0).sum())
+        row[free:free + len(numbers)], score[free:free + len(numbers)] = numbers, cosines
+        order = np.argsort(np.where(row < 0, np.inf, -score), kind="stable")
+        row[:], score[:] = row[order], score[order]
+    return pool, scores
+
+
+def recall(search, queries, depth, n=256):
+    """Return the share of the exact nearest passages that approximate search finds."""
+    queries = queries[:n]
+    ask = [[[] for _ in queries], depth, [True] * len(queries)]
+    exact, _ = Exact(search.passages, search.device).nearest(queries, *ask)
+    return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(
+        exact, search.nearest(queries, *ask)[0])]))
+
+
+def mine_rows(cfg, world):
+    """Write the rows with their negatives; all ranks must call."""
+    rows = JsonlFiles(cfg.input, parse_row, skip_bad=cfg.skip_bad_lines, ids=True, world=world)
+    passages, embedder = Passages(rows, world=world), Embedder(cfg.checkpoint, world.device)
+    made_of = [embedder.fingerprint(), *rows.hashes().values(), cfg.task, cfg.depth, cfg.lexical,
+               cfg.n_negatives, cfg.search]
+    folder = Path(f"{cfg.out}.{hashlib.sha256(str(made_of).encode()).hexdigest()[:16]}")
+    miner = Miner(folder, embedder, world)
+    search, queries = miner.passages("all", passages), None
+    if cfg.task != "clr":
+        prompt = embedder.prompts.get(cfg.task)
+        queries = miner.queries("all", len(rows), lambda first, end: encode_queries(
+            embedder, [rows[q] for q in range(first, end)], prompt))
+    if cfg.search == "faiss":
+        search = Approximate(search.passages, folder / "index.faiss", world.device, world)
+        if world.is_main:
+            sample = search.passages[:256] if queries is None else queries
+            print(f"recall of faiss against exact search: {recall(search, sample, cfg.depth):.3f}")
+    if cfg.lexical and world.is_main:
+        print(f"BM25: about {1e-7 * len(rows) * len(passages) / world.size / 60:,.1f} minutes")
+    bm25 = BM25(passages.text(i) for i in range(len(passages))) if cfg.lexical else None
+    pools, scores = miner.pools("all", passages, queries, search,
+                                (cfg.depth - cfg.lexical, cfg.n_negatives))
+
+    def write(first):
+        path, end = folder / f"{first:012d}.jsonl", min(first + PART, len(rows))
+        if path.is_file():
+            return
+        part, known = range(first, end), [passages.positives(q) for q in range(first, end)]
+        vectors = queries[first:end] if queries is not None else \
+            search.passages[np.array([numbers[0] for numbers in known])]
+        pool, score = (np.array(x[first:end]) for x in (pools, scores))
+        if bm25:
+            pool, score = (np.pad(x, ((0, 0), (0, cfg.lexical)), constant_values=v)
+                           for x, v in ((pool, -1), (score, 0)))
+            words = bm25.top_k([rows[q]["query"] for q in part], cfg.depth + max(map(len, known)))
+            words = [n[s > 0] for n, s in zip(*words)]
+            pool, score = add_lexical(pool, score, (known, words), search, vectors)
+        positives = search.cosines(vectors, [passages.own_positives(q) for q in part])
+        with atomic(path, "wb") as file:
+            for q, numbers, cosines, pos in zip(part, pool, score, positives):
+                there = numbers >= 0
+                row = {**rows[q], "neg": [passages.text(n) for n in numbers[there]],
+                       "cosines": [round(float(s), 6) for s in cosines[there]],
+                       "pos_cosines": [round(float(s), 6) for s in pos]}
+                file.write(to_line({k: v for k, v in row.items() if v is not None}))
+    firsts = range(0, len(rows), PART)
+    together(world, lambda: [write(first) for first in tqdm(
+        firsts[world.rank::world.size], desc="write", disable=None if world.is_main else True)]
+        and None)
+    together(world, lambda: join(folder, cfg.out) if world.is_main else None)
+    if world.is_main:
+        print(f"{cfg.out}: {len(rows):,} rows, {rows.bad:,} bad lines left out")
+
+
+def join(folder, out):
+    """Write the parts one after the other as one file, and remove the folder."""
+    with atomic(out, "wb") as file:
+        for path in sorted(folder.glob("*.jsonl")):
+            with open(path, "rb") as part:
+                shutil.copyfileobj(part, file)
+    shutil.rmtree(folder)
+
+
+def main(argv=None):
+    """Mine rows; see the module docstring."""
+    cfg = load_config(MineConfig, argv)
+    world = distributed.start(cfg.device)
+    try:
+        mine_rows(cfg, world)
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"mine: error: {error}")
