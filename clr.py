@@ -88,8 +88,8 @@ class Gates:
         reasons = [None if text and text.strip() else "no translation" for text in texts]
         for gate in self.gates:
             left = [i for i, reason in enumerate(reasons) if reason is None]
-            verdicts = gate(*([part[i] for i in left] for part in (sources, texts, langs)))
-            for i, verdict in zip(left, verdicts):
+            lists = [[part[i] for i in left] for part in (sources, texts, langs)]
+            for i, verdict in zip(left, gate(*lists) if left else ()):
                 reasons[i] = verdict
         self.dropped.update(filter(None, reasons))
         return reasons
