@@ -13,8 +13,7 @@ DEVIATES: the shares of Table 7 add up to 106 and are normalised here.
 import random
 import unicodedata
 from collections import Counter
-from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 from itertools import islice
 
 from engine.bm25 import split_words
@@ -39,10 +38,9 @@ def allot(n, shares=TABLE_7, seed=0):
     """
     if min(shares.values(), default=0) < 0 or not sum(shares.values()):
         raise ValueError(f"shares must not be negative, nor all zero: {shares}")
-    total = sum(Fraction(share) for share in shares.values())
-    exact = {lang: n * Fraction(share) / total for lang, share in shares.items()}
-    counts = {lang: int(quota) for lang, quota in exact.items()}
-    by_remainder = sorted(exact, key=lambda lang: counts[lang] - exact[lang])  # stable on ties
+    total = sum(shares.values())
+    counts = {lang: int(n * share // total) for lang, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda lang: -(n * shares[lang] % total))    # stable on ties
     for lang in by_remainder[:n - sum(counts.values())]:
         counts[lang] += 1
     langs = [lang for lang, count in counts.items() for _ in range(count)]
@@ -53,10 +51,9 @@ def allot(n, shares=TABLE_7, seed=0):
 def build_clr(rows, translate, shares=TABLE_7, source_lang="en", seed=0, gates=None):
     """Yield the rows with "query" translated, and "lang", "source_lang", "source_id" added.
 
-    Every other key, the passages above all, is untouched. translate: (text, lang) -> text or None;
-    if it has a method `many(jobs)`, that is used: jobs in, translations out, in their order.
-    shares: {language: weight}; the source language is no target. gates: see `Gates`. Raises
-    ValueError if no other language has a share.
+    Every other key is untouched. translate: (text, lang) -> text or None; if it has a method
+    `many(jobs)`, that is used: jobs in, translations out, in their order. shares: {language:
+    weight}; the source language is no target. Raises ValueError if no other one has a share.
     """
     rows, gates = list(rows), gates or Gates()
     targets = {lang: share for lang, share in shares.items() if lang != source_lang}
@@ -91,10 +88,9 @@ class Gates:
         reasons = [None if text and text.strip() else "no translation" for text in texts]
         for gate in self.gates:
             left = [i for i, reason in enumerate(reasons) if reason is None]
-            if left:
-                verdicts = gate(*([part[i] for i in left] for part in (sources, texts, langs)))
-                for i, verdict in zip(left, verdicts):
-                    reasons[i] = verdict
+            lists = [[part[i] for i in left] for part in (sources, texts, langs)]
+            for i, verdict in zip(left, gate(*lists) if left else ()):
+                reasons[i] = verdict
         self.dropped.update(filter(None, reasons))
         return reasons
 
@@ -105,7 +101,7 @@ SCRIPTS = {  # the first word of a character's Unicode name; Latin where nothing
     "hi": {"DEVANAGARI"}, "bn": {"BENGALI"}, "km": {"KHMER"}}
 
 
-@lru_cache(maxsize=None)
+@cache
 def script_of(character):
     """Return the script of a letter: "LATIN", "CJK", "ARABIC" ...; "" for what is no letter."""
     name = unicodedata.name(character, "") if character.isalpha() else ""
@@ -118,8 +114,8 @@ def script_share(text, lang):
     >>> script_share("用 numpy 排序", "zh")         # three letters of eight
     0.375
     """
-    letters = list(filter(None, map(script_of, text)))
-    return sum(s in SCRIPTS.get(lang, {"LATIN"}) for s in letters) / max(1, len(letters))
+    scripts = [script for script in map(script_of, text) if script]
+    return sum(s in SCRIPTS.get(lang, {"LATIN"}) for s in scripts) / max(1, len(scripts))
 
 
 def script_gate(least):

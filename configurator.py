@@ -3,22 +3,22 @@
     torchrun train.py config/embed_sup.py config/size_small.py --learning_rate=1e-4 --dims=64,128
 
 The dataclass of a script is the only list of its settings: names, types, defaults and, as trailing
-comments, the help. Sources are merged from left to right, the later one wins; then the dataclass is
-built once, so what `__post_init__` derives cannot go stale. Anything wrong is a `ConfigError` that
-names file or flag, key and value. Config files are Python, run in a namespace of their own:
-assignments, where arithmetic and `_private` helpers are fine. They are code: run those you trust.
+comments, the help. Sources are merged from left to right, the later one wins. Then the dataclass is
+built once. Anything wrong is a `ConfigError` that names file or flag, key and value. Config files
+are Python, run in a namespace of their own: run those you trust.
 """
-
 import ast
 import dataclasses
 import difflib
 import inspect
 import io
+import os
 import runpy
 import sys
-import textwrap
 import tokenize
 import traceback
+from dataclasses import MISSING
+from inspect import formatannotation
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
@@ -27,10 +27,7 @@ PROJECT = Path(__file__).resolve().parent
 
 
 class ConfigError(ValueError, TypeError):
-    """Say which setting is wrong, and where it was made.
-
-    `--n_layer=two` is a wrong value and a wrong type alike: either `except` clause catches it.
-    """
+    """Say which setting is wrong, and where it was made; a wrong type is a TypeError, too."""
 
 
 def load_config(cls, argv=None):
@@ -38,9 +35,8 @@ def load_config(cls, argv=None):
 
     Annotations may be bool, int, float, str, `X | None`, Literal, tuple[X, ...], tuple[X, Y] and
     dict[str, X]. Only int widens to float; lists become tuples. `-h` lists the fields and exits.
-
-    Raises: ConfigError, a ValueError. With `argv=None` it is printed as one line instead, and the
-    process exits with code 2, as command-line programs do.
+    Raises ConfigError, a ValueError. With `argv=None` it is printed as one line instead, and the
+    process exits with code 2.
     """
     try:
         return build(cls, read_settings(cls, sys.argv[1:] if argv is None else list(argv)))
@@ -51,27 +47,28 @@ def load_config(cls, argv=None):
         raise SystemExit(2) from None
 
 
-def split_args(argv=None):
+def split_args(argv):
     """Return (files, flags) as typed; of a flag given twice the last.
 
     >>> split_args(["config/sft.py", "--seed=1", "--compile", "--seed=2"])
     (['config/sft.py'], {'seed': '--seed=2', 'compile': '--compile'})
     """
-    argv = sys.argv[1:] if argv is None else argv
     flags = {arg[2:].partition("=")[0]: arg for arg in argv if arg.startswith("--")}
     return [arg for arg in argv if not arg.startswith("-")], flags
 
 
 def help_text(cls):
     """Return the `--help` page: a line for each field, with the comment that trails it in `cls`."""
-    comments, hints = _comments(cls), get_type_hints(cls)
+    comments, hints = {}, get_type_hints(cls)
+    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline):
+        if token.type == tokenize.COMMENT:
+            comments.setdefault(token.line.partition(":")[0].strip(), token.string.lstrip("# "))
     lines = [f"usage: python {Path(sys.argv[0]).name} [config.py ...] [--key=value ...]", ""]
-    for field in _settable(cls).values():
-        made = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if made else field.default
-        shown = "(required)" if default is dataclasses.MISSING else repr(default)
-        kind, comment = _name(hints[field.name]), comments.get(field.name, "")
-        lines.append(f"  {f'--{field.name}={shown}':<40} {kind:<20} {comment}".rstrip())
+    for field in dataclasses.fields(cls):
+        default = "(required)" if _is_required(field) else repr(
+            field.default if field.default_factory is MISSING else field.default_factory())
+        setting, kind = f"--{field.name}={default}", formatannotation(hints[field.name])
+        lines.append(f"  {setting:<40} {kind:<20} {comments.get(field.name, '')}".rstrip())
     return "\n".join(lines)
 
 
@@ -83,16 +80,17 @@ def read_settings(cls, argv):
     if "-h" in argv or "--help" in argv:
         print(help_text(cls))
         raise SystemExit(0)
-    fields, hints, values = _settable(cls), get_type_hints(cls), {}
+    hints, values = get_type_hints(cls), {}
     for key, value, where, is_text in _settings(argv):
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0)
-            raise ConfigError(f"{where}: unknown key {key!r}, the nearest is {', '.join(near)!r}")
-        kind = _name(hints[key])
-        if is_text and value is None and hints[key] is not bool:
-            raise ConfigError(f"{where}: needs a value, --{key}=VALUE ({kind})")
+        if key not in hints:
+            nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0)[0]
+            raise ConfigError(f"{where}: unknown key {key!r}, the nearest is {nearest!r}")
+        kind = formatannotation(hints[key])
+        if is_text and value is None:
+            if hints[key] is not bool:
+                raise ConfigError(f"{where}: needs a value, --{key}=VALUE ({kind})")
+            value = "true"
         try:
-            value = "true" if is_text and value is None else value
             values[key] = _convert(value, hints[key], is_text)
         except (ValueError, TypeError, OverflowError) as error:
             note = f": {error}" if str(error) else ""
@@ -102,15 +100,18 @@ def read_settings(cls, argv):
 
 def build(cls, values):
     """Return `cls` built from {setting: value}; ConfigError if one is missing or refused."""
-    fields = _settable(cls)
-    missing = [key for key, field in fields.items() if key not in values
-               and field.default is field.default_factory is dataclasses.MISSING]
+    missing = [f"--{field.name}=VALUE" for field in dataclasses.fields(cls)
+               if _is_required(field) and field.name not in values]
     if missing:
-        raise ConfigError(f"{cls.__name__} needs " + ", ".join(f"--{key}=VALUE" for key in missing))
+        raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}")
     try:
         return cls(**values)
     except ValueError as error:  # from __post_init__, where a script validates and derives
         raise ConfigError(f"{cls.__name__}: {error}") from error
+
+
+def _is_required(field):
+    return field.default is field.default_factory is MISSING
 
 
 def _settings(argv):
@@ -135,8 +136,7 @@ def _read_file(name):
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        lines += [error.lineno] if isinstance(error, SyntaxError) else []
-        where = f"{path}:{lines[-1]}" if lines else path
+        where = f"{path}:{lines[-1]}" if lines else path       # a SyntaxError says its line itself
         raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
     line = {node.id: f":{node.lineno}" for node in ast.walk(tree)
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
@@ -153,20 +153,20 @@ def _convert(value, hint, is_text):
             return None
         return _convert(value, args[args[0] is NoneType], is_text)
     if origin is Literal:
-        known = {str(choice) if is_text else (type(choice), choice): choice for choice in args}
-        wanted = value if is_text else (type(value), value)  # the type, as True == 1
-        if wanted not in known:
-            raise ValueError
-        return known[wanted]
+        for choice in args:
+            if value == str(choice) if is_text else value == choice and type(value) is type(choice):
+                return choice
+        raise ValueError
     if origin is tuple:
-        items = _items(value) if is_text else value
-        items = _join_paths(items) if is_text and args[0] is str else items
-        if not isinstance(items, (list, tuple)):
+        if is_text:
+            is_path = args[0] is str and os.path.exists(value)         # `a,b.jsonl` is one file
+            value = [value] if is_path else _items(value)
+        if not isinstance(value, (list, tuple)):
             raise TypeError
-        kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
-        if len(items) != len(kinds):
-            raise ValueError(f"{len(items)} items")
-        return tuple(_convert(item, kind, is_text) for item, kind in zip(items, kinds))
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(value) != len(kinds):
+            raise ValueError(f"{len(value)} items")
+        return tuple(_convert(item, kind, is_text) for item, kind in zip(value, kinds))
     if origin is dict:
         if is_text:
             pairs = [[part.strip() for part in item.partition(":")[::2]] for item in _items(value)]
@@ -174,14 +174,12 @@ def _convert(value, hint, is_text):
                 raise ValueError("the same name twice")
         if not isinstance(value, dict):
             raise TypeError
-        pairs = value.items()
-        return {_convert(k, args[0], is_text): _convert(v, args[1], is_text) for k, v in pairs}
+        return {_convert(k, args[0], is_text): _convert(v, args[1], is_text)
+                for k, v in value.items()}
     return _scalar(value, hint, is_text)
 
 
 def _scalar(value, hint, is_text):
-    if hint not in (bool, int, float, str):
-        raise NotImplementedError(f"no setting can be annotated as {_name(hint)}")
     if is_text and hint is bool:
         value = {"true": True, "1": True, "false": False, "0": False}.get(value.lower())
     elif is_text or hint is float and type(value) is int:
@@ -199,36 +197,3 @@ def _items(text):
     if text[:1] + text[-1:] in ("()", "[]"):
         text = text[1:-1].strip()
     return [item.strip().strip("'\"") for item in text.removesuffix(",").split(",")] if text else []
-
-
-def _join_paths(items):
-    """Undo the split at commas inside the name of a file or folder that exists: `a,b.jsonl`."""
-    items, joined = list(items), []
-    while items:
-        n = next((n for n in range(len(items), 1, -1) if Path(",".join(items[:n])).exists()), 1)
-        joined.append(",".join(items[:n]))
-        items = items[n:]
-    return joined
-
-
-def _settable(cls):
-    return {field.name: field for field in dataclasses.fields(cls) if field.init}
-
-
-def _name(hint):
-    plain = isinstance(hint, type) and not get_args(hint)
-    return hint.__name__ if plain else str(hint).replace("typing.", "")
-
-
-def _comments(cls):
-    """Return {field: the comment that trails it}; empty where there is no source to read."""
-    comments = {}
-    for base in cls.__mro__:
-        try:
-            source = textwrap.dedent(inspect.getsource(base))
-        except (OSError, TypeError):
-            continue
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type == tokenize.COMMENT:
-                comments.setdefault(token.line.partition(":")[0].strip(), token.string.lstrip("# "))
-    return comments

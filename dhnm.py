@@ -15,7 +15,6 @@ pool does (here the hardest candidate seen so far comes back, and the query is c
 DEVIATES: Eq. (6) prints no absolute values; the prose has them, at 0.4 and at 0.7.
 """
 import torch
-import torch.nn.functional as F
 
 
 def should_replace(initial, current):
@@ -32,8 +31,8 @@ def should_replace(initial, current):
 class HardNegativePool:
     """The candidates of Q queries, which of them are in use, and the scores seen so far.
 
-    candidates: for each query a list of ids, hardest first, of any length; or a (Q, P) int64
-    tensor padded with -1. policy: "v2" is Eq. (6); "fixed" keeps the first N, for comparison.
+    candidates: for each query a list of ids, hardest first, of any length; -1 is an empty place.
+    policy: "v2" is Eq. (6); "fixed" keeps the first N, for comparison.
 
     >>> pool = HardNegativePool([[7, 8, 9]], n_negatives=2)
     >>> pool.negatives([0])
@@ -45,17 +44,12 @@ class HardNegativePool:
     STATE = ("candidates", "slots", "next", "initial", "last", "visits", "changes", "exhausted")
 
     def __init__(self, candidates, n_negatives=7, policy="v2"):
-        if n_negatives < 1:
-            raise ValueError(f"n_negatives must be at least 1, not {n_negatives}")
         if policy not in ("v2", "fixed"):
             raise ValueError(f"policy {policy!r} is unknown; choose v2 or fixed")
-        if not torch.is_tensor(candidates):
-            width = max(map(len, candidates), default=0)
-            candidates = torch.tensor([[*ids, *[-1] * (width - len(ids))] for ids in candidates],
-                                      dtype=torch.int64)
         q, n = len(candidates), n_negatives
+        width = max([n, *map(len, candidates)])
         self.policy, self.n_negatives = policy, n
-        self.candidates = F.pad(candidates, (0, max(0, n - candidates.shape[1])), value=-1)
+        self.candidates = torch.tensor([[*ids, *[-1] * (width - len(ids))] for ids in candidates])
         size = (self.candidates >= 0).sum(1, keepdim=True)                  # (Q, 1) of each pool
         self.slots = torch.where(torch.arange(n) < size, torch.arange(n), -1)   # (Q, N) columns
         self.next = size[:, 0].clamp(max=n)                                 # (Q,) first unused one
@@ -64,9 +58,6 @@ class HardNegativePool:
         self.visits, self.changes = torch.zeros(2, q, dtype=torch.int64)
         self.exhausted = torch.zeros(q, dtype=torch.bool)
         self._stats = {"replaced": 0, "used": 0, "exhausted": 0, "S": 0.0, "S_0": 0.0}
-
-    def __len__(self):
-        return len(self.candidates)
 
     def negatives(self, query_ids):
         """Return the candidate ids in use, (B, N) int64; -1 where a pool is smaller than N."""
@@ -113,11 +104,10 @@ class HardNegativePool:
             self.next[q] += 1
         else:
             self.exhausted[q] = True
-            last = self.last[q].clone()
-            others = torch.cat([self.slots[q, :slot], self.slots[q, slot + 1:]])
-            last[others[others >= 0]] = -torch.inf                          # in use already
-            column = int(last.argmax())
-            if column == self.slots[q, slot]:
+            slots = self.slots[q]
+            others = slots[(slots >= 0) & (slots != slots[slot])]           # in use already
+            column = int(self.last[q].index_fill(0, others, -torch.inf).argmax())
+            if column == slots[slot]:
                 return                                                      # it is the hardest
         self.slots[q, slot], self.initial[q, slot] = column, torch.nan
         self.changes[q] += 1
@@ -142,9 +132,6 @@ class HardNegativePool:
 
     def load_state_dict(self, state):
         """Take over a state. Raises ValueError if it belongs to another pool."""
-        missing = [name for name in self.STATE if name not in state]
-        if missing:
-            raise ValueError(f"the pool's state lacks {', '.join(missing)}")
         if state["slots"].shape != self.slots.shape:
             raise ValueError(f"the pool's state has {tuple(state['slots'].shape)} (queries, "
                              f"negatives), this pool {tuple(self.slots.shape)}")

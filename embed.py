@@ -22,16 +22,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import PROMPTS, document_text, end_text, find_packed, format_query, read_with_ids
-from engine import checkpoint, kernels
+from data import (PROMPTS, document_text, end_text, find_packed, format_query, prompt_length,
+                  read_with_ids)
+from engine import kernels
 from engine.distributed import accelerator
 from engine.jsonl import atomic, read_texts
+from engine.model_folder import EXPORTED, read_model
 from mask import MaskSpec
 from model import Conan, ConanConfig
 from tokenizer import Tokenizer
 
 INDEX_VERSION = 2                  # of the way that texts are embedded; raise it when that changes
-EXPORTED = "nanoconan.json"        # marks a folder that tools/export.py wrote
 TEXTS_AT_A_TIME = 20_000           # tokenised and sorted together: memory stays bounded
 TOKENS_AT_A_TIME = 4096            # short texts fill a batch up to this
 
@@ -48,26 +49,22 @@ class Embedder:
     checkpoint = meta = None       # of a model in memory
 
     def __init__(self, path, device=None, dtype=None):
-        exported = (Path(path) / EXPORTED).is_file()
-        where, raw, weights = (_read_exported if exported else _read_checkpoint)(path)
+        where, raw, weights = read_model(path)
         tokenizer = Tokenizer.load(where / "tokenizer.tiktoken")
+        device = torch.device(device or accelerator())
         try:
             meta = json.loads(raw)
-            mask, max_len, config = MaskSpec(**meta["mask"]), meta["passage_len"], meta["model"]
-            config, prompts = ConanConfig(**config), dict(meta.get("prompts", PROMPTS))
-            if max_len < 1 or tokenizer.vocab_size > config.vocab_size:
-                raise ValueError(f"passage_len {max_len}, {tokenizer.vocab_size} tokens for a "
-                                 f"model of {config.vocab_size}")
-            if not all(isinstance(text, str) for text in prompts.values()):
-                raise ValueError(f"prompts {prompts}")
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: its config is not train.py's: {error!r}") from None
-        device = torch.device(device or accelerator())
-        model = Conan(config, ops=kernels.pick(device))
-        try:
+            config, mask = ConanConfig(**meta["model"]), MaskSpec(**meta["mask"])
+            max_len, prompts = meta["passage_len"], dict(meta.get("prompts", PROMPTS))
+            n_tokens, are_texts = tokenizer.vocab_size, {*map(type, prompts.values())} <= {str}
+            if max_len < 1 or n_tokens > config.vocab_size or not are_texts:
+                raise ValueError(f"passage_len {max_len}, prompts {prompts}, {n_tokens} tokens "
+                                 f"for a model of {config.vocab_size}")
+            model = Conan(config, ops=kernels.pick(device))
             model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"{where}: the weights do not fit the model: {error}") from None
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{where}: its config is not train.py's, or does not fit its weights: "
+                             f"{error!r}") from None
         self._set(model.to(device).eval(), tokenizer, mask, max_len, prompts, dtype)
         self.checkpoint, self.meta = where, meta
 
@@ -114,16 +111,15 @@ class Embedder:
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"text {i} is a {type(text).__name__}, not a string")
-        width = truncate_dim or self.dim
-        out = np.empty((len(texts), width), dtype=np.float32)
-        skip = len(self.tokenizer.encode(format_query("", prompt))) if prompt else 0
+        out = np.empty((len(texts), truncate_dim or self.dim), dtype=np.float32)
+        skip = prompt_length(self.tokenizer, prompt)
         bar = tqdm(total=len(texts), unit="text", disable=not show_progress_bar, desc="encode")
         for start in range(0, len(texts), TEXTS_AT_A_TIME):
             part = [format_query(text, prompt) for text in texts[start:start + TEXTS_AT_A_TIME]]
             ids = [end_text(x, self.max_len, self.tokenizer.eos_id)
                    for x in self.tokenizer.encode_batch(part)]
             for batch in _batches(ids, batch_size):
-                vectors = self._forward([ids[i] for i in batch], skip)[:, :width]   # (b, width)
+                vectors = self._forward([ids[i] for i in batch], skip)[:, :out.shape[1]]
                 if normalize:
                     vectors = F.normalize(vectors, dim=-1)
                 out[start + np.array(batch)] = vectors.cpu().numpy()
@@ -145,49 +141,6 @@ def _batches(ids, batch_size):
         n = max(1, batch_size, TOKENS_AT_A_TIME // len(ids[order[start]]))
         yield order[start:start + n]
         start += n
-
-
-# ---------------------------------------------------------------- reading a model
-
-def _read_checkpoint(path):
-    """Return (folder, config as JSON, weights); files are verified before they are read."""
-    where = Path(path)
-    if not ((where / "manifest.json").is_file() and (where / "config.json").is_file()):
-        where = checkpoint.latest(path) if where.is_dir() else None
-    if where is None:
-        raise FileNotFoundError(f"{path}: no checkpoint here; train one with "
-                                f"`python train.py config/{Path(path).name}.py`")
-    checkpoint.load(where, "tokenizer.tiktoken")
-    return where, checkpoint.load(where, "config.json"), checkpoint.load(where, "model.pt")
-
-
-def _read_exported(path):
-    """Return the same of a folder that tools/export.py wrote."""
-    where = Path(path)
-    raw = (where / EXPORTED).read_bytes()
-    try:
-        for name, sha256 in json.loads(raw)["files"].items():
-            if not checkpoint.FILE_NAME.fullmatch(name):       # none leads outside
-                raise KeyError(name)
-            if hashlib.sha256(np.fromfile(where / name, np.uint8)).hexdigest() != sha256:
-                raise ValueError(f"{where / name}: SHA-256 differs from {EXPORTED}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{where / EXPORTED}: not as export.py wrote it: {error!r}") from None
-    weights = read_safetensors(where / "model.safetensors")
-    return where, raw, {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-
-
-def read_safetensors(path):
-    """Return {name: tensor} of a file; ValueError by its name if it is damaged."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ImportError(f"{path}: to read it, pip install safetensors") from None
-    try:
-        return load_file(path)
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged safetensors file: {error!r:.200}") from None
 
 
 # ---------------------------------------------------------------- search

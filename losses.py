@@ -15,10 +15,12 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- across ranks
 
-class _GatherWithGrad(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        return _gather(x)
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)                                             # (W * B, ...)
 
     @staticmethod
     def backward(ctx, grad):
@@ -29,14 +31,6 @@ class _GatherWithGrad(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def _gather(x):
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)                                                 # (W * B, ...)
-
-
 def gather_with_grad(x):
     """Concatenate (B, ...) of every rank to (W * B, ...), keeping the gradient; x itself if W = 1.
 
@@ -44,7 +38,7 @@ def gather_with_grad(x):
     gradient gives a wrong direction; gathering both sides scales the gradient by 1/W.
     """
     alone = not dist.is_initialized() or dist.get_world_size() == 1
-    return x if alone else _GatherWithGrad.apply(x)
+    return x if alone else _Gather.apply(x)
 
 
 # ---------------------------------------------------------------- InfoNCE, Eq. (1)
@@ -63,16 +57,13 @@ def info_nce(query, positive, negatives=None, *, temperature, query_ids=None, po
     -1 marks an empty place in negative_ids and known_ids.
     Raises ValueError for a temperature that is not positive or shapes that do not fit.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
-    if query.shape != positive.shape or query.dim() != 2:
-        raise ValueError(f"query {tuple(query.shape)} and positive {tuple(positive.shape)} must "
-                         "both be (B, D)")
     b, d = query.shape
     negatives = query.new_zeros(b, 0, d) if negatives is None else negatives
-    if negatives.dim() != 3 or (len(negatives), negatives.shape[2]) != (b, d):
-        raise ValueError(f"negatives {tuple(negatives.shape)} must be (B, N, D) for queries "
-                         f"{tuple(query.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+    if positive.shape != (b, d) or negatives.shape != (b, negatives.shape[1], d):
+        raise ValueError(f"positive {tuple(positive.shape)} and negatives {tuple(negatives.shape)} "
+                         f"must be (B, D) and (B, N, D) for queries {(b, d)}")
     with torch.autocast(query.device.type, enabled=False):
         q, p, h = (F.normalize(x.float(), dim=-1) for x in (query, positive, negatives))
         candidates = torch.cat([gather_with_grad(p), gather_with_grad(h.flatten(0, 1))])    # (M, D)
@@ -92,8 +83,9 @@ def info_nce(query, positive, negatives=None, *, temperature, query_ids=None, po
 
 def false_negatives(query_ids, positive_ids, negative_ids, known_ids):
     """Return (B, M) bool: candidates that answer the row's query, and empty places."""
-    others = _gather(query_ids)                                             # (W * B,)
-    candidates = torch.cat([_gather(positive_ids), _gather(negative_ids.flatten())])    # (M,)
+    others = gather_with_grad(query_ids)                                    # (W * B,)
+    candidates = torch.cat([gather_with_grad(positive_ids),
+                            gather_with_grad(negative_ids.flatten())])      # (M,)
     wrong = (candidates == positive_ids[:, None]) | (candidates == -1)
     wrong[:, :len(others)] |= others == query_ids[:, None]
     for known in known_ids.T:                                               # (B,)
@@ -109,7 +101,7 @@ def cosent_loss(cosine, score, *, temperature):
     PAPER Eq. 2: tau -> temperature. cosine, score: (B,), one entry for each sentence pair. Only the
     order of the scores counts; equal scores say nothing. Pairs of all ranks are compared, and every
     rank returns the loss of all. Memory is quadratic: several (W * B, W * B) matrices in float32.
-    Raises ValueError for shapes that differ or a score that is not finite.
+    Raises ValueError for shapes that differ or a temperature that is not positive.
 
     >>> cosent_loss(torch.tensor([0.9, 0.1]), torch.tensor([1., 0.]), temperature=1.0)
     tensor(0.3711)
@@ -119,9 +111,7 @@ def cosent_loss(cosine, score, *, temperature):
                          "be (B,)")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    if not torch.isfinite(score).all():
-        raise ValueError("a score is not a finite number")
-    cosine, score = gather_with_grad(cosine.float()), _gather(score)        # (W * B,)
+    cosine, score = gather_with_grad(cosine.float()), gather_with_grad(score)           # (W * B,)
     difference = (cosine[None, :] - cosine[:, None]) / temperature          # cos_j - cos_i
     is_pair = score[:, None] > score[None, :]                               # sim(i) > sim(j)
     terms = difference.masked_fill(~is_pair, -torch.inf).flatten()

@@ -12,7 +12,7 @@ UNSPECIFIED: l is "the training sequence length". With each text's own length an
 depend on the text's batch.
 DEVIATES: the formula divides by the row i, the prose speaks of columns: `axis="row" | "col"`.
 """
-import argparse
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -41,8 +41,6 @@ def alpha(step, total_steps, kind="linear"):
 
 def mask_weights(row, col, length, alpha, axis="row"):
     """Return M of Eq. (4) for broadcastable 0-based `row`, `col` and `length` tensors."""
-    if axis not in ("row", "col"):
-        raise ValueError(f"axis {axis!r} is unknown; choose row (the formula) or col (the prose)")
     future = future_weight(row if axis == "row" else col, length, alpha)
     return torch.where(row >= col, torch.ones_like(future), future)
 
@@ -56,17 +54,14 @@ def soft_mask(seq_len, alpha, axis="row"):
     """Return M, (T, T) float64 in [0, 1], for one text of `seq_len` tokens.
 
     PAPER Eq. 4: l -> seq_len. M_ij is how much query token i sees of key token j.
-    Raises ValueError unless 0 <= alpha <= 1 and seq_len >= 1.
+    Raises ValueError for an alpha outside [0, 1] or an unknown axis.
 
     >>> soft_mask(3, 0.5)                              # row 1: min(0.5 * 3 / 1, 1) = 1
     tensor([[1.0000, 1.0000, 1.0000],
             [1.0000, 1.0000, 0.7500],
             [1.0000, 1.0000, 1.0000]], dtype=torch.float64)
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
-    if seq_len < 1:
-        raise ValueError(f"seq_len must be at least 1, not {seq_len}")
+    MaskSpec(alpha, axis)                              # checks both
     i, length = torch.arange(seq_len).double(), torch.tensor(seq_len).double()
     return mask_weights(i[:, None], i, length, alpha, axis)
 
@@ -135,29 +130,17 @@ def rank_law(seq_len, alpha, axis="row"):
     return 1 if k >= seq_len else seq_len - k + (axis == "col")
 
 
-def rank_table(seq_len=64, rows=9):
-    """Yield (kind, axis, step, alpha, rank, law, effective rank) along all three schedules."""
-    for kind in KINDS:
-        for axis in ("row", "col"):
-            for step in range(rows):
-                a = alpha(step, rows - 1, kind)
-                m = soft_mask(seq_len, a, axis)
-                yield (kind, axis, step, a, mask_rank(m), rank_law(seq_len, a, axis),
-                       effective_rank(m))
-
-
 def main():
-    """Print the rank table."""
-    parser = argparse.ArgumentParser(description="the soft mask, its schedules and its rank")
-    parser.add_argument("--seq_len", type=int, default=64, help="tokens in the text (N)")
-    args = parser.parse_args()
-    print(f"M of Eq. (4) for a text of N = {args.seq_len} tokens; law: N - floor(alpha N), "
-          "one more for columns\n")
-    print(f"{'schedule':<13} {'axis':<4} {'step':>4} {'alpha':>7} {'rank':>5} {'law':>5} "
-          f"{'effective rank':>15}")
-    for kind, axis, step, a, rank, law, effective in rank_table(args.seq_len):
-        print(f"{kind:<13} {axis:<4} {step:>4} {a:>7.4f} {rank:>5} {law:>5} {effective:>15.2f}"
-              + ("" if rank == law else "   <- not the law"))
+    """Print the rank along all three schedules, in both readings, beside the law."""
+    n = 64
+    print(f"M of Eq. (4) for a text of N = {n} tokens; law: N - floor(alpha N), one more for "
+          "columns\n\nschedule      axis step   alpha  rank   law  effective rank")
+    for kind, axis, step in itertools.product(KINDS, ("row", "col"), range(9)):
+        a = alpha(step, 8, kind)
+        m = soft_mask(n, a, axis)
+        rank, law = mask_rank(m), rank_law(n, a, axis)
+        print(f"{kind:<13} {axis:<4} {step:>4} {a:>7.4f} {rank:>5} {law:>5} "
+              f"{effective_rank(m):>15.2f}" + ("" if rank == law else "   <- not the law"))
 
 
 if __name__ == "__main__":

@@ -41,8 +41,7 @@ class ConanConfig:
     pool_prompt: bool = False      # UNSPECIFIED: whether the mean includes the instruction
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim",
-                     "block_size"):
+        for name in "vocab_size n_layer n_head n_kv_head n_embd ffn_dim block_size".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % (2 * self.n_head):
@@ -241,10 +240,9 @@ class Conan(nn.Module):
 
         Raises ValueError for lengths that do not fit the ids, or a text longer than block_size.
         """
-        if len(lengths) == 0 or min(lengths) < 1:
-            raise ValueError(f"lengths must be a list of positive token counts, not {lengths}")
-        if sum(lengths) != len(ids):
-            raise ValueError(f"lengths sum to {sum(lengths)} but there are {len(ids)} ids")
+        if min(lengths, default=0) < 1 or sum(lengths) != len(ids):
+            raise ValueError(f"lengths must be positive token counts that sum to the {len(ids)} "
+                             f"ids, not {lengths}")
         if max(lengths) > self.config.block_size:
             raise ValueError(f"a text of {max(lengths)} tokens exceeds block_size "
                              f"{self.config.block_size}")

@@ -16,7 +16,7 @@ import embed
 import eval as evaluation
 import train
 from configurator import load_config
-from engine import checkpoint
+from engine import checkpoint, model_folder
 from ranks import ROOT, SMALL, write_collection, write_lines
 from tokenizer import HEADER, PATTERN, Tokenizer
 
@@ -95,9 +95,9 @@ def header(**changed):
 
 
 BAD_HEADERS = {
-    b"": "expected a line", HEADER.encode() + b"null": "broken header",
-    HEADER.encode() + b"[" * 100_000: "broken header",
-    header(tokens="many"): "broken header", header(tokens=282): "the header says 282",
+    b"": "expected a line", HEADER.encode() + b"null": "expected a line",
+    HEADER.encode() + b"[" * 100_000: "RecursionError",
+    header(tokens="many"): "expected many and 256", header(tokens=282): "expected 282 and 256",
     header(pattern="(?R)"): "cuts words by another pattern, '(?R)'; train the tokenizer again"}
 
 
@@ -110,17 +110,15 @@ def test_broken_tokenizer_headers(tmp_path, tokenizer_file, line, reason):
     assert_clear(caught.value, path, reason)
 
 
-@pytest.mark.parametrize("line, reason", [
-    (b"", "broken line"), (b"IQ== 5 6", "broken line"), (b"IQ== -1", "expected a token of rank 40"),
-    (b"!!! 40", "broken line"), (b"\xff\xfe 40", "broken line"),
-    (b"IQ== " + b"9" * 5000, "broken line"), (b"AA== 40", "is already rank")])
-def test_broken_tokenizer_lines(tmp_path, tokenizer_file, line, reason):
+@pytest.mark.parametrize("line", [b"", b"IQ== 5 6", b"IQ== -1", b"!!! 40", b"\xff\xfe 40",
+                                  b"AA== 40", b"IQ==  40", b"IQ== " + b"9" * 5000])
+def test_broken_tokenizer_lines(tmp_path, tokenizer_file, line):
     lines = tokenizer_file.read_bytes().split(b"\n")
     path = tmp_path / "bad.tiktoken"
     path.write_bytes(b"\n".join([*lines[:41], line, *lines[42:]]))
     with pytest.raises(Exception) as caught:
         Tokenizer.load(path)
-    assert_clear(caught.value, f"{path}:42: ", reason)
+    assert_clear(caught.value, f"{path}:42: expected a new token of rank 40")
 
 
 # ---------------------------------------------------------------- checkpoints and exports
@@ -142,7 +140,7 @@ BAD_METAS = {
         ({**META, "model": None}, "its config is not train.py's"),
         ({**META, "model": {**MODEL, "surprise": 1}}, "surprise"),
         ({**META, "model": {**MODEL, "n_head": 3}}, "n_embd 8 must be n_head 3 times"),
-        ({**META, "model": {**MODEL, "n_layer": 2}}, "the weights do not fit the model"),
+        ({**META, "model": {**MODEL, "n_layer": 2}}, "does not fit its weights: RuntimeError"),
         ({**META, "model": {**MODEL, "n_embd": "8"}}, "its config is not train.py's"),
         ({**META, "model": {**MODEL, "vocab_size": 99}}, "285 tokens for a model of 99"),
         ({**META, "mask": {"alpha": 2.0}}, "alpha"),
@@ -199,7 +197,7 @@ def test_broken_safetensors(tmp_path, raw):
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw)
     with pytest.raises(ValueError, match="model.safetensors: damaged safetensors file"):
-        embed.read_safetensors(path)
+        model_folder.read_safetensors(path)
 
 
 # ---------------------------------------------------------------- the settings of a run

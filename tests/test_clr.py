@@ -145,3 +145,8 @@ def test_score_gate_takes_any_encoder():
             return np.array([self.vectors[text] for text in texts])
 
     assert score_gate(Encoder(), 0.5)(["a", "a"], ["b", "c"], ["fr", "fr"]) == [None, "score"]
+
+
+def test_no_gate_sees_an_empty_list():
+    gates = Gates(copy_gate, lambda sources, texts, langs: [None] * (6 // len(sources)))
+    assert gates(["a"], ["a"], ["de"]) == ["copy"]

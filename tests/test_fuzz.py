@@ -19,9 +19,8 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import data  # noqa: E402
-import embed  # noqa: E402
 from configurator import ConfigError, load_config, split_args  # noqa: E402
-from engine import checkpoint  # noqa: E402
+from engine import checkpoint, model_folder  # noqa: E402
 from engine.index import JsonlFiles  # noqa: E402
 from engine.jsonl import read_jsonl, read_texts  # noqa: E402
 from tokenizer import Tokenizer, compose  # noqa: E402
@@ -289,7 +288,7 @@ def test_any_safetensors_file(folder, head, tail, length):
     size = len(head) if length is None else length
     path.write_bytes(size.to_bytes(8, "little") + head + tail)
     try:
-        tensors = embed.read_safetensors(path)
+        tensors = model_folder.read_safetensors(path)
     except Exception as error:
         assert is_clear(error, path)
     else:

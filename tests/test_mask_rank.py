@@ -11,7 +11,7 @@ import torch
 
 import mask
 from mask import (CAUSAL, FULL, KINDS, MaskSpec, alpha, effective_rank, mask_rank, mask_weights,
-                  rank_law, rank_table, soft_mask)
+                  rank_law, soft_mask)
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,12 +33,8 @@ def test_schedules_start_at_0_rise_and_stay_at_1(kind, total):
     values = [alpha(t, total, kind) for t in range(total + 1)]
     assert values[0] == 0.0 and values[-1] == 1.0
     assert all(a < b for a, b in zip(values, values[1:]))
-    assert alpha(10 * total, total, kind) == 1.0
+    assert alpha(10 * total, total, kind) == alpha(0, 0, kind) == 1.0
     assert all(isinstance(value, float) for value in values)
-
-
-def test_a_schedule_of_no_steps_is_over():
-    assert alpha(0, 0) == 1.0
 
 
 def test_accelerating_is_below_linear_and_decelerating_above():
@@ -117,7 +113,7 @@ def test_multiplied_logits_are_not_causal_at_alpha_0():
 
 # ---------------------------------------------------------------- rank
 
-@pytest.mark.parametrize("n", [2, 3, 8, 17, 64, 100, 129])
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 17, 64, 100, 129])
 @pytest.mark.parametrize("axis, more", [("row", 0), ("col", 1)])
 def test_rank_law(n, axis, more):
     """k = floor(alpha N): N at k = 0, 1 at k = N, else N - k for rows and N - k + 1 for columns."""
@@ -129,22 +125,9 @@ def test_rank_law(n, axis, more):
             assert rank_law(n, a, axis) == law, (k, a)
 
 
-def test_rank_drops_exactly_where_the_floor_does():
-    n = 50
-    for k in (1, 10, 29, 49):
-        below, at = k / n - 1e-4, k / n
-        assert mask_rank(soft_mask(n, below)) - mask_rank(soft_mask(n, at)) == 1
-        assert rank_law(n, below) == n - k + 1 and rank_law(n, at) == n - k
-
-
 def test_floor_survives_rounding():
     assert 0.29 * 100 < 29                                  # in floating point
     assert rank_law(100, 0.29) == mask_rank(soft_mask(100, 0.29)) == 71
-
-
-def test_one_token_has_rank_one():
-    assert all(mask_rank(soft_mask(1, a, axis)) == rank_law(1, a, axis) == 1
-               for a in (0.0, 0.5, 1.0) for axis in ("row", "col"))
 
 
 def test_the_prose_is_off_by_one():
@@ -168,15 +151,6 @@ def test_effective_rank():
     assert along == sorted(along, reverse=True)
 
 
-def test_table_holds_the_law_on_every_line():
-    rows = list(rank_table(24, rows=7))
-    assert len(rows) == 3 * 2 * 7
-    assert {(kind, axis) for kind, axis, *_ in rows} == {(k, x) for k in KINDS
-                                                         for x in ("row", "col")}
-    for kind, axis, step, a, rank, law, effective in rows:
-        assert a == alpha(step, 6, kind) and rank == law and 1 <= effective <= rank + 1e-9
-
-
 # ---------------------------------------------------------------- the mask of a forward pass
 
 def test_spec_knows_when_no_tensor_is_needed():
@@ -195,7 +169,6 @@ def test_spec_knows_when_no_tensor_is_needed():
     (lambda: soft_mask(4, 1.1), "1.1"),
     (lambda: soft_mask(4, -0.1), "-0.1"),
     (lambda: soft_mask(4, math.nan), "nan"),
-    (lambda: soft_mask(0, 0.5), "0"),
     (lambda: soft_mask(4, 0.5, "diagonal"), "diagonal"),
     (lambda: MaskSpec(alpha=2.0), "2.0"),
     (lambda: MaskSpec(alpha=math.nan), "nan"),

@@ -22,7 +22,8 @@ import torch
 
 from configurator import load_config
 from data import format_query, format_sft
-from embed import EXPORTED, Embedder
+from embed import Embedder
+from engine.model_folder import EXPORTED
 from engine.run import MACHINE, PATHS
 from sample import generate
 from tokenizer import EOS, PAD, PATTERN

@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from configurator import load_config
 from data import parse_pair
-from embed import EXPORTED, Embedder
+from embed import Embedder
 from engine.jsonl import atomic, read_jsonl, to_line
+from engine.model_folder import EXPORTED
 from engine.mteb_bridge import mteb_tasks
 from eval import join_names
 

@@ -18,8 +18,9 @@ import torch
 
 import data
 from data import PROMPTS
-from embed import Embedder, load_index, read_safetensors
+from embed import Embedder, load_index
 from engine import checkpoint
+from engine.model_folder import read_safetensors
 from mask import CAUSAL, FULL, MaskSpec
 from model import Conan, ConanConfig
 from tokenizer import EOS, PAD, Tokenizer
