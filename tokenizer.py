@@ -84,18 +84,21 @@ class Tokenizer:
         return self.encoding.n_vocab
 
     @classmethod
-    def train(cls, texts, vocab_size):
+    def train(cls, texts, vocab_size, *, backend="python"):
         """Learn a vocabulary of `vocab_size` ids: 256 bytes, merges, two special tokens.
 
         The texts are read once, as a stream; memory grows with the number of distinct words. With
         too few repeated pairs the tokenizer is smaller, and a warning says so. Raises ValueError
-        for a vocabulary below 258 ids, TypeError for one str.
+        for a vocabulary below 258 ids, TypeError for one str. backend "rustbpe", a package of that
+        name, learns the same merges about 4 times faster; with little text it also takes pairs that
+        occur once.
         """
         if vocab_size < 258:
             raise ValueError(f"vocab_size={vocab_size}: 256 bytes + 2 special tokens need 258")
         if isinstance(texts, str):
             raise TypeError("texts is one str, expected an iterable of str")
-        tokens = _merge_words(_count_words(texts), vocab_size - 258)
+        tokens = _merge_with_rustbpe(texts, vocab_size - 258) if backend == "rustbpe" else \
+            _merge_words(_count_words(texts), vocab_size - 258)
         if len(tokens) < vocab_size - 2:
             warnings.warn(f"vocab_size={vocab_size} is more than the {len(tokens) + 2} entries "
                           "learned: no pair of tokens occurs twice any more; use more text or a "
@@ -183,17 +186,25 @@ def _parse_header(line, where):
 
 # ---------------------------------------------------------------- training
 
-def _count_words(texts):
-    """Count distinct words: merges look at each of them once, however often it occurs."""
-    find_words, counts = regex.compile(PATTERN).findall, Counter()
+def _pieces(texts):
+    """Yield the texts as `encode` will see them; one with a very long word comes word by word."""
     for text in texts:
         if not text.isascii():                 # lone surrogates; the same repair as tiktoken's
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        counts.update(find_words(compose(text)))
-    for word in [word for word in counts if len(word) > MAX_WORD and not word.isspace()]:
-        count = counts.pop(word)
-        for start in range(0, len(word), MAX_WORD):
-            counts[word[start:start + MAX_WORD]] += count
+        text = compose(text)
+        if max(map(len, text.split()), default=0) <= MAX_WORD:
+            yield text
+            continue
+        for word in regex.findall(PATTERN, text):
+            size = len(word) if word.isspace() else MAX_WORD
+            yield from (word[start:start + size] for start in range(0, len(word), size))
+
+
+def _count_words(texts):
+    """Count distinct words: merges look at each of them once, however often it occurs."""
+    find_words, counts = regex.compile(PATTERN).findall, Counter()
+    for piece in _pieces(texts):
+        counts.update(find_words(piece))
     return counts
 
 
@@ -259,3 +270,12 @@ def _merge_word(word, pair, new):
         out.append(new)
     word[:] = out              # in place: fresh lists made the garbage collector half of the time
     return changes
+
+
+def _merge_with_rustbpe(texts, n_merges):
+    """Do `_count_words` and `_merge_words` in Rust, on all cores."""
+    import rustbpe
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(_pieces(texts), 256 + n_merges, pattern=PATTERN)
+    ranked = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
+    return [bytes(token) for token, _ in ranked]

@@ -17,6 +17,7 @@ An interrupted stage resumes exactly where it stopped.
 """
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -52,6 +53,7 @@ STAGES = ("pretrain", "sft", "embed_weak", "embed_sup")
 TASKS = ("retrieval", "clr", "classification", "sts")
 GRAD_CLIP = 1.0                    # UNSPECIFIED: the norm that gradients are cut to
 TOKENIZER_TEXTS = 400_000          # documents that the tokenizer learns from
+PYTHON_BPE_TEXTS = 100_000         # of more documents, rustbpe learns the same tokens faster
 VALIDATE_EVERY = 50                # steps between two validation losses of an LM stage
 
 
@@ -273,7 +275,9 @@ def train_tokenizer(cfg):
         sample = (rows[int(i)] for i in np.sort(chosen))
         texts = (row if isinstance(row, str) else f"{row['query']}\n{row['pos'][0]}"
                  for row in sample)
-        Tokenizer.train(texts, cfg.vocab_size).save(path)
+        is_large = len(chosen) > PYTHON_BPE_TEXTS and importlib.util.find_spec("rustbpe")
+        Tokenizer.train(texts, cfg.vocab_size, backend="rustbpe" if is_large else "python"
+                        ).save(path)
     return Tokenizer.load(path)
 
 

@@ -152,8 +152,8 @@ def start_report(cfg, shape):
     law = json.loads(LAW.read_text("utf-8"))["law"]
     unit = "tokens" if cfg.stage == "pretrain" else "rows"
     sizes = start_bytes(law, cfg.stage, amount, cfg)
-    lines = ["", f"the start, minutes on each rank: at most {amount:.3g} {unit} (all that the steps "
-             "visit), by the law of results/rehearsal.json",
+    lines = ["", f"the start, minutes on each rank: at most {amount:.3g} {unit}, all that the "
+             "steps visit, by the law of results/rehearsal.json",
              *(f"    {part:<12}" + "".join(
                  f"{start_minutes(law, cfg.stage, amount, world, shape)[part]:>12,.1f}"
                  for world in WORLDS) for part in start_minutes(law, cfg.stage, amount, 1, shape)),
