@@ -25,7 +25,7 @@ from train import STAGES
 WEAK, SUP = STAGES[2:]
 QUESTIONS = Path(__file__).parent.parent / "tests" / "data" / "natural_questions.jsonl"
 EXERCISES = {                      # {name: {row: folder of a stage, below OUT}}
-    "schedule": {"linear": WEAK, "accelerating": f"acc/{WEAK}"},
+    "language_model": {"after stages 1 and 2": WEAK, "from random weights": f"no_lm/{WEAK}"},
     "logits": {"logits + log M": WEAK, "logits x M": f"logits/{WEAK}"},
     "dhnm": {"fixed": f"fixed/{SUP}", "dynamic": f"v2/{SUP}"},
     "language": {"after stage 3": f"xx/{WEAK}", "after stage 4": f"xx/{SUP}"}}

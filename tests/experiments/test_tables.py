@@ -88,21 +88,21 @@ def test_questions_are_ranked_over_a_corpus(home, tmp_path):
 
 def test_exercises_that_have_been_done_are_read(home, tmp_path):
     out = tmp_path / "out"
-    for name in ("embed_weak", "acc/embed_weak", "fixed/embed_sup", "v2/embed_sup"):
+    for name in ("embed_weak", "no_lm/embed_weak", "fixed/embed_sup", "v2/embed_sup"):
         shutil.copytree(home.out / name.split("/")[-1], out / name)
     (out / "mine").mkdir()
     shutil.copy(home.out / "summary.json", out / "mine")
     rows = make(home, "exercises", tmp_path, f"--out={out}")["tables"]
-    assert list(rows) == ["schedule", "dhnm", "pairs"]             # the others are not there
-    linear, other = rows["schedule"]
-    assert linear == other | {"": "linear"} and linear["alpha half-way"] == 0.5
-    assert {"nDCG@10", "nDCG@10 zh-en"} <= linear.keys() and "S, last fifth" not in linear
+    assert list(rows) == ["language_model", "dhnm", "pairs"]             # the others are not there
+    chain, other = rows["language_model"]
+    assert chain == other | {"": "after stages 1 and 2"} and chain["alpha half-way"] == 0.5
+    assert {"nDCG@10", "nDCG@10 zh-en"} <= chain.keys() and "S, last fifth" not in chain
     assert {"S, last fifth", "S_0, last fifth", "replaced a step"} <= rows["dhnm"][0].keys()
     assert [row[""] for row in rows["pairs"]] == ["BM25", "pretrain", "sft", "embed_weak",
                                                   "embed_sup"]
-    shutil.rmtree(out / "acc")
+    shutil.rmtree(out / "no_lm")
     again = make(home, "exercises", tmp_path, f"--out={out}")["tables"]
-    assert again["schedule"] == rows["schedule"]                   # what is recorded stays
+    assert again["language_model"] == rows["language_model"]                   # what is recorded stays
 
 
 def test_a_mean_over_a_part_of_a_log():
