@@ -102,7 +102,7 @@ def test_exercises_that_have_been_done_are_read(home, tmp_path):
                                                   "embed_sup"]
     shutil.rmtree(out / "no_lm")
     again = make(home, "exercises", tmp_path, f"--out={out}")["tables"]
-    assert again["language_model"] == rows["language_model"]                   # what is recorded stays
+    assert again["language_model"] == rows["language_model"]   # what is recorded stays
 
 
 def test_a_mean_over_a_part_of_a_log():
