@@ -252,9 +252,8 @@ def build_model(state, weights):
     model.checkpointing = cfg.checkpointing
     state.wrapped = distributed.parallelize(model, world, cfg.parallel, state.dtype)
     if sharded:
-        values = model.fresh_weights(generator) if weights is None else \
-            distributed.from_main(weights, model, world)
-        distributed.fill(model, world, values)
+        distributed.fill(model, world, weights if weights is not None else
+                         dict(model.fresh_weights(generator)) if world.is_main else {})
     if cfg.compile:
         distributed.compile_blocks(model)
     state.model, state.merge = model, merged_state_dict if cfg.lora_rank else None
@@ -374,7 +373,7 @@ def run_steps(state):
                 task.pool.update(world.gather(torch.from_numpy(batch.rows)),
                                  world.gather(scores.cpu()))
                 stats = task.pool.stats()
-        state.optimizer.zero_grad(set_to_none=True)
+        state.wrapped.zero_grad(set_to_none=True)
         if (step + 1) % VALIDATE_EVERY == 0 and "validation" in counters:
             counters["validation"] = validation_loss(state)
         for name in ("tokens", "truncated"):

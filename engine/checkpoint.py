@@ -2,14 +2,13 @@
 
     out/<run>/step_000100/model.pt        weights alone: all that an embedder reads
                           trainer.pt      optimizer, RNG, data position, pool of hard negatives
-                          ...             the shards of other ranks, the tokenizer, the config
+                          ...             the tokenizer, the config
                           manifest.json   size and SHA-256 of every file, written last
 
 A save fills `.tmp-step_000100`, syncs every file and renames the directory: whenever the process
 is killed or the disk is full, `latest` finds the previous or the new checkpoint, whole. Reading
 compares with the manifest first (torch loads a flipped bit silently) and unpickles with
-`weights_only=True`, so a hostile file runs no code. Ranks save together by means of `is_main` and
-`gather`; `torch.distributed` itself stays with the caller.
+`weights_only=True`, so a hostile file runs no code. One process saves; ranks are the caller's.
 """
 
 import contextlib
@@ -66,57 +65,29 @@ class CorruptCheckpoint(ValueError):
     """Say which file of a checkpoint is damaged or refused, and why."""
 
 
-def save(run_dir, step, files, keep_last=2, *, is_main=True, gather=lambda own: [own]):
+def save(run_dir, step, files, keep_last=2):
     """Write `files` as checkpoint `step`, keep the newest `keep_last` good ones, return the path.
 
-    `files` maps names to contents: `*.pt` to any nesting of tensors and plain Python values, other
-    names to bytes or str, written as they are. With many ranks each passes its own files under
-    names of its own, into one shared directory; `is_main` holds on one rank, and `gather(x)`
-    returns the x of every rank, as `all_gather_object` does. What fails on one rank raises on all.
-
-    Raises: OSError for a full or read-only disk (older checkpoints stay as they were), TypeError
-    for contents that could not be read back, ValueError for a wrong name or number.
+    `files` maps names to contents: bytes or str are written as they are, any nesting of tensors and
+    plain Python values (`*.pt`) as torch.save does. Raises OSError for a full or read-only disk,
+    when older checkpoints stay as they were, and TypeError for what could not be read back.
     """
     run_dir = Path(run_dir)
     final = run_dir / f"step_{step:06d}"
     tmp = run_dir / f".tmp-{final.name}"
-
-    def on_all_ranks(work):
-        result = error = None
-        try:
-            result = work()
-        except Exception as caught:
-            error = caught
-        outcomes = gather((result, error and f"{type(error).__name__}: {error}"))
-        failed = "; ".join(text for _, text in outcomes if text)
-        if not failed:
-            return [result for result, _ in outcomes]
-        if is_main:
-            shutil.rmtree(tmp, ignore_errors=True)
-        if error and not isinstance(error, (OSError, RuntimeError)):  # the caller's mistake
-            raise error
-        raise OSError(f"cannot save {final}, older checkpoints are untouched: {failed}") from error
-
-    def begin():
-        for name, value in files.items():
-            if not FILE_NAME.fullmatch(name) or name == MANIFEST:
-                raise ValueError(f"{name!r} cannot be a file of a checkpoint")
-            if name.endswith(".pt") == isinstance(value, (bytes, str)):
-                raise TypeError(f"{name}: *.pt alone is pickled, got {type(value).__name__}")
-        if step < 0 or keep_last < 1:
-            raise ValueError(f"step {step} must be at least 0 and keep_last {keep_last} at least 1")
-        if is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            for stale in run_dir.glob(".tmp-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-            tmp.mkdir()
-
-    on_all_ranks(begin)
-    parts = on_all_ranks(lambda: {name: _write(tmp / name, files[name]) for name in files})
-    entries = {name: entry for part in parts for name, entry in part.items()}
-    on_all_ranks(lambda: _publish(tmp, final, entries) if is_main else None)
-    if is_main:
-        _prune(run_dir, final, keep_last)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for stale in run_dir.glob(".tmp-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        tmp.mkdir()
+        entries = {name: _write(tmp / name, value) for name, value in files.items()}
+        _publish(tmp, final, entries)
+    except Exception as error:
+        shutil.rmtree(tmp, ignore_errors=True)
+        if not isinstance(error, (OSError, RuntimeError)):       # the caller's mistake
+            raise
+        raise OSError(f"cannot save {final}, older checkpoints are untouched: {error}") from error
+    _prune(run_dir, final, keep_last)
     return final
 
 
@@ -183,7 +154,7 @@ class _HashingFile:
 
 
 def _write(path, value):
-    with open(path, "xb") as file:  # x: two ranks writing one name is a mistake
+    with open(path, "xb") as file:
         sink = _HashingFile(file)
         if isinstance(value, (bytes, str)):
             sink.write(value.encode() if isinstance(value, str) else value)
@@ -213,9 +184,6 @@ def _unpickle(file, **options):
 
 def _publish(tmp, final, entries):
     """Turn the written directory `tmp` into the checkpoint `final`."""
-    for name, entry in entries.items():  # fails here if the ranks do not share the disk
-        if (size := (tmp / name).stat().st_size) != entry["size"]:
-            raise OSError(f"{tmp / name} has {size} bytes, {entry['size']} were written")
     _write(tmp / MANIFEST, _manifest_text(entries))
     _sync_dir(tmp)
     old = final.with_name(f"{final.name}.old")

@@ -139,9 +139,22 @@ def world_calls(world, folder):
         "floats": world.gather(torch.full((1, 2), rank + 0.5)),
         "strided": world.gather(torch.arange(6).view(2, 3).T + 10 * rank),
         "objects": world.gather_objects({"rank": rank, "names": ["x"] * rank}),
+        "alone": world.on_main(lambda: rank),
+        "fails": [failure(world, error) for error in (TypeError("odd"), OSError("full"))],
         "first": (world.main_first(work), order),
         "barrier": world.barrier(),
     }
+
+
+def failure(world, error):
+    """Return what `on_main` raises on this rank if its work fails on the main one."""
+    def fail():
+        assert world.is_main
+        raise error
+    try:
+        world.on_main(fail)
+    except Exception as caught:
+        return type(caught).__name__, str(caught)
 
 
 def gather_calls(rank):
@@ -224,6 +237,9 @@ def test_what_ranks_tell_each_other(found):
         assert world["floats"].tolist() == [[0.5, 0.5], [1.5, 1.5]]
         assert world["strided"].tolist() == [[0, 3], [1, 4], [2, 5], [10, 13], [11, 14], [12, 15]]
         assert world["objects"] == [{"rank": 0, "names": []}, {"rank": 1, "names": ["x"]}]
+        assert world["alone"] == 0
+        assert world["fails"] == ([("TypeError", "odd"), ("OSError", "full")] if rank == 0 else
+                                  [("OSError", "rank 0: odd"), ("OSError", "rank 0: full")])
         assert world["first"] == (rank, [rank == 1])        # rank 1 found what rank 0 had left
 
 
@@ -231,7 +247,8 @@ def test_one_process_needs_nobody():
     world = World(0, 1, torch.device("cpu"))
     tensor, model = torch.arange(3), tiny_model(std=0.2)
     assert world.is_main and world.mean({"a": 2}) == {"a": 2}
-    assert world.gather(tensor) is tensor and world.gather_objects("x") == ["x"]
+    assert torch.equal(world.gather(tensor), tensor) and world.gather_objects("x") == ["x"]
+    assert world.on_main(lambda: 5) == 5 and failure(world, OSError("full")) == ("OSError", "full")
     assert world.barrier() is None
     assert world.main_first(lambda: 5) == 5
     assert distributed.parallelize(model, world) is model

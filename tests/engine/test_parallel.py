@@ -118,7 +118,7 @@ def built(world):
             train.build_model(state, weights)
         parts[name] = {"held": sum(p.to_local().numel() for p in state.model.parameters()),
                        "largest": seen.largest,
-                       "whole": distributed.model_state(state.model, world)}
+                       "whole": distributed.gather_state(state.model.state_dict(), world)}
     return parts
 
 
