@@ -116,34 +116,24 @@ class Layout:
             group.bias = bias if group.bias is None else bias + group.bias
 
 
-class _Pad(torch.autograd.Function):
-    """Lay flat tokens (S, ...) out as slots (P, ...).
+class _Move(torch.autograd.Function):
+    """Return x[there], (P, ...) slots of (S, ...) tokens or the other way; `back` is the way back.
 
-    What a pad holds never reaches a loss, so the gradient is a plain look-up, not a scatter.
+    The gradient is a look-up, not a scatter: what a pad holds never reaches a loss. Where `is_pad`
+    (P,) is given, it is zero.
     """
 
     @staticmethod
-    def forward(ctx, x, layout):
-        ctx.layout = layout
-        return x.index_select(0, layout.token_of_slot)
+    def forward(ctx, x, there, back, is_pad=None):
+        ctx.back, ctx.is_pad = back, is_pad
+        return x.index_select(0, there)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.index_select(0, ctx.layout.slot_of_token), None
-
-
-class _Unpad(torch.autograd.Function):
-    """Take the tokens (S, ...) out of the slots (P, ...); the gradient of a pad is zero."""
-
-    @staticmethod
-    def forward(ctx, x, layout):
-        ctx.layout = layout
-        return x.index_select(0, layout.slot_of_token)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.index_select(0, ctx.layout.token_of_slot)
-        return grad.masked_fill_(~ctx.layout.is_token[:, None, None], 0), None
+        grad = grad.index_select(0, ctx.back)
+        if ctx.is_pad is not None:
+            grad.masked_fill_(ctx.is_pad, 0)
+        return grad, None, None, None
 
 
 # ---------------------------------------------------------------- attention
@@ -151,14 +141,15 @@ class _Unpad(torch.autograd.Function):
 def prepare(lengths, mask, x):
     """Return where the texts lie: `flash.Texts` for 16 bits on CUDA, else a `Layout`."""
     dtype = matmul_dtype(x)
-    if takes_packed_texts(x.device, dtype):
+    if takes_packed_texts(x.device, dtype, mask):
         return flash.Texts(lengths, mask, x.device)
     return Layout(lengths, mask, x.device, dtype)
 
 
-def takes_packed_texts(device, dtype):
-    """Tell whether attention takes the flat list: flash attention is for 16 bits on CUDA."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+def takes_packed_texts(device, dtype, mask):
+    """Tell whether flash attention can do it: 16 bits on CUDA, and no logits * M."""
+    return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+            and (mask.is_full or mask.apply == "weights"))
 
 
 def attention(q, k, v, texts):
@@ -166,14 +157,17 @@ def attention(q, k, v, texts):
     if isinstance(texts, flash.Texts):
         return flash.attention(q, k, v, texts)
     if not texts.is_dense:
-        q, k, v = (_Pad.apply(x, texts) for x in (q, k, v))                 # (P, H or K, E)
+        q, k, v = (_Move.apply(x, texts.token_of_slot, texts.slot_of_token)
+                   for x in (q, k, v))                                      # (P, H or K, E)
     sizes = [b * t for b, t in (group.shape for group in texts.groups)]
     out = []
     for group, *parts in zip(texts.groups, *(x.split(sizes) for x in (q, k, v))):
         parts = (x.view(*group.shape, *x.shape[1:]).transpose(1, 2) for x in parts)
         out.append(block_attention(*parts, group, texts.mask).transpose(1, 2).flatten(0, 1))
     y = torch.cat(out)
-    return y if texts.is_dense else _Unpad.apply(y, texts)
+    if texts.is_dense:
+        return y
+    return _Move.apply(y, texts.slot_of_token, texts.token_of_slot, ~texts.is_token[:, None, None])
 
 
 def block_attention(q, k, v, group, mask):
