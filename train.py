@@ -302,7 +302,7 @@ def start(cfg, world, where, before):
     if tokenizer.vocab_size > cfg.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, more than vocab_size "
                          f"{cfg.vocab_size}")
-    distributed.seed_everything(cfg.seed)
+    torch.manual_seed(cfg.seed)
     state = run.State(cfg, world, tokenizer, distributed.matmul_dtype(cfg.dtype, world.device),
                       hashes)
     build_model(state, weights)

@@ -1,7 +1,7 @@
 """Atomic, verified, resumable training state.
 
     out/<run>/step_000100/model.pt        weights alone: all that an embedder reads
-                          trainer.pt      optimizer, RNG, data position, pool of hard negatives
+                          trainer.pt      optimizer, counters, pools of hard negatives
                           ...             the tokenizer, the config
                           manifest.json   size and SHA-256 of every file, written last
 

@@ -7,10 +7,8 @@ comes with torch_npu, which registers `torch.npu` when it is imported.
 import contextlib
 import gc
 import os
-import random
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -46,19 +44,16 @@ def device_module(kind):
     return module
 
 
-def has_fast_bf16(kind):
-    """Tell whether bfloat16 matmuls are in hardware: every accelerator, and CPUs with the unit."""
-    if kind != "cpu":
-        return kind != "cuda" or torch.cuda.is_bf16_supported()
-    flags = torch.cpu.get_capabilities()
-    return any(flags.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
 def matmul_dtype(name, device):
-    """Return "float32" or "bfloat16" for a setting that may be "auto"."""
+    """Return "float32" or "bfloat16"; "auto" is bfloat16 where its matmuls are in hardware."""
     if name != "auto":
         return name
-    return "bfloat16" if has_fast_bf16(device.type) else "float32"
+    if device.type == "cpu":
+        flags = torch.cpu.get_capabilities()
+        is_fast = any(flags.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+    else:
+        is_fast = device.type != "cuda" or torch.cuda.is_bf16_supported()
+    return "bfloat16" if is_fast else "float32"
 
 
 @dataclass
@@ -139,11 +134,11 @@ def start(device="auto"):
         module.set_device(local)
     else:
         memory.keep_freed_memory()
-    if not module and ("OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
-        # torchrun sets one thread for each process; on a CPU that would leave cores idle
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") \
-            else os.cpu_count()                # macOS has no affinity
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        # torchrun sets one thread for each process; that would leave cores idle
+        if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") \
+                else os.cpu_count()            # macOS has no affinity
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if size > 1 and not dist.is_initialized():
         from torch.distributed.nn import functional  # noqa: F401  before the group: see `stop`
         dist.init_process_group(BACKENDS[kind], **_fresh_store(rank, size))
@@ -175,34 +170,6 @@ def stop():
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
-
-
-def seed_everything(seed):
-    """Seed Python, numpy and torch on every device."""
-    random.seed(seed)
-    np.random.seed(seed % 2 ** 32)
-    torch.manual_seed(seed)
-
-
-def rng_state(world):
-    """Return the state of every random number generator, as tensors and plain values."""
-    module = device_module(world.device.type)
-    kind, keys, *rest = np.random.get_state()
-    return {"torch": torch.get_rng_state(), "python": random.getstate(),
-            "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
-            "device": module.get_rng_state() if module else None}
-
-
-def set_rng_state(world, state):
-    """Restore what `rng_state` returned."""
-    module = device_module(world.device.type)
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if module and state["device"] is not None:
-        module.set_rng_state(state["device"])
 
 
 # ---------------------------------------------------------------- many devices

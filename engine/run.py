@@ -177,7 +177,6 @@ def save(state, step):
 
     def write():
         trainer = {"step": step, "optimizer": optimizer, "counters": state.counters,
-                   "rng": distributed.rng_state(world),
                    "pools": {t.kind: t.pool.state_dict() for t, _ in state.tasks if t.pool}}
         model = weights
         if state.merge:
@@ -205,7 +204,7 @@ def meta_of(state, step):
 
 
 def restore(state, saved):
-    """Take over optimizer, counters, pools and random numbers of a trainer.pt."""
+    """Take over optimizer, counters and pools of a trainer.pt; no step draws a random number."""
     distributed.load_optimizer_state(state.optimizer, saved["optimizer"])
     state.step, state.counters = saved["step"], saved["counters"]
     for task, _ in state.tasks:
@@ -213,7 +212,6 @@ def restore(state, saved):
             task.load_pool(saved["pools"][task.kind])
     if state.merge:
         state.model.load_state_dict(saved["unmerged"])
-    distributed.set_rng_state(state.world, saved["rng"])
 
 
 def load_weights(cfg, world, where):

@@ -1,10 +1,12 @@
 """train.py by its command line: four stages, exact resume, the loss of a step, clear errors."""
 import json
 import math
+import random
 import re
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,20 @@ def test_asking_for_the_last_stage_trains_all_four(rows, whole, capsys):
     assert "embed_weak" in shown and "python embed.py --checkpoint" in shown
     summary = json.loads((whole / "summary.json").read_text())
     assert set(train.STAGES) < set(summary) and summary["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_no_step_draws_a_random_number(rows, tmp_path, stage):
+    """Else a checkpoint would have to hold the state of the generators."""
+    states = []
+
+    def noted(real, *args):
+        states.append((random.getstate(), np.random.get_state()[1].tolist(),
+                       torch.get_rng_state().tolist()))
+        return real(*args)
+    with step_loss_replaced(noted):
+        train.main(arguments(rows, stage, tmp_path))
+    assert len(states) == STEPS and states[0] == states[-1]
 
 
 def test_a_stage_starts_from_the_weights_and_the_tokenizer_before_it(rows, whole, tmp_path):

@@ -4,7 +4,6 @@ The two processes run once for the whole file and leave what they found on disk.
 """
 
 import os
-import random
 import time
 from functools import partial
 
@@ -285,12 +284,11 @@ def test_autocast_follows_the_name():
         assert (x @ x).dtype == torch.float32
 
 
-# ---------------------------------------------------------------- devices and random numbers
+# ---------------------------------------------------------------- devices
 
 def test_devices():
     assert distributed.accelerator() in distributed.BACKENDS
     assert distributed.device_module("cpu") is None
-    assert isinstance(distributed.has_fast_bf16("cpu"), bool)
     with pytest.raises(ValueError, match="'tpu'.*cuda, npu, cpu"):
         distributed.device_module("tpu")
     for kind in {"cuda", "npu"} - {distributed.accelerator()}:
@@ -298,25 +296,9 @@ def test_devices():
             distributed.start(kind)
 
 
-@pytest.mark.parametrize("flags, fast", [({}, False), ({"avx512_bf16": True}, True),
-                                         ({"amx_bf16": True, "avx512_bf16": False}, True)])
-def test_fast_bf16_on_a_cpu(monkeypatch, flags, fast):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
-    assert distributed.has_fast_bf16("cpu") is fast
-
-
-def test_random_numbers_continue_where_they_were(tmp_path):
-    world = World(0, 1, torch.device("cpu"))
-
-    def draw():
-        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(),
-                torch.rand(()).item()]
-    distributed.seed_everything(2 ** 40 + 3)
-    first = draw()                                          # leaves half a Gaussian pair behind
-    torch.save(distributed.rng_state(world), tmp_path / "rng.pt")
-    after = draw()
-    distributed.seed_everything(2 ** 40 + 3)
-    assert draw() == first
-    draw()
-    distributed.set_rng_state(world, torch.load(tmp_path / "rng.pt", weights_only=True))
-    assert draw() == after
+@pytest.mark.parametrize("flags, dtype", [({}, "float32"), ({"avx512_bf16": True}, "bfloat16"),
+                                          ({"amx_bf16": True, "avx512_bf16": False}, "bfloat16")])
+def test_bfloat16_is_chosen_where_a_cpu_is_fast_at_it(monkeypatch, flags, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    assert distributed.matmul_dtype("auto", torch.device("cpu")) == dtype
+    assert distributed.matmul_dtype("float32", torch.device("cpu")) == "float32"
