@@ -25,7 +25,7 @@ import torch
 
 MANIFEST = "manifest.json"
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # no separator: none leads outside
-STEP_NAME = re.compile(r"step_(\d{6,})(\.old)?")  # .old: see _publish
+STEP_NAME = re.compile(r"step_(\d{6,})")
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def set_aside(run_dir):
     step_000100 becomes step_000100.aside; what had that name is deleted.
     """
     for path in reversed(_checkpoints(run_dir)):
-        aside = path.with_name(f"{path.name.removesuffix('.old')}.aside")
+        aside = path.with_name(f"{path.name}.aside")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
 
@@ -186,24 +186,27 @@ def _publish(tmp, final, entries):
     """Turn the written directory `tmp` into the checkpoint `final`."""
     _write(tmp / MANIFEST, _manifest_text(entries))
     _sync_dir(tmp)
-    old = final.with_name(f"{final.name}.old")
-    if final.exists():  # the step was saved before; at no instant is there neither of the two
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
+    if final.exists():             # it is damaged: a run saves no step twice
+        _delete(final)
     os.rename(tmp, final)
     _sync_dir(final.parent)
 
 
+def _delete(path):
+    """Delete a checkpoint; renamed first, since half of one must not look like one."""
+    shutil.rmtree(path.rename(path.with_name(f".tmp-{path.name}.old")))
+
+
 def _prune(run_dir, new, keep_last):
     """Delete what is older than `keep_last` good checkpoints; damaged ones among them stay."""
-    good, replaced = 1, new.with_name(f"{new.name}.old")
+    good = 1
     for path in _checkpoints(run_dir):
         try:
-            if path != new and path != replaced and good < keep_last:
+            if path != new and good < keep_last:
                 verify(path)
                 good += 1
-            elif path != new:  # renamed first: half deleted must not look like a checkpoint
-                shutil.rmtree(path.rename(path.with_name(f".tmp-{path.name}")))
+            elif path != new:
+                _delete(path)
         except CorruptCheckpoint:
             continue
         except OSError as error:
@@ -212,9 +215,8 @@ def _prune(run_dir, new, keep_last):
 
 def _checkpoints(run_dir):
     """Return the checkpoint directories of `run_dir`, newest first, without a look inside."""
-    matches = [(STEP_NAME.fullmatch(path.name), path) for path in Path(run_dir).glob("step_*")]
-    steps = [(int(match[1]), match[2] is None, path) for match, path in matches if match]
-    return [path for *_, path in sorted(steps, reverse=True)]
+    paths = [path for path in Path(run_dir).glob("step_*") if STEP_NAME.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
 def _manifest_text(entries):

@@ -47,12 +47,10 @@ def matmul_dtype(x):
 
 @dataclass
 class Group:
-    """Texts of like lengths that attention treats as one padded (B, T) block."""
-    lengths: torch.Tensor                  # (B,) int64
-    is_token: torch.Tensor | None          # (B, T) bool, False: a pad; None: there are no pads
-    bias: torch.Tensor | None = None       # added to the logits, (B or 1, 1, 1 or T, T)
-    weights: torch.Tensor | None = None    # multiplied with the logits, (B or 1, 1, T, T)
-    shape: tuple = ()                      # (B, T)
+    """Texts of like lengths that attention treats as one padded block of shape (B, T)."""
+    shape: tuple
+    bias: torch.Tensor | None      # added to the logits, (B or 1, 1, 1 or T, T)
+    weights: torch.Tensor | None   # multiplied with the logits, (B or 1, 1, T, T)
 
 
 class Layout:
@@ -74,17 +72,14 @@ class Layout:
             is_token = place < own[:, None]                                 # (B, T)
             tokens.append(torch.where(is_token, starts[members, None] + place, 0).flatten())
             real.append(is_token.flatten())
-            has_pads = not bool(is_token.all())
-            self.groups.append(Group(own.to(device), is_token.to(device) if has_pads else None,
-                                     shape=tuple(is_token.shape)))
+            bias, weights = form_mask(mask, own, is_token, device, dtype)
+            self.groups.append(Group(tuple(is_token.shape), bias, weights))
         tokens, real = torch.cat(tokens), torch.cat(real)                   # (P,)
         slots = torch.empty(int(lengths.sum()), dtype=torch.int64)          # (S,)
         slots[tokens[real]] = real.nonzero()[:, 0]
         self.is_dense = torch.equal(tokens, torch.arange(len(slots)))
         self.token_of_slot, self.slot_of_token = tokens.to(device), slots.to(device)
         self.is_token = real.to(device)
-        for group in self.groups:
-            self._set_mask(group, dtype)
 
     def _split(self, order, sizes):
         """Yield the texts of each group; sizes are the lengths in falling order."""
@@ -94,26 +89,26 @@ class Layout:
                 yield order[first:i]
                 first = i
 
-    def _set_mask(self, group, dtype):
-        """Form what attention needs of the mask: nothing if it is causal, or full without pads.
 
-        Pads come last, so no token of a causal group sees one. PAPER Eq. 4: l is each text's own
-        length; texts of one length share their M.
-        """
-        mask, device = self.mask, group.lengths.device
-        if group.is_token is not None and not mask.is_causal:
-            closed = torch.zeros(group.shape, dtype=dtype, device=device)
-            group.bias = closed.masked_fill(~group.is_token, -torch.inf)[:, None, None]
-        if mask.is_causal or mask.is_full:
-            return
-        place = torch.arange(group.shape[1], device=device)
-        own = group.lengths if group.is_token is not None else group.lengths[:1]
-        m = mask_weights(place[:, None], place, own[:, None, None].float(), mask.alpha, mask.axis)
-        if mask.apply == "logits":
-            group.weights = m[:, None]
-        else:
-            bias = m[:, None].log().to(dtype)
-            group.bias = bias if group.bias is None else bias + group.bias
+def form_mask(mask, lengths, is_token, device, dtype):
+    """Return (bias, weights) of a group; both None if it is causal, or full without pads.
+
+    Pads come last, so no token of a causal group sees one. PAPER Eq. 4: l is each text's own
+    length; texts of one length share their M.
+    """
+    bias, has_pads = None, not bool(is_token.all())
+    if has_pads and not mask.is_causal:
+        bias = torch.zeros(is_token.shape, dtype=dtype).masked_fill(~is_token, -torch.inf)
+        bias = bias[:, None, None].to(device)
+    if mask.is_causal or mask.is_full:
+        return bias, None
+    place = torch.arange(is_token.shape[1], device=device)
+    own = (lengths if has_pads else lengths[:1]).to(device)
+    m = mask_weights(place[:, None], place, own[:, None, None].float(), mask.alpha, mask.axis)
+    if mask.apply == "logits":
+        return bias, m[:, None]
+    m = m[:, None].log().to(dtype)
+    return m if bias is None else m + bias, None
 
 
 class _Move(torch.autograd.Function):
