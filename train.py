@@ -252,8 +252,9 @@ def build_model(state, weights):
     model.checkpointing = cfg.checkpointing
     state.wrapped = distributed.parallelize(model, world, cfg.parallel, state.dtype)
     if sharded:
-        distributed.fill(model, world, weights if weights is not None else
-                         dict(model.fresh_weights(generator)) if world.is_main else {})
+        if weights is None and world.is_main:
+            weights = dict(model.fresh_weights(generator))
+        distributed.fill(model, world, weights)
     if cfg.compile:
         distributed.compile_blocks(model)
     state.model, state.merge = model, merged_state_dict if cfg.lora_rank else None

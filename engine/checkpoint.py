@@ -32,8 +32,8 @@ STEP_NAME = re.compile(r"step_(\d{6,})")
 def only_writer(run_dir):
     """Lock `run_dir` for this process; the system unlocks it when the process ends, in any way.
 
-    Two runs that save into one directory would delete each other's checkpoints. Raises ValueError
-    if another process has the lock. Where a file system knows no locks, a warning says so.
+    Two runs in one directory would delete each other's checkpoints. Raises ValueError if another
+    process has the lock. Where a file system knows no locks, a warning says so.
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,12 @@ def save(run_dir, step, files, keep_last=2):
             shutil.rmtree(stale, ignore_errors=True)
         tmp.mkdir()
         entries = {name: _write(tmp / name, value) for name, value in files.items()}
-        _publish(tmp, final, entries)
+        _write(tmp / MANIFEST, _manifest_text(entries))
+        _sync_dir(tmp)
+        if final.exists():             # it is damaged: a run saves no step twice
+            _delete(final)
+        os.rename(tmp, final)
+        _sync_dir(run_dir)
     except Exception as error:
         shutil.rmtree(tmp, ignore_errors=True)
         if not isinstance(error, (OSError, RuntimeError)):       # the caller's mistake
@@ -94,8 +99,8 @@ def save(run_dir, step, files, keep_last=2):
 def latest(run_dir):
     """Return the newest checkpoint of `run_dir` that verifies, or None if there is none at all.
 
-    A damaged one is named in a warning and passed over. Raises: ValueError if all are damaged, as
-    a run that silently starts over is worse than one that stops.
+    A damaged one is named in a warning and passed over. Raises ValueError if all are damaged:
+    better than a run that silently starts over.
     """
     reasons = []
     for path in _checkpoints(run_dir):
@@ -180,16 +185,6 @@ def _unpickle(file, **options):
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = named[1] if named else "no file of torch.save"
         raise TypeError(f"more than tensors and plain Python values: {what}") from None
-
-
-def _publish(tmp, final, entries):
-    """Turn the written directory `tmp` into the checkpoint `final`."""
-    _write(tmp / MANIFEST, _manifest_text(entries))
-    _sync_dir(tmp)
-    if final.exists():             # it is damaged: a run saves no step twice
-        _delete(final)
-    os.rename(tmp, final)
-    _sync_dir(final.parent)
 
 
 def _delete(path):

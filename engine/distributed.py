@@ -99,9 +99,9 @@ class World:
             dist.barrier()
 
     def on_main(self, work):
-        """Return what `work` returns on the main rank, which alone calls it, on all ranks.
+        """Call `work` on the main rank alone; return its result on all.
 
-        An error there is raised on all of them: elsewhere as an OSError.
+        An error there is raised on all ranks, on the others as an OSError.
         """
         result = error = None
         if self.is_main:
@@ -148,8 +148,8 @@ def start(device="auto"):
 def _fresh_store(rank, size):
     """Return what a process that torchrun has restarted needs to meet the others.
 
-    torchrun keeps its store over a restart, and without a prefix the addresses of the processes
-    that died are found in it: the new ones wait for them (torch 2.13, `--max-restarts`).
+    torchrun keeps its store, in which the addresses of the dead processes are found: without a
+    prefix the new ones wait for them (torch 2.13, `--max-restarts`).
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0":
@@ -162,10 +162,10 @@ def _fresh_store(rank, size):
 def stop():
     """Leave the process group, and end its threads.
 
-    One that still runs when the interpreter goes down now and then aborts the process, after all
-    went well. They end with the last reference to the group. A DDP model holds one, in a cycle, so
-    nobody may hold the model any more; and torch.distributed.nn.functional, which optimizers
-    import, holds the group that there is at its import in default arguments: `start` imports it.
+    One that still runs when the interpreter goes down may abort the process. They end with the last
+    reference to the group. A DDP model holds one, in a cycle: nobody may hold the model any more.
+    torch.distributed.nn.functional, which optimizers import, holds the group that there is at its
+    import in default arguments: `start` imports it.
     """
     if dist.is_initialized():
         gc.collect()
@@ -271,8 +271,7 @@ def shard_optimizer(optimizer, world, mode="ddp"):
         return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=tensor.shape,
                                   stride=tensor.stride())
 
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    shards = {p: shard(p) for p in params}
+    shards = {p: shard(p) for group in optimizer.param_groups for p in group["params"]}
     for group in optimizer.param_groups:
         group["params"] = [shards[p] for p in group["params"]]
 

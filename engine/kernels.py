@@ -25,8 +25,8 @@ from mask import mask_weights
 def pick(device, compile=False):
     """Return the operations that are faster than the plain ones on `device`, for `Conan`'s `ops`.
 
-    compile: the blocks go through torch.compile. It fuses the plain rms_norm, rope and swiglu
-    itself, so these are left out. Shapes inside attention change with every batch: it stays eager.
+    compile: torch.compile fuses the plain rms_norm, rope and swiglu itself. Shapes inside attention
+    change with every batch: it stays eager.
     """
     ops = {"prepare": prepare, "attention": attention, "next_token_loss": next_token_loss}
     if compile:
@@ -166,10 +166,8 @@ def attention(q, k, v, texts):
 
 
 def block_attention(q, k, v, group, mask):
-    """Choose the kernel of one group: q (B, H, T, E), k, v (B, K, T, E) -> like q.
-
-    Measured on CPU: in bfloat16 below 256 tokens plain matmuls beat SDPA 2 to 4 times.
-    """
+    """Choose the kernel of one group: q (B, H, T, E), k, v (B, K, T, E) -> like q."""
+    # measured on a CPU: in bfloat16 up to 256 tokens plain matmuls beat SDPA 2 to 4 times
     short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256
     if group.weights is not None or short:
         return explicit_attention(q, k, v, group.bias, mask.is_causal, group.weights)
@@ -272,11 +270,10 @@ class _SwiGLU(torch.autograd.Function):
 # ---------------------------------------------------------------- LM cross-entropy in chunks
 
 def next_token_loss(hidden, weight, targets, chunk=None):
-    """Return `model.next_token_loss` without ever holding all logits.
+    """Return `model.next_token_loss`, and form its gradient, in chunks of tokens.
 
-    The gradient is formed chunk by chunk in the forward pass. Peak memory is chunk * V, not S * V
-    (at V = 150,000 and S = 32,768: 20 GB in float32). The matmuls run in 16 bits under autocast,
-    softmax and the sums in float32. chunk: in tokens; None: see `logits_chunk`.
+    Peak memory is chunk * V, not S * V (at V = 150,000 and S = 32,768: 20 GB in float32). The
+    matmuls run in 16 bits under autocast, softmax and the sums in float32.
     """
     predicted = targets != -100
     if not predicted.all():                                # SFT: a prompt needs no logits
@@ -291,8 +288,7 @@ def next_token_loss(hidden, weight, targets, chunk=None):
 def logits_chunk(vocab_size, kind):
     """Return the tokens whose logits exist at a time: 64 MB of float32 on a CPU, 2 GB on a card.
 
-    kind: the device's type. Fewer tokens would starve the matmuls. More would not make those of a
-    small vocabulary faster.
+    Fewer tokens would starve the matmuls. More would not make a small vocabulary's faster.
     """
     least, most, numbers = (128, 1024, 2 ** 24) if kind == "cpu" else (1024, 16_384, 2 ** 29)
     return min(max(numbers // vocab_size, least), most)
