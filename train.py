@@ -176,13 +176,14 @@ def embedding_loss(x, batch, temperature, dims):
     return matryoshka(nce, (query, positive, negatives), dims)              # Eq. 1
 
 
-def step_loss(model, batch, cfg, step, no_sync=contextlib.nullcontext):
+def step_loss(model, batch, cfg, step):
     """Backpropagate one step's loss; return (loss, cosines of hard negatives or None).
 
     Texts go through the model in one call, or in chunks of `micro_batch_size` with the same result:
     LM losses add up over chunks, contrastive ones take two passes (engine/microbatch.py).
     """
     mask, chunks = stage_mask(cfg, step), list(batch.chunks(cfg.micro_batch_size))
+    no_sync = getattr(model, "no_sync", contextlib.nullcontext)        # ddp: ranks meet once a step
     if batch.targets is None:                              # stages 3 and 4
         dims = cfg.dims if cfg.stage == "embed_sup" and cfg.dims else (cfg.n_embd,)
         return two_pass(lambda c: model(c[0], c[1], mask, skip=c[3]), chunks,
@@ -348,7 +349,6 @@ def run_steps(state):
     cfg, world, tasks, counters = state.cfg, state.world, state.tasks, state.counters
     order = task_of_step(np.arange(cfg.steps), [w for _, w in tasks], cfg.seed)
     visits = np.bincount(order[:state.step], minlength=len(tasks))
-    no_sync = distributed.no_sync(state.wrapped)
     stop, log = report.StopSignal(), report.Log(cfg, world, state.step)
     log.tasks(tasks)
     for step in range(state.step, cfg.steps):
@@ -359,7 +359,7 @@ def run_steps(state):
         for group in state.optimizer.param_groups:
             group["lr"] = lr_at(step, cfg)
         with world.autocast(state.dtype):
-            loss, scores = step_loss(state.wrapped, batch, cfg, step, no_sync)
+            loss, scores = step_loss(state.wrapped, batch, cfg, step)
         norm = distributed.clip_grad_norm(state.wrapped, GRAD_CLIP)
         agreed = world.mean({"bad": not math.isfinite(float(loss) + float(norm)),
                              "stop": stop.raised,      # the same flags on every rank

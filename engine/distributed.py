@@ -4,7 +4,6 @@ PAPER App. A trains on Ascend 910B with mixed precision. Here a device is a name
 and a backend follows from it (nccl, hccl, gloo); there is no fork of the code anywhere else. `npu`
 comes with torch_npu, which registers `torch.npu` when it is imported.
 """
-import contextlib
 import gc
 import os
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import memory
 
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
-MODES = ("ddp", "zero1", "fsdp")
 
 
 def accelerator():
@@ -32,16 +30,12 @@ def accelerator():
 
 def device_module(kind):
     """Return torch.cuda or torch.npu, or None for the CPU."""
-    if kind == "cpu":
-        return None
-    if kind not in BACKENDS:
-        raise ValueError(f"device {kind!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if kind == "npu":
         accelerator()                          # imports torch_npu, if there is one
     module = getattr(torch, kind, None)
-    if module is None or not module.is_available():
+    if kind != "cpu" and (module is None or not module.is_available()):
         raise ValueError(f"device {kind!r} is not available on this machine")
-    return module
+    return module if kind != "cpu" else None
 
 
 def matmul_dtype(name, device):
@@ -183,8 +177,6 @@ def parallelize(model, world, mode="ddp", dtype="float32"):
     stream stay in float32, as under autocast. A model on the meta device takes no memory until
     `fill`. broadcast_buffers would make an evaluation on rank 0 alone hang.
     """
-    if mode not in MODES:
-        raise ValueError(f"parallel {mode!r} is unknown; choose one of {', '.join(MODES)}")
     if world.size == 1:
         return model
     if mode != "fsdp":
@@ -217,25 +209,6 @@ def compile_blocks(model, backend="inductor"):
     """
     for block in model.layers:
         block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
-
-
-def no_sync(model):
-    """Return the function whose contexts keep backward from synchronising gradients.
-
-    It wraps all micro batches of a step but the last, so that each step synchronises once. Under
-    fsdp a rank then holds whole gradients between the micro batches.
-    """
-    if not hasattr(model, "set_requires_gradient_sync"):
-        return getattr(model, "no_sync", contextlib.nullcontext)
-
-    @contextlib.contextmanager
-    def unsharded():
-        model.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            model.set_requires_gradient_sync(True)
-    return unsharded
 
 
 def clip_grad_norm(model, most):

@@ -140,10 +140,10 @@ def test_a_run_killed_in_its_evaluation_is_scored_when_it_resumes(rows, tmp_path
 
 
 def test_sigterm_saves_and_says_so(rows, whole, tmp_path, capsys):
-    def asked_to_stop(real, model, batch, cfg, step, *no_sync):
+    def asked_to_stop(real, model, batch, cfg, step):
         if step == 3:
             signal.raise_signal(signal.SIGTERM)
-        return real(model, batch, cfg, step, *no_sync)
+        return real(model, batch, cfg, step)
     argv = chain_arguments(rows, "pretrain", tmp_path)
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with step_loss_replaced(asked_to_stop), pytest.raises(SystemExit) as caught:
@@ -236,9 +236,9 @@ def test_matrices_decay_and_norms_do_not():
 def test_non_finite_losses_are_skipped_and_then_stop_the_run(rows, tmp_path):
     batches, bad = {}, {2, 3}
 
-    def poisoned(real, model, batch, cfg, step, *no_sync):
+    def poisoned(real, model, batch, cfg, step):
         batches[step] = batch
-        loss, scores = real(model, batch, cfg, step, *no_sync)
+        loss, scores = real(model, batch, cfg, step)
         return (loss * float("nan") if step in bad else loss), scores
     with step_loss_replaced(poisoned):
         train.main(arguments(rows, "pretrain", tmp_path / "a"))

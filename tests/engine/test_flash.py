@@ -113,21 +113,11 @@ def run(path, qkv):
 # ---------------------------------------------------------------- two calls, one softmax
 
 @each_lengths
-@each_axis
-@pytest.mark.parametrize("alpha", ALPHAS)
-def test_two_calls_are_the_soft_mask_forward_and_backward(plain_kernels, lengths, axis, alpha):
-    mask = MaskSpec(alpha, axis)
-    qkv, texts = qkv_of(lengths), texts_of(lengths, mask)
-    got = run(lambda q, k, v: flash.packed(q, k, v, texts), qkv)
-    want = run(lambda q, k, v: written_out(q, k, v, lengths, mask), qkv)
-    for a, b in zip(got, want):
-        assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
-
-
-@each_lengths
-@pytest.mark.parametrize("mask", [FULL, CAUSAL], ids=str)
-def test_one_call_is_causal_or_bidirectional(plain_kernels, lengths, mask):
-    qkv, texts = qkv_of(lengths), texts_of(lengths, mask)
+@pytest.mark.parametrize("mask", [FULL, CAUSAL, *(MaskSpec(a, axis) for a in ALPHAS
+                                                  for axis in ("row", "col"))], ids=str)
+@pytest.mark.parametrize("e", [E, 6])              # 6 is no multiple of eight
+def test_packed_texts_are_softmax_forward_and_backward(plain_kernels, lengths, mask, e):
+    qkv, texts = qkv_of(lengths, e=e), texts_of(lengths, mask)
     got = run(lambda q, k, v: flash.packed(q, k, v, texts), qkv)
     for a, b in zip(got, run(lambda q, k, v: written_out(q, k, v, lengths, mask), qkv)):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
@@ -153,16 +143,6 @@ def test_how_the_heads_are_parted(tokens, calls):
     assert [h for heads, _ in parts for h in range(32)[heads]] == list(range(32))
     for heads, group in parts:
         assert [h // 4 for h in range(32)[heads]] == [g for g in range(8)[group] for _ in range(4)]
-
-
-@each_axis
-def test_a_head_dim_that_is_no_multiple_of_eight(plain_kernels, axis):
-    lengths = [5, 3]
-    mask = MaskSpec(0.3, axis)
-    qkv, texts = qkv_of(lengths, e=6), texts_of(lengths, mask)
-    got = run(lambda q, k, v: flash.packed(q, k, v, texts), qkv)
-    want = run(lambda q, k, v: written_out(q, k, v, lengths, mask), qkv)
-    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(got, want))
 
 
 def test_what_bfloat16_rounds_off_a_weight_is_kept_in_a_second_dim(plain_kernels):
