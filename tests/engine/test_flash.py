@@ -9,11 +9,10 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import flash, kernels
 from mask import CAUSAL, FULL, MaskSpec, future_weight, soft_mask
-from tiny import relative, tiny
+from tiny import Largest, relative, tiny
 
 H, K, E = 4, 2, 8
 LENGTHS = [[9], [1], [1, 1, 1], [5, 1, 12, 2], [7, 7, 7], [130, 1, 60]]
@@ -160,21 +159,6 @@ def test_what_bfloat16_rounds_off_a_weight_is_kept_in_a_second_dim(plain_kernels
 
 
 # ---------------------------------------------------------------- memory: nothing of T x T
-
-class Largest(TorchDispatchMode):
-    """The largest number of elements of a tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if torch.is_tensor(x):
-                self.numel = max(self.numel, x.numel())
-        return out
-
 
 @each_axis
 @pytest.mark.parametrize("lengths", [[2000], [1500, 500]], ids=str)

@@ -8,13 +8,13 @@ import json
 import pytest
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train
 from engine import distributed
 from engine import run as runs
 from ranks import STEPS, arguments, assert_equal, die_at, log, on_ranks, run, state_of, tiny_model
+from tiny import Largest
 
 MODES = ("ddp", "zero1", "fsdp")
 STAGES = {"sft": [], "embed_sup": ["--dims=8,32"]}
@@ -48,20 +48,6 @@ def on_each_rank(world, rows):
     torch.save({"syncs": synchronisations(world),
                 "unequal": unequal_ranks(world), "built": built(world)},
                rows / f"of_rank_{world.rank}.pt")
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if torch.is_tensor(out) and out.device.type == "cpu":
-            self.largest = max(self.largest, out.numel())
-        return out
 
 
 def synchronisations(world):
@@ -113,7 +99,7 @@ def built(world):
         with Largest() as seen:
             train.build_model(state, weights)
         parts[name] = {"held": sum(p.to_local().numel() for p in state.model.parameters()),
-                       "largest": seen.largest,
+                       "largest": seen.numel,
                        "whole": distributed.gather_state(state.model.state_dict(), world)}
     return parts
 
