@@ -176,13 +176,14 @@ def embedding_loss(x, batch, temperature, dims):
     return matryoshka(nce, (query, positive, negatives), dims)              # Eq. 1
 
 
-def step_loss(model, batch, cfg, step, no_sync=contextlib.nullcontext):
+def step_loss(model, batch, cfg, step):
     """Backpropagate one step's loss; return (loss, cosines of hard negatives or None).
 
     Texts go through the model in one call, or in chunks of `micro_batch_size` with the same result:
     LM losses add up over chunks, contrastive ones take two passes (engine/microbatch.py).
     """
     mask, chunks = stage_mask(cfg, step), list(batch.chunks(cfg.micro_batch_size))
+    no_sync = getattr(model, "no_sync", contextlib.nullcontext)        # ddp: ranks meet once a step
     if batch.targets is None:                              # stages 3 and 4
         dims = cfg.dims if cfg.stage == "embed_sup" and cfg.dims else (cfg.n_embd,)
         return two_pass(lambda c: model(c[0], c[1], mask, skip=c[3]), chunks,
@@ -252,9 +253,9 @@ def build_model(state, weights):
     model.checkpointing = cfg.checkpointing
     state.wrapped = distributed.parallelize(model, world, cfg.parallel, state.dtype)
     if sharded:
-        values = model.fresh_weights(generator) if weights is None else \
-            distributed.from_main(weights, model, world)
-        distributed.fill(model, world, values)
+        if weights is None and world.is_main:
+            weights = dict(model.fresh_weights(generator))
+        distributed.fill(model, world, weights)
     if cfg.compile:
         distributed.compile_blocks(model)
     state.model, state.merge = model, merged_state_dict if cfg.lora_rank else None
@@ -303,7 +304,7 @@ def start(cfg, world, where, before):
     if tokenizer.vocab_size > cfg.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, more than vocab_size "
                          f"{cfg.vocab_size}")
-    distributed.seed_everything(cfg.seed)
+    torch.manual_seed(cfg.seed)
     state = run.State(cfg, world, tokenizer, distributed.matmul_dtype(cfg.dtype, world.device),
                       hashes)
     build_model(state, weights)
@@ -348,7 +349,6 @@ def run_steps(state):
     cfg, world, tasks, counters = state.cfg, state.world, state.tasks, state.counters
     order = task_of_step(np.arange(cfg.steps), [w for _, w in tasks], cfg.seed)
     visits = np.bincount(order[:state.step], minlength=len(tasks))
-    no_sync = distributed.no_sync(state.wrapped)
     stop, log = report.StopSignal(), report.Log(cfg, world, state.step)
     log.tasks(tasks)
     for step in range(state.step, cfg.steps):
@@ -359,7 +359,7 @@ def run_steps(state):
         for group in state.optimizer.param_groups:
             group["lr"] = lr_at(step, cfg)
         with world.autocast(state.dtype):
-            loss, scores = step_loss(state.wrapped, batch, cfg, step, no_sync)
+            loss, scores = step_loss(state.wrapped, batch, cfg, step)
         norm = distributed.clip_grad_norm(state.wrapped, GRAD_CLIP)
         agreed = world.mean({"bad": not math.isfinite(float(loss) + float(norm)),
                              "stop": stop.raised,      # the same flags on every rank
@@ -374,7 +374,7 @@ def run_steps(state):
                 task.pool.update(world.gather(torch.from_numpy(batch.rows)),
                                  world.gather(scores.cpu()))
                 stats = task.pool.stats()
-        state.optimizer.zero_grad(set_to_none=True)
+        state.wrapped.zero_grad(set_to_none=True)
         if (step + 1) % VALIDATE_EVERY == 0 and "validation" in counters:
             counters["validation"] = validation_loss(state)
         for name in ("tokens", "truncated"):

@@ -1,15 +1,14 @@
 """Atomic, verified, resumable training state.
 
     out/<run>/step_000100/model.pt        weights alone: all that an embedder reads
-                          trainer.pt      optimizer, RNG, data position, pool of hard negatives
-                          ...             the shards of other ranks, the tokenizer, the config
+                          trainer.pt      optimizer, counters, pools of hard negatives
+                          ...             the tokenizer, the config
                           manifest.json   size and SHA-256 of every file, written last
 
 A save fills `.tmp-step_000100`, syncs every file and renames the directory: whenever the process
 is killed or the disk is full, `latest` finds the previous or the new checkpoint, whole. Reading
 compares with the manifest first (torch loads a flipped bit silently) and unpickles with
-`weights_only=True`, so a hostile file runs no code. Ranks save together by means of `is_main` and
-`gather`; `torch.distributed` itself stays with the caller.
+`weights_only=True`, so a hostile file runs no code. One process saves; ranks are the caller's.
 """
 
 import contextlib
@@ -26,15 +25,15 @@ import torch
 
 MANIFEST = "manifest.json"
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # no separator: none leads outside
-STEP_NAME = re.compile(r"step_(\d{6,})(\.old)?")  # .old: see _publish
+STEP_NAME = re.compile(r"step_(\d{6,})")
 
 
 @contextlib.contextmanager
 def only_writer(run_dir):
     """Lock `run_dir` for this process; the system unlocks it when the process ends, in any way.
 
-    Two runs that save into one directory would delete each other's checkpoints. Raises ValueError
-    if another process has the lock. Where a file system knows no locks, a warning says so.
+    Two runs in one directory would delete each other's checkpoints. Raises ValueError if another
+    process has the lock. Where a file system knows no locks, a warning says so.
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -57,7 +56,7 @@ def set_aside(run_dir):
     step_000100 becomes step_000100.aside; what had that name is deleted.
     """
     for path in reversed(_checkpoints(run_dir)):
-        aside = path.with_name(f"{path.name.removesuffix('.old')}.aside")
+        aside = path.with_name(f"{path.name}.aside")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
 
@@ -66,65 +65,42 @@ class CorruptCheckpoint(ValueError):
     """Say which file of a checkpoint is damaged or refused, and why."""
 
 
-def save(run_dir, step, files, keep_last=2, *, is_main=True, gather=lambda own: [own]):
+def save(run_dir, step, files, keep_last=2):
     """Write `files` as checkpoint `step`, keep the newest `keep_last` good ones, return the path.
 
-    `files` maps names to contents: `*.pt` to any nesting of tensors and plain Python values, other
-    names to bytes or str, written as they are. With many ranks each passes its own files under
-    names of its own, into one shared directory; `is_main` holds on one rank, and `gather(x)`
-    returns the x of every rank, as `all_gather_object` does. What fails on one rank raises on all.
-
-    Raises: OSError for a full or read-only disk (older checkpoints stay as they were), TypeError
-    for contents that could not be read back, ValueError for a wrong name or number.
+    `files` maps names to contents: bytes or str are written as they are, any nesting of tensors and
+    plain Python values (`*.pt`) as torch.save does. Raises OSError for a full or read-only disk,
+    when older checkpoints stay as they were, and TypeError for what could not be read back.
     """
     run_dir = Path(run_dir)
     final = run_dir / f"step_{step:06d}"
     tmp = run_dir / f".tmp-{final.name}"
-
-    def on_all_ranks(work):
-        result = error = None
-        try:
-            result = work()
-        except Exception as caught:
-            error = caught
-        outcomes = gather((result, error and f"{type(error).__name__}: {error}"))
-        failed = "; ".join(text for _, text in outcomes if text)
-        if not failed:
-            return [result for result, _ in outcomes]
-        if is_main:
-            shutil.rmtree(tmp, ignore_errors=True)
-        if error and not isinstance(error, (OSError, RuntimeError)):  # the caller's mistake
-            raise error
-        raise OSError(f"cannot save {final}, older checkpoints are untouched: {failed}") from error
-
-    def begin():
-        for name, value in files.items():
-            if not FILE_NAME.fullmatch(name) or name == MANIFEST:
-                raise ValueError(f"{name!r} cannot be a file of a checkpoint")
-            if name.endswith(".pt") == isinstance(value, (bytes, str)):
-                raise TypeError(f"{name}: *.pt alone is pickled, got {type(value).__name__}")
-        if step < 0 or keep_last < 1:
-            raise ValueError(f"step {step} must be at least 0 and keep_last {keep_last} at least 1")
-        if is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            for stale in run_dir.glob(".tmp-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-            tmp.mkdir()
-
-    on_all_ranks(begin)
-    parts = on_all_ranks(lambda: {name: _write(tmp / name, files[name]) for name in files})
-    entries = {name: entry for part in parts for name, entry in part.items()}
-    on_all_ranks(lambda: _publish(tmp, final, entries) if is_main else None)
-    if is_main:
-        _prune(run_dir, final, keep_last)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for stale in run_dir.glob(".tmp-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        tmp.mkdir()
+        entries = {name: _write(tmp / name, value) for name, value in files.items()}
+        _write(tmp / MANIFEST, _manifest_text(entries))
+        _sync_dir(tmp)
+        if final.exists():             # it is damaged: a run saves no step twice
+            _delete(final)
+        os.rename(tmp, final)
+        _sync_dir(run_dir)
+    except Exception as error:
+        shutil.rmtree(tmp, ignore_errors=True)
+        if not isinstance(error, (OSError, RuntimeError)):       # the caller's mistake
+            raise
+        raise OSError(f"cannot save {final}, older checkpoints are untouched: {error}") from error
+    _prune(run_dir, final, keep_last)
     return final
 
 
 def latest(run_dir):
     """Return the newest checkpoint of `run_dir` that verifies, or None if there is none at all.
 
-    A damaged one is named in a warning and passed over. Raises: ValueError if all are damaged, as
-    a run that silently starts over is worse than one that stops.
+    A damaged one is named in a warning and passed over. Raises ValueError if all are damaged:
+    better than a run that silently starts over.
     """
     reasons = []
     for path in _checkpoints(run_dir):
@@ -183,7 +159,7 @@ class _HashingFile:
 
 
 def _write(path, value):
-    with open(path, "xb") as file:  # x: two ranks writing one name is a mistake
+    with open(path, "xb") as file:
         sink = _HashingFile(file)
         if isinstance(value, (bytes, str)):
             sink.write(value.encode() if isinstance(value, str) else value)
@@ -211,31 +187,21 @@ def _unpickle(file, **options):
         raise TypeError(f"more than tensors and plain Python values: {what}") from None
 
 
-def _publish(tmp, final, entries):
-    """Turn the written directory `tmp` into the checkpoint `final`."""
-    for name, entry in entries.items():  # fails here if the ranks do not share the disk
-        if (size := (tmp / name).stat().st_size) != entry["size"]:
-            raise OSError(f"{tmp / name} has {size} bytes, {entry['size']} were written")
-    _write(tmp / MANIFEST, _manifest_text(entries))
-    _sync_dir(tmp)
-    old = final.with_name(f"{final.name}.old")
-    if final.exists():  # the step was saved before; at no instant is there neither of the two
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-    os.rename(tmp, final)
-    _sync_dir(final.parent)
+def _delete(path):
+    """Delete a checkpoint; renamed first, since half of one must not look like one."""
+    shutil.rmtree(path.rename(path.with_name(f".tmp-{path.name}.old")))
 
 
 def _prune(run_dir, new, keep_last):
     """Delete what is older than `keep_last` good checkpoints; damaged ones among them stay."""
-    good, replaced = 1, new.with_name(f"{new.name}.old")
+    good = 1
     for path in _checkpoints(run_dir):
         try:
-            if path != new and path != replaced and good < keep_last:
+            if path != new and good < keep_last:
                 verify(path)
                 good += 1
-            elif path != new:  # renamed first: half deleted must not look like a checkpoint
-                shutil.rmtree(path.rename(path.with_name(f".tmp-{path.name}")))
+            elif path != new:
+                _delete(path)
         except CorruptCheckpoint:
             continue
         except OSError as error:
@@ -244,9 +210,8 @@ def _prune(run_dir, new, keep_last):
 
 def _checkpoints(run_dir):
     """Return the checkpoint directories of `run_dir`, newest first, without a look inside."""
-    matches = [(STEP_NAME.fullmatch(path.name), path) for path in Path(run_dir).glob("step_*")]
-    steps = [(int(match[1]), match[2] is None, path) for match, path in matches if match]
-    return [path for *_, path in sorted(steps, reverse=True)]
+    paths = [path for path in Path(run_dir).glob("step_*") if STEP_NAME.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
 def _manifest_text(entries):

@@ -4,22 +4,17 @@ PAPER App. A trains on Ascend 910B with mixed precision. Here a device is a name
 and a backend follows from it (nccl, hccl, gloo); there is no fork of the code anywhere else. `npu`
 comes with torch_npu, which registers `torch.npu` when it is imported.
 """
-import contextlib
 import gc
 import os
-import random
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import memory
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "910B": 376e12}   # dense bfloat16
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
-MODES = ("ddp", "zero1", "fsdp")
 
 
 def accelerator():
@@ -35,39 +30,24 @@ def accelerator():
 
 def device_module(kind):
     """Return torch.cuda or torch.npu, or None for the CPU."""
-    if kind == "cpu":
-        return None
-    if kind not in BACKENDS:
-        raise ValueError(f"device {kind!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if kind == "npu":
         accelerator()                          # imports torch_npu, if there is one
     module = getattr(torch, kind, None)
-    if module is None or not module.is_available():
+    if kind != "cpu" and (module is None or not module.is_available()):
         raise ValueError(f"device {kind!r} is not available on this machine")
-    return module
-
-
-def peak_flops(device):
-    """Return the nominal bfloat16 FLOP/s of an accelerator, None for CPUs and unknown chips."""
-    if device.type == "cpu":
-        return None
-    name = device_module(device.type).get_device_name(device.index or 0)
-    return next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
-
-
-def has_fast_bf16(kind):
-    """Tell whether bfloat16 matmuls are in hardware: every accelerator, and CPUs with the unit."""
-    if kind != "cpu":
-        return kind != "cuda" or torch.cuda.is_bf16_supported()
-    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))
+    return module if kind != "cpu" else None
 
 
 def matmul_dtype(name, device):
-    """Return "float32" or "bfloat16" for a setting that may be "auto"."""
+    """Return "float32" or "bfloat16"; "auto" is bfloat16 where its matmuls are in hardware."""
     if name != "auto":
         return name
-    return "bfloat16" if has_fast_bf16(device.type) else "float32"
+    if device.type == "cpu":
+        flags = torch.cpu.get_capabilities()
+        is_fast = any(flags.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+    else:
+        is_fast = device.type != "cuda" or torch.cuda.is_bf16_supported()
+    return "bfloat16" if is_fast else "float32"
 
 
 @dataclass
@@ -83,10 +63,8 @@ class World:
         return self.rank == 0
 
     def autocast(self, dtype):
-        """Return the autocast context for "bfloat16", or one that does nothing for "float32"."""
-        if dtype == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        """Return the autocast context of "bfloat16"; that of "float32" does nothing."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
     def mean(self, values):
         """Return {name: mean over ranks} of a dict of numbers with the same keys on every rank."""
@@ -98,13 +76,8 @@ class World:
         return dict(zip(values, (packed / self.size).tolist()))
 
     def gather(self, tensor):
-        """Concatenate a CPU tensor of every rank, in rank order; same shape on all ranks."""
-        if self.size == 1:
-            return tensor
-        here = tensor.to(self.device).contiguous()
-        parts = [torch.empty_like(here) for _ in range(self.size)]
-        dist.all_gather(parts, here)
-        return torch.cat(parts).cpu()
+        """Concatenate a CPU tensor of every rank, in rank order."""
+        return torch.cat(self.gather_objects(tensor))
 
     def gather_objects(self, value):
         """Return the list of every rank's `value`, in rank order."""
@@ -118,6 +91,22 @@ class World:
         """Wait for every rank."""
         if self.size > 1:
             dist.barrier()
+
+    def on_main(self, work):
+        """Call `work` on the main rank alone; return its result on all.
+
+        An error there is raised on all ranks, on the others as an OSError.
+        """
+        result = error = None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as caught:
+                error = caught
+        result, text = self.gather_objects((result, error and f"rank 0: {error}"))[0]
+        if text:
+            raise error or OSError(text)
+        return result
 
     def main_first(self, work):
         """Call `work` on the main rank, then on the others, which find what it has left on disk."""
@@ -139,11 +128,11 @@ def start(device="auto"):
         module.set_device(local)
     else:
         memory.keep_freed_memory()
-    if not module and ("OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
-        # torchrun sets one thread for each process; on a CPU that would leave cores idle
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") \
-            else os.cpu_count()                # macOS has no affinity
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        # torchrun sets one thread for each process; that would leave cores idle
+        if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") \
+                else os.cpu_count()            # macOS has no affinity
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if size > 1 and not dist.is_initialized():
         from torch.distributed.nn import functional  # noqa: F401  before the group: see `stop`
         dist.init_process_group(BACKENDS[kind], **_fresh_store(rank, size))
@@ -153,8 +142,8 @@ def start(device="auto"):
 def _fresh_store(rank, size):
     """Return what a process that torchrun has restarted needs to meet the others.
 
-    torchrun keeps its store over a restart, and without a prefix the addresses of the processes
-    that died are found in it: the new ones wait for them (torch 2.13, `--max-restarts`).
+    torchrun keeps its store, in which the addresses of the dead processes are found: without a
+    prefix the new ones wait for them (torch 2.13, `--max-restarts`).
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0":
@@ -167,42 +156,14 @@ def _fresh_store(rank, size):
 def stop():
     """Leave the process group, and end its threads.
 
-    One that still runs when the interpreter goes down now and then aborts the process, after all
-    went well. They end with the last reference to the group. A DDP model holds one, in a cycle, so
-    nobody may hold the model any more; and torch.distributed.nn.functional, which optimizers
-    import, holds the group that there is at its import in default arguments: `start` imports it.
+    One that still runs when the interpreter goes down may abort the process. They end with the last
+    reference to the group. A DDP model holds one, in a cycle: nobody may hold the model any more.
+    torch.distributed.nn.functional, which optimizers import, holds the group that there is at its
+    import in default arguments: `start` imports it.
     """
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
-
-
-def seed_everything(seed):
-    """Seed Python, numpy and torch on every device."""
-    random.seed(seed)
-    np.random.seed(seed % 2 ** 32)
-    torch.manual_seed(seed)
-
-
-def rng_state(world):
-    """Return the state of every random number generator, as tensors and plain values."""
-    module = device_module(world.device.type)
-    kind, keys, *rest = np.random.get_state()
-    return {"torch": torch.get_rng_state(), "python": random.getstate(),
-            "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
-            "device": module.get_rng_state() if module else None}
-
-
-def set_rng_state(world, state):
-    """Restore what `rng_state` returned."""
-    module = device_module(world.device.type)
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if module and state["device"] is not None:
-        module.set_rng_state(state["device"])
 
 
 # ---------------------------------------------------------------- many devices
@@ -212,14 +173,10 @@ def parallelize(model, world, mode="ddp", dtype="float32"):
 
     ddp: every rank holds all weights, gradients and optimizer state. zero1: the same model, but see
     `shard_optimizer`. fsdp: `fully_shard` of each block, then of the root (embedding and last
-    norm), in place. Its blocks compute in `dtype` and reduce in float32; the root stays in float32,
-    and so does the residual stream: what autocast does under ddp.
-    A model on the meta device is sharded without memory; `fill` gives each rank its shard's.
-    broadcast_buffers is off: there are no buffers, and their broadcast would make an evaluation on
-    rank 0 alone hang.
+    norm), in place. Its blocks compute in `dtype` and reduce in float32. The root and the residual
+    stream stay in float32, as under autocast. A model on the meta device takes no memory until
+    `fill`. broadcast_buffers would make an evaluation on rank 0 alone hang.
     """
-    if mode not in MODES:
-        raise ValueError(f"parallel {mode!r} is unknown; choose one of {', '.join(MODES)}")
     if world.size == 1:
         return model
     if mode != "fsdp":
@@ -237,28 +194,11 @@ def parallelize(model, world, mode="ddp", dtype="float32"):
 
 
 def fill(model, world, weights):
-    """Give an fsdp model on the meta device its memory, the shards alone, and its weights.
-
-    weights: pairs (name, whole tensor), the same on all ranks; one of them is held at a time.
-    """
-    from torch.distributed.tensor import distribute_tensor
+    """Give an fsdp model on the meta device its shards of `weights`, the main rank's state dict."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     model.to_empty(device=world.device)
-    with torch.no_grad():
-        for name, value in weights:
-            p = model.get_parameter(name)
-            shard = distribute_tensor(value.to(p.device), p.device_mesh, p.placements,
-                                      src_data_rank=None)          # every rank has the value
-            p.to_local().copy_(shard.to_local())
-
-
-def from_main(weights, model, world):
-    """Yield (name, tensor) of a state dict that the main rank alone has read, to all ranks."""
-    for name, p in model.named_parameters():
-        value = torch.empty(p.shape, dtype=p.dtype, device=world.device)
-        if world.is_main:
-            value.copy_(weights[name])
-        dist.broadcast(value, 0)
-        yield name, value
+    set_model_state_dict(model, weights if world.is_main else {}, options=StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=True))
 
 
 def compile_blocks(model, backend="inductor"):
@@ -269,30 +209,6 @@ def compile_blocks(model, backend="inductor"):
     """
     for block in model.layers:
         block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
-
-
-def plain(model):
-    """Return the model itself, without DDP's wrapper."""
-    return getattr(model, "module", model)
-
-
-def no_sync(model):
-    """Return the function whose contexts keep backward from synchronising gradients.
-
-    It wraps all micro batches of a step but the last, so that each step synchronises once. Under
-    fsdp a rank then holds whole gradients between the micro batches.
-    """
-    if not hasattr(model, "set_requires_gradient_sync"):
-        return getattr(model, "no_sync", contextlib.nullcontext)
-
-    @contextlib.contextmanager
-    def unsharded():
-        model.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            model.set_requires_gradient_sync(True)
-    return unsharded
 
 
 def clip_grad_norm(model, most):
@@ -309,73 +225,58 @@ def mean_over_ranks(count):
     return float(total) / dist.get_world_size()
 
 
-class ZeroOptimizer:
-    """ZeRO stage 1 (PAPER App. A): each rank keeps optimizer state for a slice of every parameter.
-
-    Wraps an elementwise optimizer that has not taken a step yet. Slices are views of the flat
-    parameters, `ceil(numel / W)` long (the last ones shorter, or empty); after a step every rank
-    hands its slices to the others. Updates are those of the whole optimizer, bit for bit.
-    """
-
-    def __init__(self, optimizer, world):
-        self.world, self.whole = world, optimizer
-        self.params = [p for group in optimizer.param_groups for p in group["params"]]
-        self.slices = [self.slice(p) for p in self.params]
-        mine = iter(self.slices)
-        self.inner = type(optimizer)([{**group, "params": [next(mine) for _ in group["params"]]}
-                                      for group in optimizer.param_groups])
-        self.param_groups = self.inner.param_groups
-
-    def slice(self, tensor):
-        """Return this rank's part of a tensor, a flat view."""
-        width = -(-tensor.numel() // self.world.size)
-        return tensor.detach().view(-1)[self.world.rank * width:][:width]
-
-    def gather(self, part, like):
-        """Return the whole tensor, shaped as `like`, of which every rank has its part."""
-        width = -(-like.numel() // self.world.size)
-        padded = torch.nn.functional.pad(part, (0, width - len(part)))
-        parts = torch.empty(self.world.size, width, dtype=part.dtype, device=part.device)
-        dist.all_gather(list(parts), padded)
-        return parts.view(-1)[:like.numel()].view(like.shape)
-
-    @torch.no_grad()
-    def step(self):
-        """Update this rank's slices, then fetch the others'."""
-        for p, part in zip(self.params, self.slices):
-            part.grad = None if p.grad is None else self.slice(p.grad)
-        self.inner.step()
-        for p, part in zip(self.params, self.slices):
-            part.grad = None
-            p.copy_(self.gather(part, p))
-
-    def zero_grad(self, set_to_none=True):
-        """Forget the gradients."""
-        self.whole.zero_grad(set_to_none)
-
-
 def shard_optimizer(optimizer, world, mode="ddp"):
     """Return the optimizer of a mode, made from a fresh one over the parallelized model.
 
-    Under fsdp the parameters are shards already, and so is what the optimizer keeps of them.
+    zero1 (PAPER App. A, ZeRO stage 1): each rank keeps optimizer state for its rows of every
+    parameter, updates these, and fetches the others'. The rows are views of the parameter, as
+    DTensors, which fsdp's parameters are already. An elementwise update is the same, bit for bit.
     """
-    return ZeroOptimizer(optimizer, world) if mode == "zero1" and world.size > 1 else optimizer
+    if mode != "zero1" or world.size == 1:
+        return optimizer
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    mesh = init_device_mesh(world.device.type, (world.size,))
+
+    def shard(tensor):
+        width = -(-len(tensor) // world.size)
+        rows = tensor.detach()[world.rank * width:][:width]
+        return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=tensor.shape,
+                                  stride=tensor.stride())
+
+    shards = {p: shard(p) for group in optimizer.param_groups for p in group["params"]}
+    for group in optimizer.param_groups:
+        group["params"] = [shards[p] for p in group["params"]]
+
+    def share_gradients(*_):
+        for p, own in shards.items():
+            own.grad = None if p.grad is None else shard(p.grad)
+
+    @torch.no_grad()
+    def fetch_rows(*_):
+        for p, own in shards.items():
+            own.grad = None
+            p.copy_(own.full_tensor())
+
+    optimizer.register_step_pre_hook(share_gradients)
+    optimizer.register_step_post_hook(fetch_rows)
+    return optimizer
 
 
 # ---------------------------------------------------------------- one layout of saved state
 
 def whole(tensor):
-    """Return a tensor of which fsdp may hold a shard only; then all ranks must call."""
+    """Return a tensor of which this rank may hold a shard only; then all ranks must call."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def model_state(model, world):
-    """Return the plain state dict on the main rank, {} on others; all ranks must call.
+def gather_state(values, world):
+    """Return {name: whole tensor} of a state dict on the main rank, {} on others; all must call.
 
     A checkpoint looks the same in every mode: another mode or number of ranks can resume it.
     """
     state = {}
-    for name, value in plain(model).state_dict().items():
+    for name, value in values.items():
         value = whole(value)                       # one tensor at a time: never the whole model
         if world.is_main:
             state[name] = value.cpu()
@@ -384,39 +285,22 @@ def model_state(model, world):
 
 def optimizer_state(optimizer, world):
     """Return the state dict of the whole optimizer on the main rank; all ranks must call."""
-    is_zero = isinstance(optimizer, ZeroOptimizer)
-    state = (optimizer.inner if is_zero else optimizer).state_dict()
-    entries = {}
-    for i in sorted(state["state"]):
-        entries[i] = {}
-        for key, value in state["state"][i].items():
-            if is_zero and value.dim():            # "step" is a scalar and no slice of anything
-                value = optimizer.gather(value, optimizer.params[i])
-            value = whole(value)
-            if world.is_main:
-                entries[i][key] = value.cpu()
-    return {"state": entries, "param_groups": state["param_groups"]}
+    state = optimizer.state_dict()
+    return state | {"state": {i: gather_state(state["state"][i], world)
+                              for i in sorted(state["state"])}}
 
 
 def load_optimizer_state(optimizer, state):
     """Take over what `optimizer_state` gave, in any mode and on any number of ranks."""
-    is_zero = isinstance(optimizer, ZeroOptimizer)
-    inner = optimizer.inner if is_zero else optimizer
-    params = [p for group in inner.param_groups for p in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def mine(value, p):
-        if not value.dim():
+    def own(value, p):
+        if not value.dim() or not hasattr(p, "full_tensor"):
             return value
-        if is_zero:
-            return optimizer.slice(value).clone()
-        if hasattr(p, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
-            return distribute_tensor(value.to(p.device), p.device_mesh, p.placements,
-                                     src_data_rank=None)       # every rank has read the file
-        return value
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements,
+                                 src_data_rank=None)           # every rank has read the file
 
-    inner.load_state_dict({"param_groups": state["param_groups"], "state": {
-        i: {key: mine(value, params[i]) for key, value in entry.items()}
+    optimizer.load_state_dict(state | {"state": {
+        i: {key: own(value, params[i]) for key, value in entry.items()}
         for i, entry in state["state"].items()}})
-    if is_zero:
-        optimizer.param_groups = inner.param_groups        # load_state_dict makes new ones

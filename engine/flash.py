@@ -12,26 +12,46 @@ the soft mask, exactly, for the FLOPs of one bidirectional call:
 
 The two are merged by log-sum-exp. Backward calls flash attention's own backward twice. It asks only
 for the output and log-sum-exp of the *whole* row, whichever keys it sees, as in ring attention.
-`flex` is another way to the same result, and the only one for softmax(logits * M).
 
 S tokens of all texts, B texts, H heads, K key/value heads, E head dim, U tokens with a future.
 """
-import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mask import future_weight
 
-BLOCK = 128                            # tokens: FlexAttention skips whole blocks of this size
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH]           # in the order of their speed on Hopper
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a call of flash attention sees, beside its tensors.
+
+    starts: (B + 1,) int32, of each text and the end. see: "all" keys of the text, those of the
+    "past" (j <= i), or of the "future" (j >= i: keys lack the first, queries the last token, so
+    they are shifted by one). scale: of the logits.
+    """
+    starts: torch.Tensor
+    longest: int
+    see: str
+    scale: float
+
+    @property
+    def window(self):
+        """Return how far a query sees to either side, -1 without a limit."""
+        return {"window_size_left": 0 if self.see == "future" else -1, "window_size_right": -1}
 
 
 class Texts:
     """Where the texts of a packed list lie, and how open each token's future is.
 
-    lengths: B token counts. mask: a `MaskSpec`. `weight`: (S,) float32 in (0, 1], of Eq. (4), for a
-    mask that is neither causal nor full; else None. early, late: the tokens that have a future,
-    and those that are one.
+    lengths: B token counts. mask: a `MaskSpec`. `weight`: (S,) float32 in (0, 1], of Eq. (4); None
+    for a mask that is causal or full, or if no token has a future. early, late: the tokens that
+    have a future, and those that are one.
     """
 
     def __init__(self, lengths, mask, device):
@@ -39,7 +59,7 @@ class Texts:
         self.longest = int(self.lengths.max())
         self.starts = self._cumulative(self.lengths)                            # (B + 1,) int32
         self.weight = None
-        if not (mask.is_causal or mask.is_full):
+        if not (mask.is_causal or mask.is_full or self.longest == 1):
             self._weigh()
 
     def _cumulative(self, lengths):
@@ -58,78 +78,54 @@ class Texts:
         self.early, self.late = (x.nonzero()[:, 0].to(self.device)              # (U,)
                                  for x in (has_future, is_future))
 
-    @functools.cached_property
-    def blocks(self):
-        """Return the `BlockMask` that keeps texts apart: of each block the blocks that it meets."""
-        from torch.nn.attention.flex_attention import BlockMask
-        ends, total = self.lengths.cumsum(0), int(self.lengths.sum())
-        text = torch.repeat_interleave(torch.arange(len(ends)), self.lengths)   # (S,)
-        first = torch.arange(0, total, BLOCK)                                   # of each block
-        last = (first + BLOCK - 1).clamp(max=total - 1)
-        low = (ends - self.lengths)[text[first]] // BLOCK
-        count = (ends[text[last]] - 1) // BLOCK - low + 1
-        indices = (low[:, None] + torch.arange(len(first))).clamp(max=len(first) - 1)
-        text = text.to(self.device)
-        return BlockMask.from_kv_blocks(
-            count[None, None].int().to(self.device), indices[None, None].int().to(self.device),
-            BLOCK_SIZE=BLOCK, seq_lengths=(total, total),
-            mask_mod=lambda b, h, i, j: text[i] == text[j])
-
 
 def attention(q, k, v, texts):
-    """Choose the kernel of packed texts; q (S, H, E), k, v (S, K, E) -> like q.
-
-    Causal and bidirectional: flash attention. Soft: two calls of it. Multiplied logits:
-    FlexAttention.
-    """
-    mask, t = texts.mask, texts.longest
-    if texts.weight is not None:
-        return flex(q, k, v, texts) if mask.apply == "logits" else packed(q, k, v, texts, "soft")
-    if t % 128 == 0 and t * len(texts.lengths) == len(q):                   # windows of text
-        return equal_lengths(q, k, v, len(texts.lengths), mask.is_causal)
-    return packed(q, k, v, texts, "past" if mask.is_causal else "all")
+    """Choose the kernel of packed texts; q (S, H, E), k, v (S, K, E) -> like q."""
+    t, b = texts.longest, len(texts.lengths)
+    if texts.weight is None and t % 128 == 0 and t * b == len(q):      # windows of text
+        return equal_lengths(q, k, v, b, texts.mask.is_causal)
+    return packed(q, k, v, texts)
 
 
 # ---------------------------------------------------------------- the kernel
 
-def _window(see):
-    """Return how far a query sees: {keys to its left, to its right}, -1 without a limit."""
-    return {"window_size_left": 0 if see == "future" else -1, "window_size_right": -1}
-
-
-def flash(q, k, v, starts, longest, see, scale):
-    """Return (out (S, H, E), log-sum-exp (H, S) float32) of one flash attention call.
-
-    see: "all" keys of the text, those of the "past" (j <= i), or of the "future" (j >= i, as keys
-    without the first and queries without the last token are shifted by one). bfloat16 or float16.
-    """
+def flash(qkv, span):
+    """Return (out (S, H, E), log-sum-exp (H, S) float32) of one call; 16 bits on CUDA."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, starts, starts, longest, longest, 0.0, see == "past", False, scale=scale,
-        **_window(see))
+        *qkv, span.starts, span.starts, span.longest, span.longest, 0.0, span.see == "past", False,
+        scale=span.scale, **span.window)
     return out, lse
 
 
-def flash_backward(grad, q, k, v, out, lse, starts, longest, see, scale):
+def flash_backward(grad, qkv, out, lse, span):
     """Return the gradients of q, k, v; out and lse may be those of more keys than it sees."""
-    random = torch.zeros(2, dtype=torch.uint64, device=q.device)                # of a dropout of 0
+    random = torch.zeros(2, dtype=torch.uint64, device=grad.device)             # of a dropout of 0
     return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, lse, starts, starts, longest, longest, 0.0, see == "past", random,
-        torch.empty(0, device=q.device), scale=scale, **_window(see))
+        grad, *qkv, out, lse.contiguous(), span.starts, span.starts, span.longest, span.longest,
+        0.0, span.see == "past", random, torch.empty(0, device=grad.device), scale=span.scale,
+        **span.window)
 
 
 # ---------------------------------------------------------------- two calls make a soft mask
 
-def _future(q, k, v, texts, scale):
+def _future(qkv, texts, scale):
     """Return the (U, .., E) tensors of the call for the future, wider by the weight for "col"."""
-    q, k, v, e = q[texts.early], k[texts.late], v[texts.late], q.shape[-1]
+    q, k, v = (x[tokens] for x, tokens in zip(qkv, (texts.early, texts.late, texts.late)))
     if texts.mask.axis == "row":
         return q, k, v
+    e = q.shape[-1]
     extra = texts.weight[texts.late].log().to(torch.promote_types(q.dtype, torch.float32)) / scale
     high = extra.to(q.dtype)                       # what bfloat16 rounds off goes to a second dim
     q, k, v = (F.pad(x, (0, 2 + -(e + 2) % 8)) for x in (q, k, v))              # multiples of 8
     q[..., e:e + 2] = 1
     k[..., e], k[..., e + 1] = high[:, None], (extra - high).to(q.dtype)[:, None]
     return q, k, v
+
+
+def _spans(texts, scale):
+    """Return the spans of the two calls: the past and the future."""
+    return (Span(texts.starts, texts.longest, "past", scale),
+            Span(texts.shorter, texts.longest - 1, "future", scale))
 
 
 def _parts(q, k):
@@ -141,110 +137,81 @@ def _parts(q, k):
         yield slice(first * share, last * share), slice(first, last)
 
 
+def soft(qkv, texts, scale):
+    """Return (out, log-sum-exp) of past and future together."""
+    past, future = _spans(texts, scale)
+    out, lse = flash(qkv, past)
+    later, later_lse = flash(_future(qkv, texts, scale), future)
+    if texts.mask.axis == "row":
+        later_lse = later_lse + texts.weight[texts.early].log()                 # (H, U)
+    both = torch.logaddexp(lse[:, texts.early], later_lse)
+    share = (later_lse - both).exp().T[..., None]                               # (U, H, 1)
+    mixed = out[texts.early] * (1 - share) + later[..., :out.shape[-1]] * share
+    out[texts.early], lse[:, texts.early] = mixed.to(out.dtype), both
+    return out, lse
+
+
+def soft_backward(grad, qkv, out, lse, texts, scale):
+    """Return the gradients of q, k, v through past and future."""
+    past, future = _spans(texts, scale)
+    early, late, e = texts.early, texts.late, out.shape[-1]
+    grads = flash_backward(grad, qkv, out, lse, past)
+    wide = _future(qkv, texts, scale)
+    more = wide[0].shape[-1] - e                           # these dims of the output are zero
+    lse = lse[:, early] - (texts.weight[early].log() if texts.mask.axis == "row" else 0)
+    later = flash_backward(F.pad(grad[early], (0, more)), wide, F.pad(out[early], (0, more)), lse,
+                           future)
+    for x, part, tokens in zip(grads, later, (early, late, late)):
+        x[tokens] += part[..., :e]
+    return grads
+
+
 class _Packed(torch.autograd.Function):
-    """Attention of packed texts; see: "all", "past", or "soft" by the weights of `texts`."""
+    """Attention of packed texts; span: of one call, or None for the two of a soft mask."""
 
     @staticmethod
-    def forward(ctx, q, k, v, texts, see, scale):
-        ctx.texts, ctx.see, ctx.scale = texts, see, scale
-        if see != "soft" or texts.longest == 1:
-            ctx.see = "past" if see == "soft" else see      # a lone token has no future
-            out, lse = flash(q, k, v, texts.starts, texts.longest, ctx.see, scale)
+    def forward(ctx, q, k, v, texts, span, scale):
+        ctx.texts, ctx.span, ctx.scale = texts, span, scale
+        if span:
+            out, lse = flash((q, k, v), span)
         else:
-            parts = [_Packed.merged(q[:, h], k[:, g], v[:, g], texts, scale)
-                     for h, g in _parts(q, k)]
+            parts = [soft((q[:, h], k[:, g], v[:, g]), texts, scale) for h, g in _parts(q, k)]
             out, lse = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts])
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
-    def merged(q, k, v, texts, scale):
-        """Return (out, log-sum-exp) of past and future together."""
-        out, lse = flash(q, k, v, texts.starts, texts.longest, "past", scale)
-        later, later_lse = flash(*_future(q, k, v, texts, scale), texts.shorter,
-                                 texts.longest - 1, "future", scale)
-        if texts.mask.axis == "row":
-            later_lse = later_lse + texts.weight[texts.early].log()             # (H, U)
-        both = torch.logaddexp(lse[:, texts.early], later_lse)
-        share = (later_lse - both).exp().T[..., None]                           # (U, H, 1)
-        mixed = out[texts.early] * (1 - share) + later[..., :q.shape[-1]] * share
-        out[texts.early], lse[:, texts.early] = mixed.to(out.dtype), both
-        return out, lse
-
-    @staticmethod
     def backward(ctx, grad):
-        q, k, v, out, lse = ctx.saved_tensors
-        texts, scale, grad = ctx.texts, ctx.scale, grad.contiguous()
-        if ctx.see != "soft":
-            return *flash_backward(grad, q, k, v, out, lse, texts.starts, texts.longest, ctx.see,
-                                   scale), None, None, None
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-        for h, g in _parts(q, k):
-            parts = _Packed.both(grad[:, h], q[:, h], k[:, g], v[:, g], out[:, h], lse[h], texts,
-                                 scale)
+        *qkv, out, lse = ctx.saved_tensors
+        grad = grad.contiguous()
+        if ctx.span:
+            return *flash_backward(grad, qkv, out, lse, ctx.span), None, None, None
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv]
+        for h, g in _parts(*qkv[:2]):
+            parts = soft_backward(grad[:, h], [x[:, heads] for x, heads in zip(qkv, (h, g, g))],
+                                  out[:, h], lse[h], ctx.texts, ctx.scale)
             for whole, part, heads in zip(grads, parts, (h, g, g)):
                 whole[:, heads] = part
         return *grads, None, None, None
 
-    @staticmethod
-    def both(grad, q, k, v, out, lse, texts, scale):
-        """Return the gradients of q, k, v through past and future."""
-        e, early, late = q.shape[-1], texts.early, texts.late
-        grads = flash_backward(grad, q, k, v, out, lse.contiguous(), texts.starts, texts.longest,
-                               "past", scale)
-        wide = _future(q, k, v, texts, scale)
-        more = wide[0].shape[-1] - e                       # these dims of the output are zero
-        lse = lse[:, early] - (texts.weight[early].log() if texts.mask.axis == "row" else 0)
-        later = flash_backward(F.pad(grad[early], (0, more)), *wide, F.pad(out[early], (0, more)),
-                               lse.contiguous(), texts.shorter, texts.longest - 1, "future", scale)
-        for x, part, tokens in zip(grads, later, (early, late, late)):
-            x[tokens] += part[..., :e]
-        return grads
 
-
-def packed(q, k, v, texts, see):
-    """Return (S, H, E): attention within each text, to "all" tokens, the "past", or "soft"."""
-    e = q.shape[-1]
+def packed(q, k, v, texts):
+    """Return (S, H, E): flash attention within each text, under the mask of `texts`."""
+    e, span = q.shape[-1], None
+    if texts.weight is None:
+        span = Span(texts.starts, texts.longest, "past" if texts.mask.is_causal else "all",
+                    e ** -0.5)
     if e % 8:                              # flash attention takes multiples of 8
         q, k, v = (F.pad(x, (0, -e % 8)) for x in (q, k, v))
-    return _Packed.apply(q, k, v, texts, see, e ** -0.5)[..., :e]
+    return _Packed.apply(q, k, v, texts, span, e ** -0.5)[..., :e]
 
-
-# ---------------------------------------------------------------- other kernels
 
 def equal_lengths(q, k, v, b, is_causal):
     """Return (S, H, E) for b texts of one length by SDPA, whose cuDNN kernel is Hopper's fastest.
 
     That kernel is built anew for every length: only for lengths that come again and again.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     q, k, v = (x.view(b, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # (B, H, T, E)
-    order = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
-             SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-    with sdpa_kernel(list(order), set_priority=True):
+    with sdpa_kernel(BACKENDS, set_priority=True):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
     return y.transpose(1, 2).flatten(0, 1)
-
-
-@functools.cache
-def _flex():
-    from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention)
-
-
-def flex(q, k, v, texts):
-    """Return (S, H, E) of a soft mask by FlexAttention: logits + log w, or logits * w.
-
-    The weights of the tokens are a tensor that the kernel reads, so a moving alpha and other
-    lengths compile nothing anew.
-    """
-    by_row, multiply = texts.mask.axis == "row", texts.mask.apply == "logits"
-    weight = texts.weight if multiply else texts.weight.log()                   # (S,)
-
-    def score(logit, b, h, i, j):
-        w = weight[i if by_row else j]
-        return torch.where(j > i, logit * w if multiply else logit + w, logit)
-
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                      # (1, H, S, E)
-    y = _flex()(q, k, v, score_mod=score, block_mask=texts.blocks, enable_gqa=True)
-    return y[0].transpose(0, 1)

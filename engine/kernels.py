@@ -25,8 +25,8 @@ from mask import mask_weights
 def pick(device, compile=False):
     """Return the operations that are faster than the plain ones on `device`, for `Conan`'s `ops`.
 
-    compile: the blocks go through torch.compile. It fuses the plain rms_norm, rope and swiglu
-    itself, so these are left out. Shapes inside attention change with every batch: it stays eager.
+    compile: torch.compile fuses the plain rms_norm, rope and swiglu itself. Shapes inside attention
+    change with every batch: it stays eager.
     """
     ops = {"prepare": prepare, "attention": attention, "next_token_loss": next_token_loss}
     if compile:
@@ -47,12 +47,10 @@ def matmul_dtype(x):
 
 @dataclass
 class Group:
-    """Texts of like lengths that attention treats as one padded (B, T) block."""
-    lengths: torch.Tensor                  # (B,) int64
-    is_token: torch.Tensor | None          # (B, T) bool, False: a pad; None: there are no pads
-    bias: torch.Tensor | None = None       # added to the logits, (B or 1, 1, 1 or T, T)
-    weights: torch.Tensor | None = None    # multiplied with the logits, (B or 1, 1, T, T)
-    shape: tuple = ()                      # (B, T)
+    """Texts of like lengths that attention treats as one padded block of shape (B, T)."""
+    shape: tuple
+    bias: torch.Tensor | None      # added to the logits, (B or 1, 1, 1 or T, T)
+    weights: torch.Tensor | None   # multiplied with the logits, (B or 1, 1, T, T)
 
 
 class Layout:
@@ -74,17 +72,14 @@ class Layout:
             is_token = place < own[:, None]                                 # (B, T)
             tokens.append(torch.where(is_token, starts[members, None] + place, 0).flatten())
             real.append(is_token.flatten())
-            has_pads = not bool(is_token.all())
-            self.groups.append(Group(own.to(device), is_token.to(device) if has_pads else None,
-                                     shape=tuple(is_token.shape)))
+            bias, weights = form_mask(mask, own, is_token, device, dtype)
+            self.groups.append(Group(tuple(is_token.shape), bias, weights))
         tokens, real = torch.cat(tokens), torch.cat(real)                   # (P,)
         slots = torch.empty(int(lengths.sum()), dtype=torch.int64)          # (S,)
         slots[tokens[real]] = real.nonzero()[:, 0]
         self.is_dense = torch.equal(tokens, torch.arange(len(slots)))
         self.token_of_slot, self.slot_of_token = tokens.to(device), slots.to(device)
         self.is_token = real.to(device)
-        for group in self.groups:
-            self._set_mask(group, dtype)
 
     def _split(self, order, sizes):
         """Yield the texts of each group; sizes are the lengths in falling order."""
@@ -94,56 +89,46 @@ class Layout:
                 yield order[first:i]
                 first = i
 
-    def _set_mask(self, group, dtype):
-        """Form what attention needs of the mask: nothing if it is causal, or full without pads.
 
-        Pads come last, so no token of a causal group sees one. PAPER Eq. 4: l is each text's own
-        length; texts of one length share their M.
-        """
-        mask, device = self.mask, group.lengths.device
-        if group.is_token is not None and not mask.is_causal:
-            closed = torch.zeros(group.shape, dtype=dtype, device=device)
-            group.bias = closed.masked_fill(~group.is_token, -torch.inf)[:, None, None]
-        if mask.is_causal or mask.is_full:
-            return
-        place = torch.arange(group.shape[1], device=device)
-        own = group.lengths if group.is_token is not None else group.lengths[:1]
-        m = mask_weights(place[:, None], place, own[:, None, None].float(), mask.alpha, mask.axis)
-        if mask.apply == "logits":
-            group.weights = m[:, None]
-        else:
-            bias = m[:, None].log().to(dtype)
-            group.bias = bias if group.bias is None else bias + group.bias
+def form_mask(mask, lengths, is_token, device, dtype):
+    """Return (bias, weights) of a group; both None if it is causal, or full without pads.
+
+    Pads come last, so no token of a causal group sees one. PAPER Eq. 4: l is each text's own
+    length; texts of one length share their M.
+    """
+    bias, has_pads = None, not bool(is_token.all())
+    if has_pads and not mask.is_causal:
+        bias = torch.zeros(is_token.shape, dtype=dtype).masked_fill(~is_token, -torch.inf)
+        bias = bias[:, None, None].to(device)
+    if mask.is_causal or mask.is_full:
+        return bias, None
+    place = torch.arange(is_token.shape[1], device=device)
+    own = (lengths if has_pads else lengths[:1]).to(device)
+    m = mask_weights(place[:, None], place, own[:, None, None].float(), mask.alpha, mask.axis)
+    if mask.apply == "logits":
+        return bias, m[:, None]
+    m = m[:, None].log().to(dtype)
+    return m if bias is None else m + bias, None
 
 
-class _Pad(torch.autograd.Function):
-    """Lay flat tokens (S, ...) out as slots (P, ...).
+class _Move(torch.autograd.Function):
+    """Return x[there], (P, ...) slots of (S, ...) tokens or the other way; `back` is the way back.
 
-    What a pad holds never reaches a loss, so the gradient is a plain look-up, not a scatter.
+    The gradient is a look-up, not a scatter: what a pad holds never reaches a loss. Where `is_pad`
+    (P,) is given, it is zero.
     """
 
     @staticmethod
-    def forward(ctx, x, layout):
-        ctx.layout = layout
-        return x.index_select(0, layout.token_of_slot)
+    def forward(ctx, x, there, back, is_pad=None):
+        ctx.back, ctx.is_pad = back, is_pad
+        return x.index_select(0, there)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.index_select(0, ctx.layout.slot_of_token), None
-
-
-class _Unpad(torch.autograd.Function):
-    """Take the tokens (S, ...) out of the slots (P, ...); the gradient of a pad is zero."""
-
-    @staticmethod
-    def forward(ctx, x, layout):
-        ctx.layout = layout
-        return x.index_select(0, layout.slot_of_token)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.index_select(0, ctx.layout.token_of_slot)
-        return grad.masked_fill_(~ctx.layout.is_token[:, None, None], 0), None
+        grad = grad.index_select(0, ctx.back)
+        if ctx.is_pad is not None:
+            grad.masked_fill_(ctx.is_pad, 0)
+        return grad, None, None, None
 
 
 # ---------------------------------------------------------------- attention
@@ -151,14 +136,15 @@ class _Unpad(torch.autograd.Function):
 def prepare(lengths, mask, x):
     """Return where the texts lie: `flash.Texts` for 16 bits on CUDA, else a `Layout`."""
     dtype = matmul_dtype(x)
-    if takes_packed_texts(x.device, dtype):
+    if takes_packed_texts(x.device, dtype, mask):
         return flash.Texts(lengths, mask, x.device)
     return Layout(lengths, mask, x.device, dtype)
 
 
-def takes_packed_texts(device, dtype):
-    """Tell whether attention takes the flat list: flash attention is for 16 bits on CUDA."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+def takes_packed_texts(device, dtype, mask):
+    """Tell whether flash attention can do it: 16 bits on CUDA, and no logits * M."""
+    return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+            and (mask.is_full or mask.apply == "weights"))
 
 
 def attention(q, k, v, texts):
@@ -166,21 +152,22 @@ def attention(q, k, v, texts):
     if isinstance(texts, flash.Texts):
         return flash.attention(q, k, v, texts)
     if not texts.is_dense:
-        q, k, v = (_Pad.apply(x, texts) for x in (q, k, v))                 # (P, H or K, E)
+        q, k, v = (_Move.apply(x, texts.token_of_slot, texts.slot_of_token)
+                   for x in (q, k, v))                                      # (P, H or K, E)
     sizes = [b * t for b, t in (group.shape for group in texts.groups)]
     out = []
     for group, *parts in zip(texts.groups, *(x.split(sizes) for x in (q, k, v))):
         parts = (x.view(*group.shape, *x.shape[1:]).transpose(1, 2) for x in parts)
         out.append(block_attention(*parts, group, texts.mask).transpose(1, 2).flatten(0, 1))
     y = torch.cat(out)
-    return y if texts.is_dense else _Unpad.apply(y, texts)
+    if texts.is_dense:
+        return y
+    return _Move.apply(y, texts.slot_of_token, texts.token_of_slot, ~texts.is_token[:, None, None])
 
 
 def block_attention(q, k, v, group, mask):
-    """Choose the kernel of one group: q (B, H, T, E), k, v (B, K, T, E) -> like q.
-
-    Measured on CPU: in bfloat16 below 256 tokens plain matmuls beat SDPA 2 to 4 times.
-    """
+    """Choose the kernel of one group: q (B, H, T, E), k, v (B, K, T, E) -> like q."""
+    # measured on a CPU: in bfloat16 up to 256 tokens plain matmuls beat SDPA 2 to 4 times
     short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256
     if group.weights is not None or short:
         return explicit_attention(q, k, v, group.bias, mask.is_causal, group.weights)
@@ -283,11 +270,10 @@ class _SwiGLU(torch.autograd.Function):
 # ---------------------------------------------------------------- LM cross-entropy in chunks
 
 def next_token_loss(hidden, weight, targets, chunk=None):
-    """Return `model.next_token_loss` without ever holding all logits.
+    """Return `model.next_token_loss`, and form its gradient, in chunks of tokens.
 
-    The gradient is formed chunk by chunk in the forward pass. Peak memory is chunk * V, not S * V
-    (at V = 150,000 and S = 32,768: 20 GB in float32). The matmuls run in 16 bits under autocast,
-    softmax and the sums in float32. chunk: in tokens; None: see `logits_chunk`.
+    Peak memory is chunk * V, not S * V (at V = 150,000 and S = 32,768: 20 GB in float32). The
+    matmuls run in 16 bits under autocast, softmax and the sums in float32.
     """
     predicted = targets != -100
     if not predicted.all():                                # SFT: a prompt needs no logits
@@ -302,8 +288,7 @@ def next_token_loss(hidden, weight, targets, chunk=None):
 def logits_chunk(vocab_size, kind):
     """Return the tokens whose logits exist at a time: 64 MB of float32 on a CPU, 2 GB on a card.
 
-    kind: the device's type. Fewer tokens would starve the matmuls. More would not make those of a
-    small vocabulary faster.
+    Fewer tokens would starve the matmuls. More would not make a small vocabulary's faster.
     """
     least, most, numbers = (128, 1024, 2 ** 24) if kind == "cpu" else (1024, 16_384, 2 ** 29)
     return min(max(numbers // vocab_size, least), most)

@@ -101,12 +101,8 @@ def spearman(x, y):
 
 
 def v_measure(labels, clusters):
-    """Return scikit-learn's harmonic mean of homogeneity and completeness, in [0, 1].
-
-    labels, clusters: two (N,) arrays. mteb's clustering tasks are scored by it.
-    """
+    """Return scikit-learn's harmonic mean of homogeneity and completeness of (N,), in [0, 1]."""
     from sklearn.metrics import v_measure_score
-
     return float(v_measure_score(labels, clusters))
 
 

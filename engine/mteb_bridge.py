@@ -4,6 +4,7 @@
 
 Both packages are optional and imported where they are used.
 """
+import contextlib
 import re
 
 import numpy as np
@@ -70,9 +71,8 @@ class SentenceTransformerBaseline:
 class MTEBModel:
     """Hand an Embedder of a checkpoint to mteb 2: the four members that it asks of a model.
 
-    dim: score the first dimensions alone. mteb keeps scores by name and revision, and gives a
-    nameless second model those of the first. Here they are the run's folder and the hash of the
-    checkpoint.
+    dim: score the first dimensions alone. mteb keeps scores by name and revision: the run's folder
+    and the hash of the checkpoint.
     """
 
     def __init__(self, encoder, dim=None):
@@ -111,12 +111,10 @@ def mteb_tasks(name):
     """
     try:
         import mteb
-    except ImportError as error:
-        raise ImportError("mteb is not installed: pip install mteb") from error
-    try:
+    except ImportError:
+        raise ImportError("mteb is not installed: pip install mteb") from None
+    with contextlib.suppress(KeyError):
         return list(mteb.get_benchmark(name).tasks), True
-    except KeyError:
-        pass
     try:
         return list(mteb.get_tasks(tasks=[name])), False
     except KeyError as error:
@@ -129,7 +127,7 @@ def evaluate_mteb(encoder, name, folder, dims=()):
 
     A benchmark adds "mteb/<benchmark>/<type of task>/mean", and the means over "tasks" and over
     "types": a row of PAPER Table 1. mteb's own files go to `folder`; what is there already is not
-    run again. Raises ValueError for an unknown name, ImportError without mteb.
+    run again. Raises as `mteb_tasks` does.
     """
     chosen, is_benchmark = mteb_tasks(name)
     import mteb

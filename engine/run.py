@@ -37,7 +37,6 @@ LIMITS = {                         # the others may be anything of their type
     "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "vocab_size": (258, 2 ** 31),
     "seed": (0, 2 ** 62)}
 SLOW_SAVE = 20.0                   # seconds; a save that takes longer warns
-KEEP_CHECKPOINTS = 2
 
 
 class Interrupted(Exception):
@@ -173,20 +172,21 @@ def save(state, step):
     model.pt has plain weights: with adapters in them, which the run itself keeps apart.
     """
     cfg, world, began = state.cfg, state.world, time.perf_counter()
-    weights = distributed.model_state(state.model, world)          # fsdp gathers them on all ranks
+    weights = distributed.gather_state(state.model.state_dict(), world)
     optimizer = distributed.optimizer_state(state.optimizer, world)
-    files = {}
-    if world.is_main:
+
+    def write():
         trainer = {"step": step, "optimizer": optimizer, "counters": state.counters,
-                   "rng": distributed.rng_state(world),
                    "pools": {t.kind: t.pool.state_dict() for t, _ in state.tasks if t.pool}}
+        model = weights
         if state.merge:
-            trainer["unmerged"], weights = weights, state.merge(state.model)
-        files = {"model.pt": weights, "trainer.pt": trainer,
-                 "tokenizer.tiktoken": state.tokenizer.to_bytes(),
-                 "config.json": json.dumps(meta_of(state, step), indent=1)}
-    path = checkpoint.save(cfg.run_dir, step, files, KEEP_CHECKPOINTS, is_main=world.is_main,
-                           gather=world.gather_objects)
+            trainer["unmerged"], model = weights, state.merge(state.model)
+        return checkpoint.save(cfg.run_dir, step, {
+            "model.pt": model, "trainer.pt": trainer,
+            "tokenizer.tiktoken": state.tokenizer.to_bytes(),
+            "config.json": json.dumps(meta_of(state, step), indent=1)})
+
+    path = world.on_main(write)
     seconds = time.perf_counter() - began
     if world.is_main and seconds > SLOW_SAVE:
         tqdm.write(f"warning: saving {path} took {seconds:.0f} s; after SIGTERM torchrun waits 30 s"
@@ -204,7 +204,7 @@ def meta_of(state, step):
 
 
 def restore(state, saved):
-    """Take over optimizer, counters, pools and random numbers of a trainer.pt."""
+    """Take over optimizer, counters and pools of a trainer.pt; no step draws a random number."""
     distributed.load_optimizer_state(state.optimizer, saved["optimizer"])
     state.step, state.counters = saved["step"], saved["counters"]
     for task, _ in state.tasks:
@@ -212,7 +212,6 @@ def restore(state, saved):
             task.load_pool(saved["pools"][task.kind])
     if state.merge:
         state.model.load_state_dict(saved["unmerged"])
-    distributed.set_rng_state(state.world, saved["rng"])
 
 
 def load_weights(cfg, world, where):

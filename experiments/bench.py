@@ -468,7 +468,7 @@ def main(argv=None):
         raise ValueError(f"no such measurement: {', '.join(sorted(unknown))}; there are "
                          f"{', '.join(measurements)}")
     distributed.start(cfg.device)                  # its allocator settings serve both sides
-    distributed.seed_everything(0)
+    torch.manual_seed(0)
     rows = Rows(cfg)
     print(rows.machine)
     for name in cfg.only or measurements:

@@ -133,7 +133,7 @@ def run(world, argv, before=None):
 
 @contextlib.contextmanager
 def step_loss_replaced(replacement):
-    """Put `replacement(real, model, batch, cfg, step, no_sync)` in the place of train.step_loss."""
+    """Put `replacement(real, model, batch, cfg, step)` in the place of train.step_loss."""
     real = train.step_loss
     train.step_loss = lambda *args: replacement(real, *args)
     try:
@@ -147,10 +147,10 @@ def die_at(step, train_it):
 
     A run that never gets to that step ends as it should.
     """
-    def dies(real, model, batch, cfg, now, *no_sync):
+    def dies(real, model, batch, cfg, now):
         if now == step:
             raise KeyboardInterrupt
-        return real(model, batch, cfg, now, *no_sync)
+        return real(model, batch, cfg, now)
     with step_loss_replaced(dies), contextlib.suppress(KeyboardInterrupt):
         train_it()
 

@@ -163,8 +163,7 @@ def test_functions_fit_on_a_screen_and_take_few_arguments(path):
         lines = node.end_lineno - node.lineno + 1
         assert lines <= 60, f"line {node.lineno}: {node.name} has {lines} lines"
         names = [a.arg for a in node.args.args if a.arg not in ("self", "cls", "ctx")]
-        fixed = path.stem == "flash"               # whose operation is torch's own, with ten
-        assert len(names) <= 7 or fixed, f"line {node.lineno}: {node.name} takes {names}"
+        assert len(names) <= 6, f"line {node.lineno}: {node.name} takes {names}"
 
 
 @each(SOURCES + CONFIGS + TESTS)

@@ -1,10 +1,12 @@
 """train.py by its command line: four stages, exact resume, the loss of a step, clear errors."""
 import json
 import math
+import random
 import re
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,20 @@ def test_asking_for_the_last_stage_trains_all_four(rows, whole, capsys):
     assert "embed_weak" in shown and "python embed.py --checkpoint" in shown
     summary = json.loads((whole / "summary.json").read_text())
     assert set(train.STAGES) < set(summary) and summary["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_no_step_draws_a_random_number(rows, tmp_path, stage):
+    """Else a checkpoint would have to hold the state of the generators."""
+    states = []
+
+    def noted(real, *args):
+        states.append((random.getstate(), np.random.get_state()[1].tolist(),
+                       torch.get_rng_state().tolist()))
+        return real(*args)
+    with step_loss_replaced(noted):
+        train.main(arguments(rows, stage, tmp_path))
+    assert len(states) == STEPS and states[0] == states[-1]
 
 
 def test_a_stage_starts_from_the_weights_and_the_tokenizer_before_it(rows, whole, tmp_path):
@@ -124,10 +140,10 @@ def test_a_run_killed_in_its_evaluation_is_scored_when_it_resumes(rows, tmp_path
 
 
 def test_sigterm_saves_and_says_so(rows, whole, tmp_path, capsys):
-    def asked_to_stop(real, model, batch, cfg, step, *no_sync):
+    def asked_to_stop(real, model, batch, cfg, step):
         if step == 3:
             signal.raise_signal(signal.SIGTERM)
-        return real(model, batch, cfg, step, *no_sync)
+        return real(model, batch, cfg, step)
     argv = chain_arguments(rows, "pretrain", tmp_path)
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with step_loss_replaced(asked_to_stop), pytest.raises(SystemExit) as caught:
@@ -220,9 +236,9 @@ def test_matrices_decay_and_norms_do_not():
 def test_non_finite_losses_are_skipped_and_then_stop_the_run(rows, tmp_path):
     batches, bad = {}, {2, 3}
 
-    def poisoned(real, model, batch, cfg, step, *no_sync):
+    def poisoned(real, model, batch, cfg, step):
         batches[step] = batch
-        loss, scores = real(model, batch, cfg, step, *no_sync)
+        loss, scores = real(model, batch, cfg, step)
         return (loss * float("nan") if step in bad else loss), scores
     with step_loss_replaced(poisoned):
         train.main(arguments(rows, "pretrain", tmp_path / "a"))

@@ -2,6 +2,7 @@
 import dataclasses
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mask import CAUSAL, FULL, MaskSpec
 from model import Conan, ConanConfig
@@ -31,3 +32,18 @@ def texts_of(*lengths):
 def relative(a, b):
     """Return the size of a - b in units of b."""
     return float((a - b).detach().norm() / b.detach().norm().clamp_min(1e-30))
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements of a CPU tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if torch.is_tensor(x) and x.device.type == "cpu":
+                self.numel = max(self.numel, x.numel())
+        return out

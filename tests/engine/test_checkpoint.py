@@ -8,7 +8,6 @@ import pickle
 import random
 import shutil
 import signal
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -129,10 +128,10 @@ def test_pruning_counts_good_checkpoints_only(tmp_path):
         assert step_of(latest(tmp_path)) == 1
 
 
-def test_saving_a_step_again_replaces_it(tmp_path):
-    save(tmp_path, 1, {"model.pt": {"step": "old"}})
-    save(tmp_path, 1, {"model.pt": {"step": "new"}}, keep_last=3)
-    assert names(tmp_path) == ["step_000001"] and step_of(latest(tmp_path)) == "new"
+def test_saving_a_damaged_step_again_replaces_it(tmp_path):
+    (save(tmp_path, 1, state(1)) / "model.pt").write_bytes(b"x")
+    save(tmp_path, 1, state(1), keep_last=3)
+    assert names(tmp_path) == ["step_000001"] and step_of(latest(tmp_path)) == 1
 
 
 def test_stale_directories_are_swept(tmp_path):
@@ -204,17 +203,15 @@ def count_operations(run_dir, step):
     return disk.count, disk.log
 
 
-@pytest.mark.parametrize("again", [3, 2], ids=["next step", "same step again"])
-def test_a_fault_at_any_operation_leaves_the_previous_or_the_new_one(tmp_path, record, again):
+def test_a_fault_at_any_operation_leaves_the_previous_or_the_new_one(tmp_path, record):
     origin, run_dir, seen = tmp_path / "origin", tmp_path / "run", set()
     for step in (1, 2):
         save(origin, step, small(step, "previous"))
     (origin / ".tmp-step_000099").mkdir()
     shutil.copytree(origin, run_dir)
-    operations, log = count_operations(run_dir, again)
+    operations, log = count_operations(run_dir, 3)
     assert {"fsync", "rename", "mkdir", "write", "flush", "rmdir", "open xb"} <= set(log)
-    renames = [at for at, name in enumerate(log) if name == "rename"]
-    published = renames[again == 2]  # step 2 is there: it moves aside first
+    published = log.index("rename")
     assert log[:published].count("fsync") == 4 and "fsync" in log[published:]  # 3 files, directory
     for k in range(1, operations + 1):
         where = (k, log[k - 1])
@@ -224,16 +221,16 @@ def test_a_fault_at_any_operation_leaves_the_previous_or_the_new_one(tmp_path, r
             warnings.simplefilter("ignore")  # that an old one could not be deleted
             Disk(patch, fail_at=k)
             try:
-                save(run_dir, again, small(again))
+                save(run_dir, 3, small(3))
                 outcome = "saved"
             except OSError as error:
                 outcome = "failed"
-                assert f"step_00000{again}" in str(error) and "No space left" in str(error), where
+                assert "step_000003" in str(error) and "No space left" in str(error), where
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # nothing damaged may be in sight
             found = latest(run_dir)
         new = load(found, "config.json") == b"new"
-        assert step_of(found) == (again if new else 2), where
+        assert step_of(found) == (3 if new else 2), where
         assert new or outcome == "failed", where
         if outcome == "saved":  # what could not be deleted whole no longer looks like a checkpoint
             for path in run_dir.glob("step_*"):
@@ -243,8 +240,7 @@ def test_a_fault_at_any_operation_leaves_the_previous_or_the_new_one(tmp_path, r
             save(run_dir, 4, small(4))
             assert step_of(latest(run_dir)) == 4
             assert not [name for name in names(run_dir) if name.startswith(".tmp")]
-    record[f"file operations of a save failed in turn, {'once more' if again == 2 else 'new'}"] = \
-        operations
+    record["file operations of a save failed in turn"] = operations
     assert seen == {("failed", False), ("failed", True), ("saved", True)}
 
 
@@ -434,8 +430,6 @@ def test_a_manifest_that_leads_outside_is_refused(tmp_path, name):
     for read in (verify, lambda path: load(path, name)):
         with pytest.raises(CorruptCheckpoint, match="manifest.json.*refused entry"):
             read(path)
-    with pytest.raises(ValueError, match="cannot be a file"):
-        save(tmp_path / "run", 2, {name: b"1"})
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", "3", '{"files": []}', "\ufeff{}",
@@ -468,16 +462,6 @@ def test_what_could_not_be_read_back_is_not_saved(tmp_path):
     with pytest.raises(Exception, match="(?i)pickle"):
         save(tmp_path, 2, {"model.pt": lambda: 0})
     assert names(tmp_path) == ["step_000001"]
-
-
-@pytest.mark.parametrize("step, files, keep_last, error", [
-    (-1, {}, 2, ValueError), (1, {}, 0, ValueError), (1, {"manifest.json": "{}"}, 2, ValueError),
-    (1, {"model.pt": b"raw"}, 2, TypeError), (1, {"config.json": {"a": 1}}, 2, TypeError),
-])
-def test_wrong_arguments(tmp_path, step, files, keep_last, error):
-    with pytest.raises(error):
-        save(tmp_path, step, files, keep_last)
-    assert names(tmp_path) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
@@ -519,54 +503,3 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch)
     with pytest.warns(UserWarning, match="step_000002 is saved, but .*step_000001"):
         save(tmp_path, 2, state(2), keep_last=1)
     assert step_of(latest(tmp_path)) == 2
-
-
-# Many ranks: threads with a gather of their own stand in for a process group.
-
-def on_ranks(world, work):
-    """Run `work(rank, gather)` on `world` threads; return what each returned or raised."""
-    barrier, board, results = threading.Barrier(world, timeout=20), [None] * world, [None] * world
-
-    def run(rank):
-        def gather(value):
-            board[rank] = value
-            barrier.wait()
-            values = list(board)
-            barrier.wait()
-            return values
-        try:
-            results[rank] = work(rank, gather)
-        except Exception as error:
-            results[rank] = error
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
-def shards(rank):
-    own = {f"trainer_{rank}.pt": {"rank": rank, "moments": torch.full((3,), float(rank))}}
-    return {**own, "model.pt": {"step": 5}} if rank == 0 else own
-
-
-def test_ranks_save_one_checkpoint_together(tmp_path):
-    results = on_ranks(3, lambda rank, gather: save(
-        tmp_path, 5, shards(rank), is_main=rank == 0, gather=gather))
-    assert results == [tmp_path / "step_000005"] * 3
-    assert list(verify(latest(tmp_path))) == ["model.pt"] + [f"trainer_{r}.pt" for r in range(3)]
-    for rank in range(3):
-        assert load(latest(tmp_path), f"trainer_{rank}.pt")["rank"] == rank
-
-
-@pytest.mark.parametrize("files, on_rank_1", [
-    ({"bad.pt": frozenset()}, TypeError), ({"../x": b""}, ValueError),
-    ({"model.pt": {"step": 6}}, OSError),
-], ids=["unreadable", "bad name", "name taken"])
-def test_what_fails_on_one_rank_raises_on_all(tmp_path, files, on_rank_1):
-    save(tmp_path, 1, state(1))
-    results = on_ranks(2, lambda rank, gather: save(
-        tmp_path, 5, files if rank else shards(0), is_main=rank == 0, gather=gather))
-    assert isinstance(results[0], OSError) and isinstance(results[1], on_rank_1), results
-    assert names(tmp_path) == ["step_000001"]

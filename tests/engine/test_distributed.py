@@ -4,7 +4,6 @@ The two processes run once for the whole file and leave what they found on disk.
 """
 
 import os
-import random
 import time
 from functools import partial
 
@@ -139,9 +138,22 @@ def world_calls(world, folder):
         "floats": world.gather(torch.full((1, 2), rank + 0.5)),
         "strided": world.gather(torch.arange(6).view(2, 3).T + 10 * rank),
         "objects": world.gather_objects({"rank": rank, "names": ["x"] * rank}),
+        "alone": world.on_main(lambda: rank),
+        "fails": [failure(world, error) for error in (TypeError("odd"), OSError("full"))],
         "first": (world.main_first(work), order),
         "barrier": world.barrier(),
     }
+
+
+def failure(world, error):
+    """Return what `on_main` raises on this rank if its work fails on the main one."""
+    def fail():
+        assert world.is_main
+        raise error
+    try:
+        world.on_main(fail)
+    except Exception as caught:
+        return type(caught).__name__, str(caught)
 
 
 def gather_calls(rank):
@@ -224,6 +236,9 @@ def test_what_ranks_tell_each_other(found):
         assert world["floats"].tolist() == [[0.5, 0.5], [1.5, 1.5]]
         assert world["strided"].tolist() == [[0, 3], [1, 4], [2, 5], [10, 13], [11, 14], [12, 15]]
         assert world["objects"] == [{"rank": 0, "names": []}, {"rank": 1, "names": ["x"]}]
+        assert world["alone"] == 0
+        assert world["fails"] == ([("TypeError", "odd"), ("OSError", "full")] if rank == 0 else
+                                  [("OSError", "rank 0: odd"), ("OSError", "rank 0: full")])
         assert world["first"] == (rank, [rank == 1])        # rank 1 found what rank 0 had left
 
 
@@ -231,7 +246,8 @@ def test_one_process_needs_nobody():
     world = World(0, 1, torch.device("cpu"))
     tensor, model = torch.arange(3), tiny_model(std=0.2)
     assert world.is_main and world.mean({"a": 2}) == {"a": 2}
-    assert world.gather(tensor) is tensor and world.gather_objects("x") == ["x"]
+    assert torch.equal(world.gather(tensor), tensor) and world.gather_objects("x") == ["x"]
+    assert world.on_main(lambda: 5) == 5 and failure(world, OSError("full")) == ("OSError", "full")
     assert world.barrier() is None
     assert world.main_first(lambda: 5) == 5
     assert distributed.parallelize(model, world) is model
@@ -268,38 +284,19 @@ def test_autocast_follows_the_name():
         assert (x @ x).dtype == torch.float32
 
 
-# ---------------------------------------------------------------- devices and random numbers
+# ---------------------------------------------------------------- devices
 
 def test_devices():
     assert distributed.accelerator() in distributed.BACKENDS
     assert distributed.device_module("cpu") is None
-    assert isinstance(distributed.has_fast_bf16("cpu"), bool)
-    with pytest.raises(ValueError, match="'tpu'.*cuda, npu, cpu"):
-        distributed.device_module("tpu")
     for kind in {"cuda", "npu"} - {distributed.accelerator()}:
         with pytest.raises(ValueError, match=f"'{kind}' is not available"):
             distributed.start(kind)
 
 
-@pytest.mark.parametrize("flags, fast", [({}, False), ({"avx512_bf16": True}, True),
-                                         ({"amx_bf16": True, "avx512_bf16": False}, True)])
-def test_fast_bf16_on_a_cpu(monkeypatch, flags, fast):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
-    assert distributed.has_fast_bf16("cpu") is fast
-
-
-def test_random_numbers_continue_where_they_were(tmp_path):
-    world = World(0, 1, torch.device("cpu"))
-
-    def draw():
-        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(),
-                torch.rand(()).item()]
-    distributed.seed_everything(2 ** 40 + 3)
-    first = draw()                                          # leaves half a Gaussian pair behind
-    torch.save(distributed.rng_state(world), tmp_path / "rng.pt")
-    after = draw()
-    distributed.seed_everything(2 ** 40 + 3)
-    assert draw() == first
-    draw()
-    distributed.set_rng_state(world, torch.load(tmp_path / "rng.pt", weights_only=True))
-    assert draw() == after
+@pytest.mark.parametrize("flags, dtype", [({}, "float32"), ({"avx512_bf16": True}, "bfloat16"),
+                                          ({"amx_bf16": True, "avx512_bf16": False}, "bfloat16")])
+def test_bfloat16_is_chosen_where_a_cpu_is_fast_at_it(monkeypatch, flags, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    assert distributed.matmul_dtype("auto", torch.device("cpu")) == dtype
+    assert distributed.matmul_dtype("float32", torch.device("cpu")) == "float32"

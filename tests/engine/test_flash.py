@@ -1,4 +1,4 @@
-"""Packed attention: two calls of flash attention, and FlexAttention, against softmax written out.
+"""Packed attention: two calls of flash attention against softmax written out.
 
 The kernels run on CUDA only. What this project adds to them (texts, windows, weights, merging, both
 passes of backward) runs here on stand-ins of the same interface, in float64; the tests at the end
@@ -9,11 +9,10 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import flash, kernels
 from mask import CAUSAL, FULL, MaskSpec, future_weight, soft_mask
-from tiny import relative, tiny
+from tiny import Largest, relative, tiny
 
 H, K, E = 4, 2, 8
 LENGTHS = [[9], [1], [1, 1, 1], [5, 1, 12, 2], [7, 7, 7], [130, 1, 60]]
@@ -28,30 +27,33 @@ def window(see, n, device):
     return {"all": every, "past": every.tril(), "future": every.triu()}[see]
 
 
-def plain_flash(q, k, v, starts, longest, see, scale):
+def plain_flash(qkv, span):
     """Return what `flash.flash` promises, by plain matmuls; every row has a key."""
+    (q, k, v), starts = qkv, span.starts
     share = q.shape[1] // k.shape[1]
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[1], len(q), dtype=q.dtype)
     for a, b in zip(starts[:-1].tolist(), starts[1:].tolist()):
-        assert b - a <= longest
+        assert b - a <= span.longest
         for h in range(q.shape[1]):
-            logits = scale * q[a:b, h] @ k[a:b, h // share].T
-            logits = logits.masked_fill(~window(see, b - a, q.device), -torch.inf)
+            logits = span.scale * q[a:b, h] @ k[a:b, h // share].T
+            logits = logits.masked_fill(~window(span.see, b - a, q.device), -torch.inf)
             out[a:b, h] = logits.softmax(1) @ v[a:b, h // share]
             lse[h, a:b] = logits.logsumexp(1)
     return out, lse
 
 
-def plain_flash_backward(grad, q, k, v, out, lse, starts, longest, see, scale):
+def plain_flash_backward(grad, qkv, out, lse, span):
     """Return what flash attention's backward computes from any out and lse."""
+    (q, k, v), starts, scale = qkv, span.starts, span.scale
     share = q.shape[1] // k.shape[1]
-    assert lse.is_contiguous() and lse.shape == (q.shape[1], len(q)) and out.shape == q.shape
+    assert lse.shape == (q.shape[1], len(q)) and out.shape == q.shape
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for a, b in zip(starts[:-1].tolist(), starts[1:].tolist()):
-        assert b - a <= longest
+        assert b - a <= span.longest
         for h in range(q.shape[1]):
             key, value = k[a:b, h // share], v[a:b, h // share]
-            p = (scale * q[a:b, h] @ key.T - lse[h, a:b, None]).exp() * window(see, b - a, q.device)
+            p = (scale * q[a:b, h] @ key.T - lse[h, a:b, None]).exp()
+            p = p * window(span.see, b - a, q.device)
             mean = (grad[a:b, h] * out[a:b, h]).sum(1, keepdim=True)
             d = scale * p * (grad[a:b, h] @ value.T - mean)
             dq[a:b, h] += d @ key
@@ -110,22 +112,12 @@ def run(path, qkv):
 # ---------------------------------------------------------------- two calls, one softmax
 
 @each_lengths
-@each_axis
-@pytest.mark.parametrize("alpha", ALPHAS)
-def test_two_calls_are_the_soft_mask_forward_and_backward(plain_kernels, lengths, axis, alpha):
-    mask = MaskSpec(alpha, axis)
-    qkv, texts = qkv_of(lengths), texts_of(lengths, mask)
-    got = run(lambda q, k, v: flash.packed(q, k, v, texts, "soft"), qkv)
-    want = run(lambda q, k, v: written_out(q, k, v, lengths, mask), qkv)
-    for a, b in zip(got, want):
-        assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
-
-
-@each_lengths
-@pytest.mark.parametrize("see, mask", [("all", FULL), ("past", CAUSAL)])
-def test_one_call_is_causal_or_bidirectional(plain_kernels, lengths, see, mask):
-    qkv, texts = qkv_of(lengths), texts_of(lengths)
-    got = run(lambda q, k, v: flash.packed(q, k, v, texts, see), qkv)
+@pytest.mark.parametrize("mask", [FULL, CAUSAL, *(MaskSpec(a, axis) for a in ALPHAS
+                                                  for axis in ("row", "col"))], ids=str)
+@pytest.mark.parametrize("e", [E, 6])              # 6 is no multiple of eight
+def test_packed_texts_are_softmax_forward_and_backward(plain_kernels, lengths, mask, e):
+    qkv, texts = qkv_of(lengths, e=e), texts_of(lengths, mask)
+    got = run(lambda q, k, v: flash.packed(q, k, v, texts), qkv)
     for a, b in zip(got, run(lambda q, k, v: written_out(q, k, v, lengths, mask), qkv)):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
 
@@ -135,10 +127,10 @@ def test_parts_of_the_heads_give_the_same(plain_kernels, monkeypatch, axis):
     """Long texts take the heads in several calls, so that temporaries stay small."""
     lengths = [5, 1, 12, 2]
     qkv, texts = qkv_of(lengths), texts_of(lengths, MaskSpec(0.3, axis))
-    whole = run(lambda q, k, v: flash.packed(q, k, v, texts, "soft"), qkv)
+    whole = run(lambda q, k, v: flash.packed(q, k, v, texts), qkv)
     monkeypatch.setattr(flash, "_parts", lambda q, k: [
         (slice(2 * g, 2 * g + 2), slice(g, g + 1)) for g in range(K)])
-    for a, b in zip(run(lambda q, k, v: flash.packed(q, k, v, texts, "soft"), qkv), whole):
+    for a, b in zip(run(lambda q, k, v: flash.packed(q, k, v, texts), qkv), whole):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
@@ -152,101 +144,34 @@ def test_how_the_heads_are_parted(tokens, calls):
         assert [h // 4 for h in range(32)[heads]] == [g for g in range(8)[group] for _ in range(4)]
 
 
-@each_axis
-def test_a_head_dim_that_is_no_multiple_of_eight(plain_kernels, axis):
-    lengths = [5, 3]
-    mask = MaskSpec(0.3, axis)
-    qkv, texts = qkv_of(lengths, e=6), texts_of(lengths, mask)
-    got = run(lambda q, k, v: flash.packed(q, k, v, texts, "soft"), qkv)
-    want = run(lambda q, k, v: written_out(q, k, v, lengths, mask), qkv)
-    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(got, want))
-
-
 def test_what_bfloat16_rounds_off_a_weight_is_kept_in_a_second_dim(plain_kernels):
     """log w times the square root of E is large; one bfloat16 of it would be 1 % off or more."""
     lengths, mask = [40], MaskSpec(1e-3, "col")
     q, k, v = (x.detach() for x in qkv_of(lengths))
     rough = [x.bfloat16().double() for x in (q, k, v)]
     texts = texts_of(lengths, mask)
-    _, keys, _ = flash._future(*(x.bfloat16() for x in (q, k, v)), texts, E ** -0.5)
+    _, keys, _ = flash._future([x.bfloat16() for x in (q, k, v)], texts, E ** -0.5)
     high, low = keys[:, 0, E].double(), keys[:, 0, E + 1].double()
     want = texts.weight[texts.late].log() * E ** 0.5
     assert (high - want).abs().max() > 3e-3 and (high + low - want).abs().max() < 3e-4
-    got = flash.packed(*rough, texts, "soft")
+    got = flash.packed(*rough, texts)
     assert torch.allclose(got, written_out(*rough, lengths, mask), atol=1e-9)
 
 
 # ---------------------------------------------------------------- memory: nothing of T x T
 
-class Largest(TorchDispatchMode):
-    """The largest number of elements of a tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if torch.is_tensor(x):
-                self.numel = max(self.numel, x.numel())
-        return out
-
-
 @each_axis
 @pytest.mark.parametrize("lengths", [[2000], [1500, 500]], ids=str)
 def test_nothing_of_t_times_t_is_ever_made(monkeypatch, axis, lengths):
     """The kernels apart: they are replaced by some of the right shapes."""
-    monkeypatch.setattr(flash, "flash", lambda q, k, v, *_: (
-        torch.zeros_like(q), q.new_zeros(q.shape[1], len(q))))
-    monkeypatch.setattr(flash, "flash_backward", lambda grad, q, k, v, *_: (
-        torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)))
+    monkeypatch.setattr(flash, "flash", lambda qkv, span: (
+        torch.zeros_like(qkv[0]), qkv[0].new_zeros(qkv[0].shape[1], len(qkv[0]))))
+    monkeypatch.setattr(flash, "flash_backward", lambda grad, qkv, out, lse, span: [
+        torch.zeros_like(x) for x in qkv])
     with Largest() as largest:
         qkv, texts = qkv_of(lengths), texts_of(lengths, MaskSpec(0.3, axis))
-        run(lambda q, k, v: flash.packed(q, k, v, texts, "soft"), qkv)
-        texts.blocks
+        run(lambda q, k, v: flash.packed(q, k, v, texts), qkv)
     assert largest.numel <= 2 * sum(lengths) * (H + 2 * K) * E < max(lengths) ** 2 / 4
-
-
-# ---------------------------------------------------------------- FlexAttention
-
-def eager_flex(monkeypatch):
-    from torch.nn.attention import flex_attention
-    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(flash, "_flex", lambda: flex_attention.flex_attention)
-
-
-@each_lengths
-@each_axis
-@pytest.mark.parametrize("apply", ["weights", "logits"])
-@pytest.mark.parametrize("alpha", [0.05, 0.5])
-def test_flex_is_the_soft_mask(monkeypatch, lengths, axis, apply, alpha):
-    """On a CPU it has no backward and runs uncompiled: the mask and the blocks are what counts."""
-    eager_flex(monkeypatch)
-    q, k, v = (x.detach() for x in qkv_of(lengths))
-    mask = MaskSpec(alpha, axis, apply)
-    got = flash.flex(q, k, v, texts_of(lengths, mask))
-    want = written_out(q, k, v, lengths, mask)
-    assert torch.allclose(got, want, rtol=1e-9, atol=1e-11)
-
-
-def test_blocks_by_hand():
-    # blocks of 128: text 0 lies in 0 to 1, text 1 in 1, text 2 in 1 to 3
-    blocks = texts_of([130, 6, 300]).blocks
-    assert blocks.kv_num_blocks.tolist() == [[[2, 4, 3, 3]]]
-    seen = [row[:n] for row, n in zip(blocks.kv_indices[0, 0].tolist(), [2, 4, 3, 3])]
-    assert seen == [[0, 1], [0, 1, 2, 3], [1, 2, 3], [1, 2, 3]]
-
-
-@pytest.mark.parametrize("lengths", [[1], [128, 128], [3] * 200, [500, 1, 40, 90]], ids=str)
-def test_blocks_are_all_and_only_those_that_share_a_text(lengths):
-    blocks = texts_of(lengths).blocks
-    text = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    parts = text.split(flash.BLOCK)
-    for i, a in enumerate(parts):
-        want = [j for j, b in enumerate(parts) if set(a.tolist()) & set(b.tolist())]
-        n = int(blocks.kv_num_blocks[0, 0, i])
-        assert blocks.kv_indices[0, 0, i, :n].tolist() == want
 
 
 # ---------------------------------------------------------------- the whole model on packed texts
@@ -269,22 +194,14 @@ def test_a_model_on_packed_texts_is_the_model_on_groups(plain_kernels, monkeypat
         assert relative(a, b) < 1e-6                           # pooling is in float32
 
 
-@pytest.mark.parametrize("mask", [MaskSpec(0.3, "row", "logits"), MaskSpec(0.0, "col", "logits")],
-                         ids=str)
-def test_multiplied_logits_on_packed_texts(monkeypatch, mask):
-    eager_flex(monkeypatch)
-    conan, ids = tiny(kernels.pick("cpu")).double(), torch.randint(0, 61, (50,))
-    with torch.no_grad():
-        want = conan(ids, [30, 1, 19], mask)
-        monkeypatch.setattr(kernels, "takes_packed_texts", lambda *_: True)
-        got = conan(ids, [30, 1, 19], mask)
-    assert relative(got, want) < 1e-6
-
-
 def test_16_bits_on_cuda_are_packed_and_nothing_else():
-    for kind, dtype, packed in (("cuda", torch.bfloat16, True), ("cuda", torch.float16, True),
-                                ("cuda", torch.float32, False), ("cpu", torch.bfloat16, False)):
-        assert kernels.takes_packed_texts(torch.device(kind), dtype) is packed
+    multiplied = MaskSpec(0.3, apply="logits")
+    for kind, dtype, mask, packed in (
+            ("cuda", torch.bfloat16, FULL, True), ("cuda", torch.float16, CAUSAL, True),
+            ("cuda", torch.bfloat16, MaskSpec(0.3), True), ("cuda", torch.float32, FULL, False),
+            ("cpu", torch.bfloat16, FULL, False), ("cuda", torch.bfloat16, multiplied, False),
+            ("cuda", torch.bfloat16, MaskSpec(1.0, apply="logits"), True)):
+        assert kernels.takes_packed_texts(torch.device(kind), dtype, mask) is packed
 
 
 # ---------------------------------------------------------------- the kernels themselves
@@ -296,8 +213,7 @@ LONG = [[900], [5, 1, 300, 2], [1, 1], [256, 256]]
 @needs_cuda
 @pytest.mark.parametrize("lengths", LONG, ids=str)
 @pytest.mark.parametrize("mask", [CAUSAL, FULL, *(MaskSpec(a, axis) for a in (0.01, 0.3, 0.9)
-                                                  for axis in ("row", "col")),
-                                  MaskSpec(0.3, "row", "logits")], ids=str)
+                                                  for axis in ("row", "col"))], ids=str)
 @pytest.mark.parametrize("e", [64, 112])
 def test_kernels_on_cuda_are_softmax_forward_and_backward(lengths, mask, e):
     qkv = qkv_of(lengths, torch.bfloat16, "cuda", e)
@@ -312,25 +228,6 @@ def test_kernels_on_cuda_are_softmax_forward_and_backward(lengths, mask, e):
 
 @needs_cuda
 @each_axis
-def test_flex_on_cuda_has_the_same_gradients_and_compiles_once(axis):
-    """In float32, for many alphas; alpha moves, and nothing is compiled anew."""
-    import torch._dynamo as dynamo
-    lengths = [700, 60, 200, 1]
-    compiled = None
-    for alpha in (0.01, 0.2, 0.5, 0.9):
-        qkv = qkv_of(lengths, torch.float32, "cuda", 64)
-        mask = MaskSpec(alpha, axis)
-        texts = texts_of(lengths, mask, "cuda")
-        got = run(lambda q, k, v: flash.flex(q, k, v, texts), qkv)
-        want = run(lambda q, k, v: written_out(q, k, v, lengths, mask), qkv)
-        assert all(relative(a.double(), b.double()) < 3e-3 for a, b in zip(got, want))
-        now = dynamo.utils.counters["stats"]["unique_graphs"]
-        assert compiled in (None, now)
-        compiled = now
-
-
-@needs_cuda
-@each_axis
 def test_memory_on_cuda_grows_with_t_and_not_with_its_square(axis):
     peaks = []
     for t in (4096, 16_384):
@@ -338,7 +235,7 @@ def test_memory_on_cuda_grows_with_t_and_not_with_its_square(axis):
         texts = texts_of([t], MaskSpec(0.3, axis), "cuda")
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        out = flash.packed(*qkv, texts, "soft")
+        out = flash.packed(*qkv, texts)
         torch.autograd.grad(out.sum(), qkv)
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] < 5 * peaks[0] and peaks[1] < 16_384 ** 2

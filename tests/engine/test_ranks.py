@@ -17,12 +17,12 @@ ORDERS = list(itertools.permutations(SIZES))
 
 def watched(world, argv, stop_at, seen):
     """Train up to `stop_at`, where the run falls over; note whose examples each rank gets."""
-    def noted(real, model, batch, cfg, step, *no_sync):
+    def noted(real, model, batch, cfg, step):
         if step == stop_at:
             raise KeyboardInterrupt
         (seen / f"{step}_{world.rank}.json").write_text(json.dumps(
             [batch.task, *batch.rows.tolist()]))
-        return real(model, batch, cfg, step, *no_sync)
+        return real(model, batch, cfg, step)
     with step_loss_replaced(noted):
         try:
             run(world, argv)
@@ -94,10 +94,10 @@ def poisoned(world, argv, losses, gradients, folder):
     """Train with a loss, and a gradient, that are NaN in some steps, on rank 1 alone."""
     seen, end = [], ""
 
-    def bad(real, model, batch, cfg, step, *no_sync):
+    def bad(real, model, batch, cfg, step):
         weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
         seen.append(hashlib.sha256(weights).hexdigest())
-        loss, scores = real(model, batch, cfg, step, *no_sync)
+        loss, scores = real(model, batch, cfg, step)
         if world.rank == 1 and step in gradients:              # after the ranks have summed it
             next(model.parameters()).grad.view(-1)[3] = float("nan")
         return (loss * float("nan") if world.rank == 1 and step in losses else loss), scores
