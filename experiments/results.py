@@ -227,8 +227,6 @@ def row_of(run, label, scores):
     """Return {column: number} of a stage of a run, or of a baseline; MRL's dims are columns."""
     row = {name: score_of(scores, *key) for name, key in RUN_COLUMNS.items()}
     row |= {f"{dims} dims": value for dims, value in ndcg_by_dims(scores).items()}
-    if (Path(run) / label / "log.jsonl").is_file():
-        row["minutes"] = sum(seconds(read_log(Path(run) / label))) / 60
     return {name: value for name, value in row.items() if value is not None}
 
 
@@ -238,12 +236,15 @@ def record(cfg):
     cells = {label: {str(i): row_of(run, label, summary[label])
                      for i, (run, summary) in enumerate(runs.items()) if label in summary}
              for label in RUN_ROWS}
-    minutes = [summary["minutes"] for summary in runs.values()]
-    cores = {summary["cores"] for summary in runs.values()}
+    minutes = {run: summary["minutes"] for run, summary in runs.items()}
+    fastest = min(minutes, key=minutes.get)
+    steps = {stage: sum(seconds(read_log(Path(fastest) / stage))) / 60 for stage in RUN_ROWS
+             if (Path(fastest) / stage / "log.jsonl").is_file()}
     return write_result(cfg.results, cfg.name, {
-        "seeds": list(range(len(runs))), "cells": cells, "notes": [
-            f"{len(runs)} runs of {min(minutes):.0f} to {max(minutes):.0f} minutes on "
-            f"{', '.join(map(str, cores))} cores. Minutes of a stage are those of its steps."]})
+        "seeds": list(range(len(runs))), "cells": cells, "minutes": minutes[fastest], "notes": [
+            f"The fastest run took {minutes[fastest]:.1f} minutes on {runs[fastest]['cores']} "
+            "cores; of them steps of "
+            + ", ".join(f"{stage} {number:.1f}" for stage, number in steps.items()) + "."]})
 
 
 def main(argv=None):
