@@ -315,13 +315,18 @@ def evaluate(encoder, task, path, split=None, dims=(), ignore_identical_ids=None
 
 # ---------------------------------------------------------------- what a stage of a run is worth
 
+def collections_in(folder):
+    """Return the collections in a folder of data that are read once, at the end: all but dev's."""
+    folders = {path.parent for name in ("corpus.jsonl", "corpus.jsonl.gz")
+               for path in Path(folder).rglob(name)}
+    return sorted(path for path in folders if path.name not in ("dev", "clr_dev", "search"))
+
+
 def collections(cfg):
     """Return the folders that a stage is scored on: those named, else the test splits of DATA."""
     if cfg.evaluate or not data.uses_folder(cfg):
         return [Path(name) for name in cfg.evaluate]
-    folders = {path.parent for name in ("corpus.jsonl", "corpus.jsonl.gz")
-               for path in Path(cfg.data).rglob(name)}
-    return sorted(folder for folder in folders if folder.name not in ("dev", "clr_dev", "search"))
+    return collections_in(cfg.data)
 
 
 def lexical_scores(cfg):

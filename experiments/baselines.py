@@ -24,7 +24,7 @@ from configurator import load_config
 from data import Rows, sources
 from embed import Embedder
 from engine.jsonl import read_jsonl
-from eval import LexicalBaseline, SentenceTransformerBaseline, evaluate
+from eval import LexicalBaseline, SentenceTransformerBaseline, collections_in, evaluate
 from experiments.results import markdown
 from experiments.runs import run_command, write_result
 from tokenizer import Tokenizer
@@ -211,9 +211,7 @@ def encoders(cfg):
 def jobs(cfg):
     """Return [(task, file or folder)] to score, on which nothing was trained or chosen."""
     if not cfg.root:
-        folders = sorted(path.parent for path in Path(cfg.data).rglob("corpus.jsonl*"))
-        return [("retrieval", folder) for folder in folders
-                if folder.name not in ("dev", "clr_dev", "search")]
+        return [("retrieval", folder) for folder in collections_in(cfg.data)]
     work = [("retrieval", folder) for folder in sets.held_out_collections(cfg.root)]
     work += [("pair_classification" if "label" in sets.columns_of(path) else "bitext", path)
              for path in sorted(Path(cfg.data).glob("held_out/*/*.jsonl"))]

@@ -1,4 +1,4 @@
-"""Stage 1 on public sets: next-token prediction over whole docstrings (PAPER Sec. 3.1.1).
+"""Stage 1 on public sets: next-token prediction over documents (PAPER Sec. 3.1.1).
 
     python train.py config/real/pretrain.py
 """
