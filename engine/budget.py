@@ -111,26 +111,24 @@ def step_texts(cfg):
 def start_minutes(law, stage, amount, world, shape=None):
     """Return {part: minutes on one rank} of a stage's start; amount: its tokens, or its rows.
 
-    Stage 4 has twice as many passages as rows. Embedding and search need `shape`; they run on
+    Stage 4 has twice as many passages as rows; it needs `shape`. Its embedding and search run on
     cards, at the share of a matmul's rate that exact search reached in the rehearsal.
     """
-    def minutes(part, units):
-        return law[part]["seconds"] * units / world / 60
-    if stage == "pretrain":
-        return {"index": minutes("index of text", amount * law["bytes"]["a token of text"] / 1e9),
-                "tokens": minutes("token shards", amount / 1e6)}
-    if stage != "embed_sup":
-        size = amount * law["bytes"]["a pair"] / 1e9
-        return {"index": minutes("index of pairs", size)}
-    parts = {"index": minutes("index of stage 4", amount / 1e6),
-             "tables": minutes("passage tables", amount / 1e6),
-             "pools": minutes("pools of mined rows", amount / 1e6)}
-    if shape:
+    million, size = amount / 1e6, law["bytes"]
+    parts = {"pretrain": {"index": ("index of text", amount * size["a token of text"] / 1e9),
+                          "tokens": ("token shards", million)},
+             "embed_sup": {"index": ("index of stage 4", million),
+                           "tables": ("passage tables", million),
+                           "pools": ("pools of mined rows", million)}}.get(
+        stage, {"index": ("index of pairs", amount * size["a pair"] / 1e9)})
+    minutes = {name: law[part]["seconds"] * units / world / 60
+               for name, (part, units) in parts.items()}
+    if stage == "embed_sup":
         rate = CARD * law["exact search"]["share"] * world * 60
         weights = sum(parameters(shape).values()) - parameters(shape)["embedding"]
-        parts["embedding"] = 3 * amount * TEXT * 2 * weights / rate
-        parts["search"] = 2 * amount * 2 * amount * shape.n_embd / rate
-    return parts
+        minutes["embedding"] = 3 * amount * TEXT * 2 * weights / rate
+        minutes["search"] = 2 * amount * 2 * amount * shape.n_embd / rate
+    return minutes
 
 
 def start_bytes(law, stage, amount, cfg):
@@ -139,29 +137,30 @@ def start_bytes(law, stage, amount, cfg):
     if stage == "pretrain":
         return {"disk": amount * disk["a token"]}
     if stage != "embed_sup":
-        return {"disk": amount * 16}
+        return {"disk": amount * 8}
     pool = 12 * cfg.pool_size + 12 * cfg.n_negatives + 25      # dhnm.py's tensors, a row
     return {"disk": amount * disk["a row of stage 4"], "pools": amount * pool}
 
 
 def start_report(cfg, shape):
     """Return the lines of `--dry_run` about what comes before the first step."""
-    amount = cfg.steps * cfg.batch_size * (cfg.passage_len if cfg.stage == "pretrain" else 1)
     if not LAW.is_file():
         return ["", "the start: run `python -m experiments.rehearsal`, which measures its law"]
     law = json.loads(LAW.read_text("utf-8"))["law"]
-    unit = "tokens" if cfg.stage == "pretrain" else "rows"
+    lm = cfg.stage == "pretrain"
+    amount = cfg.steps * cfg.batch_size * (cfg.passage_len if lm else 1)
+    minutes = {w: start_minutes(law, cfg.stage, amount, w, shape) for w in WORLDS}
+    lines = ["", f"the start, minutes on each rank: at most {amount:.3g} "
+             f"{'tokens' if lm else 'rows'}, all that the steps visit, by the law of "
+             "results/rehearsal.json",
+             *(f"    {part:<12}" + "".join(f"{minutes[w][part]:>12,.1f}" for w in WORLDS)
+               for part in minutes[1]),
+             f"    {'ranks':<12}" + "".join(f"{world:>12}" for world in WORLDS)]
     sizes = start_bytes(law, cfg.stage, amount, cfg)
-    lines = ["", f"the start, minutes on each rank: at most {amount:.3g} {unit}, all that the "
-             "steps visit, by the law of results/rehearsal.json",
-             *(f"    {part:<12}" + "".join(
-                 f"{start_minutes(law, cfg.stage, amount, world, shape)[part]:>12,.1f}"
-                 for world in WORLDS) for part in start_minutes(law, cfg.stage, amount, 1, shape)),
-             f"    {'ranks':<12}" + "".join(f"{world:>12}" for world in WORLDS),
-             f"    on disk {sizes['disk'] / GB:,.1f} GB"]
+    lines.append(f"    on disk {sizes['disk'] / GB:,.1f} GB")
     if "pools" in sizes:
-        lines[-1] += f"; DHNM's pools {sizes['pools'] / GB:,.1f} GB on each rank"
-        lines += [f"    embedding ({TEXT} tokens a text) and search fall away where rows bring "
+        lines += [f"    DHNM's pools {sizes['pools'] / GB:,.1f} GB on each rank",
+                  f"    embedding ({TEXT} tokens a text) and search fall away where rows bring "
                   "cosines (tools/mine.py); both at 300 TFLOP/s a card"]
     return lines
 

@@ -102,26 +102,33 @@ class World:
             dist.barrier()
 
     def on_main(self, work):
-        """Call `work` on the main rank alone; return its result on all.
-
-        An error there is raised on all ranks, on the others as an OSError.
-        """
-        result = error = None
-        if self.is_main:
-            try:
-                result = work()
-            except Exception as caught:
-                error = caught
-        result, text = self.gather_objects((result, error and f"rank 0: {error}"))[0]
-        if text:
-            raise error or OSError(text)
-        return result
+        """Call `work` on the main rank alone; return its result, or raise its error, on all."""
+        return together(self, work if self.is_main else lambda: None)[0]
 
     def main_first(self, work):
         """Call `work` on the main rank, then on the others, which find what it has left on disk."""
         result = work() if self.is_main else None
         self.barrier()
         return result if self.is_main else work()
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def together(world, work):
+    """Return the list of every rank's `work()`; all ranks must call, and wait for each other.
+
+    An error of one rank is raised on all of them, so that none waits for ever.
+    """
+    try:
+        value = work()
+    except Exception as error:
+        value = error
+    values = world.gather_objects(value)
+    for value in values:
+        if isinstance(value, Exception):
+            raise value
+    return values
 
 
 def start(device="auto"):

@@ -2,14 +2,18 @@
 
 One JSON object a line, UTF-8, plain or .gz; .ndjson and .json are taken for the same. A byte order
 mark is passed over. A bad line is named by file and line. engine/index.py reads rows by number.
-`atomic` writes a file aside, syncs and renames it.
+`atomic` writes a file aside, syncs and renames it. `seal` notes the hash of one that is to be
+used again; `is_whole` compares.
 """
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import zlib
 from pathlib import Path
+
+from tqdm import tqdm
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 
@@ -33,6 +37,35 @@ def atomic(path, mode="w"):
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def sha256_of(path):
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(path, about=None):
+    """Write what there is to say of a file beside it, as .json, with the hash of both."""
+    with atomic(Path(path).with_suffix(".json")) as file:
+        json.dump({"about": about, "sha256": _seal_of(path, about)}, file)
+
+
+def is_whole(path):
+    """Tell whether a file is as it was sealed; name one that is damaged: it is built again."""
+    try:
+        sealed = json.loads(Path(path).with_suffix(".json").read_bytes())
+        if sealed["sha256"] == _seal_of(path, sealed["about"]):
+            return True
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    if Path(path).is_file():
+        tqdm.write(f"{path} is damaged; it is built again")
+    return False
+
+
+def _seal_of(path, about):
+    return hashlib.sha256(f"{sha256_of(path)} {json.dumps(about)}".encode()).hexdigest()
 
 
 def to_line(row):

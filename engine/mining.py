@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.index import ALONE, text_id, together
+from engine.distributed import ALONE, together
+from engine.index import text_id
 
 TEXTS = 20_000                     # texts that one rank embeds at a time
 UNIT = 32_768                      # queries that one rank searches with at a time, at most
@@ -190,7 +191,7 @@ class Shared:
         self.path, self.shape, self.dtype, self.step = Path(path), shape, np.dtype(dtype), step
         self.world, self.notes = world, Path(f"{path}.done")
         self.n_parts = -(-shape[0] // step)
-        self.done = together(world, lambda: self._create() if world.is_main else None)[0]
+        self.done = world.on_main(self._create)
 
     def _create(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -357,6 +358,5 @@ class Miner:
 
     def clear(self):
         """Remove the files; all ranks must call."""
-        self.world.gather_objects(None)                    # each has mapped them by now
-        together(self.world, lambda: shutil.rmtree(self.folder, ignore_errors=True)
-                 if self.world.is_main else None)
+        self.world.barrier()                               # each has mapped them by now
+        self.world.on_main(lambda: shutil.rmtree(self.folder, ignore_errors=True))

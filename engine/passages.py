@@ -12,9 +12,9 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
-
-from engine.index import ALONE, Job, about_of, build, columns_of, together
+from engine.distributed import ALONE
+from engine.index import Job, build, read
+from engine.jsonl import is_whole
 
 BITS = 6                           # of an id that name its bucket: 64 buckets
 SMALL = 1 << 20                    # texts that make one bucket
@@ -30,7 +30,7 @@ class Passages:
 
     def __init__(self, rows, cache_dir="out/cache", world=ALONE):
         self.rows, self.files = rows, rows.files
-        self.starts = np.cumsum([0, *(file.n_ids for file in self.files)])   # place of a file's id
+        self.starts = np.cumsum([0, *(len(file.ids) for file in self.files)])  # places of files
         self.first_rows = np.concatenate([[0], rows.ends])
         made_of = hashlib.sha256(" ".join(file.index.stem for file in self.files).encode())
         path = Path(cache_dir) / made_of.hexdigest()[:24]
@@ -41,12 +41,10 @@ class Passages:
 
     def _table(self, path, make, world):
         """Return the columns of a table, which is built first if it is missing or damaged."""
-        if not all(together(world, lambda: about_of(path, world) is not None)):
-            if world.is_main and path.is_file():
-                tqdm.write(f"{path}: the table is damaged; it is built again")
-            build([Job(path, 1 << self.bits, lambda k: (make(k), {}),
-                       lambda _, lengths: ([[0] * len(n) for n in lengths], {}))], world)
-        return columns_of(path)
+        if not world.on_main(lambda: is_whole(path)):
+            build([Job(path, 1 << self.bits, lambda k: (make(k), None),
+                       lambda parts: ([[0] * 4] * len(parts), {}))], world)
+        return read(path)[1]
 
     def _bucket(self, k):
         """Return the four columns of bucket k."""
@@ -103,7 +101,8 @@ class Passages:
         """Return the text ids of the positives, or the negatives, of row q."""
         f, i = self.rows.place(q)
         file = self.files[f]
-        first, end = int(file.first[i]), int(file.first[i + 1]) if i + 1 < len(file) else file.n_ids
+        first = int(file.first[i])
+        end = int(file.first[i + 1]) if i + 1 < len(file) else len(file.ids)
         middle = first + int(file.n_pos[i])
         return file.ids[first:middle] if part == "pos" else file.ids[middle:end]
 

@@ -213,7 +213,7 @@ def fit(runs):
     n, tokens = max(runs) / 1e6, one["parts"]["token shards"]["amount"]
     law["exact search"]["share"] = 1 / law["exact search"]["seconds"] / one["matmul"]
     law["disk"] = {"a token": one["disk"]["bin"] / tokens / 1e6,
-                   "a row of stage 4": (one["disk"]["tab"] + one["disk"]["idx"]) / n / 1e6 - 32}
+                   "a row of stage 4": (one["disk"]["tab"] + one["disk"]["idx"]) / n / 1e6 - 16}
     law["bytes"] = {"a token of text": one["parts"]["index of text"]["amount"] * 1e3 / tokens,
                     "a pair": one["parts"]["index of pairs"]["amount"] * 1e3 / n}
     return law

@@ -245,7 +245,7 @@ def test_a_file_that_changes_while_it_is_used_is_noticed(tmp_path):
     path = file_of(tmp_path, b'{"text": "aaa"}', b'{"text": "bbb"}')
     rows = JsonlFiles([path], parse_text, tmp_path)
     path.write_bytes(b'{"text": "a longer one"}\n{"text": "b"}\n')
-    with pytest.raises(ValueError, match="rows.jsonl:2: changed while in use"):
+    with pytest.raises(ValueError, match="rows.jsonl: row 2 changed while in use"):
         rows[1]
 
 

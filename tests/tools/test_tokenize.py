@@ -20,8 +20,8 @@ def test_stage_1_reads_the_shards(rows, tmp_path, monkeypatch, capsys):
     on_ranks(2, tokenize_on, arguments(rows, "pretrain", tmp_path / "a"))
     folder, = (tmp_path / "a").glob("tokens-*")
     stamps = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert len(stamps) == 12                               # 96 documents, and shards.json
-    monkeypatch.setattr(tokens.TokenStream, "_shard", lambda *_: pytest.fail("written again"))
+    assert len(stamps) == 22                               # of 96 documents, and their seals
+    monkeypatch.setattr(tokens, "atomic", lambda *_: pytest.fail("written again"))
     train.main(arguments(rows, "pretrain", tmp_path / "a"))
     monkeypatch.undo()
     assert stamps == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
