@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import memory
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "910B": 376e12}   # dense bfloat16
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
 
 
@@ -37,14 +36,6 @@ def device_module(kind):
     if kind != "cpu" and (module is None or not module.is_available()):
         raise ValueError(f"device {kind!r} is not available on this machine")
     return module if kind != "cpu" else None
-
-
-def peak_flops(device):
-    """Return the nominal bfloat16 FLOP/s of an accelerator, None for CPUs and unknown chips."""
-    if device.type == "cpu":
-        return None
-    name = device_module(device.type).get_device_name(device.index or 0)
-    return next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
 
 
 def matmul_dtype(name, device):

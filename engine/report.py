@@ -3,11 +3,8 @@ import json
 import re
 import signal
 import time
-from collections import Counter
 
 from tqdm import tqdm
-
-from engine import budget, distributed
 
 LANGUAGE_PAIR = re.compile(r"[a-z]{2,3}([-_]\w+)?-[a-z]{2,3}([-_]\w+)?")      # zh-Hant-en
 
@@ -59,11 +56,10 @@ class Log:
         self.file = open_log(cfg.run_dir / "log.jsonl", step) if world.is_main else None
         self.bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step",
                         disable=not world.is_main, mininterval=1.0)
-        self.peak = distributed.peak_flops(world.device)
         self._restart()
 
     def _restart(self):
-        self.since, self.tokens, self.data, self.flops = time.perf_counter(), 0, 0.0, 0
+        self.since, self.tokens, self.data = time.perf_counter(), 0, 0.0
 
     def tasks(self, tasks):
         """Print rows, batches and candidates of each task; warn where DHNM cannot act.
@@ -88,13 +84,8 @@ class Log:
     def step(self, step, batch, measured, data_seconds, known):
         """Take one step's numbers; every `log_every` steps write them.
 
-        measured: this rank's, to be averaged over ranks; known: the same on all ranks. `mfu`, the
-        share of the chip's nominal FLOP/s that the model's own FLOPs make, is there on chips whose
-        figure is known.
+        measured: this rank's, to be averaged over ranks; known: the same on all ranks.
         """
-        lm = batch.targets is not None
-        if self.peak:
-            self.flops += budget.flops(self.cfg.model_config(), Counter(batch.lengths), lm, lm)
         self.tokens += len(batch.ids) * self.world.size
         self.data += data_seconds
         self.bar.update()
@@ -103,8 +94,6 @@ class Log:
         seconds = time.perf_counter() - self.since
         row = {"step": step + 1, "task": batch.task, **self.world.mean(measured), **known,
                "tokens_per_second": self.tokens / seconds, "data_share": self.data / seconds}
-        if self.peak:
-            row["mfu"] = self.flops / seconds / self.peak
         if self.file:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
@@ -127,15 +116,19 @@ def is_language_pair(key):
     return LANGUAGE_PAIR.fullmatch(key.split("/")[2])
 
 
-def print_table(name, scores, dims, metrics=("ndcg@10", "recall@1", "recall@10")):
-    """Print a collection's scores: a row for each stage, and for each MRL dim of stage 4."""
-    print(f"\n{name:<40}" + "".join(f"{m:>11}" for m in metrics))
+def print_table(name, scores, dims):
+    """Print the scores of a set: a row for each stage, and for each MRL dim of stage 4."""
+    metrics = dict.fromkeys(key.rpartition("/")[2] for results in scores.values()
+                            for key in results if key.rpartition("/")[0] == name and ":" not in key)
+    if name.startswith("retrieval/"):
+        metrics = ("ndcg@10", "recall@1", "recall@10")
+    print(f"\n{name:<40}" + "".join(f"{m:>13}" for m in metrics))
     for label, results in scores.items():
         for dim in ["", *(f":{d}" for d in dims if label == "embed_sup")]:
             values = [results.get(f"{name}/{m}{dim}") for m in metrics]
             if None not in values:
                 shown = f"{label}, first {dim[1:]} dims" if dim else label
-                print(f"{shown:<40}" + "".join(f"{v:>11.3f}" for v in values))
+                print(f"{shown:<40}" + "".join(f"{v:>13.3f}" for v in values))
 
 
 def print_languages(label, results):
@@ -150,16 +143,9 @@ def print_languages(label, results):
 
 def print_summary(scores, dims):
     """Print all that stages and baselines scored; scores: {label: flat results}."""
-    names = {key.removesuffix("/ndcg@10") for results in scores.values() for key in results
-             if key.endswith("/ndcg@10") and not is_language_pair(key)}
-    for name in sorted(names):
+    names = dict.fromkeys(key.rpartition("/")[0] for results in scores.values() for key in results
+                          if not key.startswith("dhnm/") and not is_language_pair(key))
+    for name in names:
         print_table(name, scores, dims)
     for label, results in scores.items():
         print_languages(label, results)
-    for label, results in scores.items():
-        other = {k: v for k, v in results.items() if not k.startswith(("retrieval/", "dhnm/"))
-                 and ":" not in k}
-        if other:
-            print(f"\n{label}")
-        for key, value in other.items():
-            print(f"    {key:<50}{value:>9.3f}")
