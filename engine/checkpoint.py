@@ -12,7 +12,6 @@ compares with the manifest first (torch loads a flipped bit silently) and unpick
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
@@ -22,6 +21,8 @@ import warnings
 from pathlib import Path
 
 import torch
+
+from engine.jsonl import sha256_of
 
 MANIFEST = "manifest.json"
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # no separator: none leads outside
@@ -122,8 +123,7 @@ def verify(path):
     """
     entries = _read_manifest(path)
     for name, entry in entries.items():
-        with _open_verified(Path(path) / name, entry):
-            pass
+        _check(Path(path) / name, entry)
     return entries
 
 
@@ -136,36 +136,25 @@ def load(path, name):
     entries = _read_manifest(path)
     if name not in entries:
         raise ValueError(f"{path} has no {name}, only {', '.join(entries)}")
-    with _open_verified(Path(path) / name, entries[name]) as file:
-        if not name.endswith(".pt"):
-            return file.read()
-        try:
-            return _unpickle(file)
-        except MemoryError:
-            raise
-        except Exception as error:  # of any kind, depending on what the file pretends to be
-            raise CorruptCheckpoint(f"{Path(path) / name}: refused: {error}") from None
-
-
-class _HashingFile:
-    """What `torch.save` needs of a file, with the size and SHA-256 of all that was written."""
-
-    def __init__(self, file):
-        self.file, self.size, self.sha256, self.flush = file, 0, hashlib.sha256(), file.flush
-
-    def write(self, data):
-        self.size += self.file.write(data)
-        self.sha256.update(data)
+    file = Path(path) / name
+    _check(file, entries[name])
+    if not name.endswith(".pt"):
+        return file.read_bytes()
+    try:
+        return _unpickle(file)
+    except MemoryError:
+        raise
+    except Exception as error:  # of any kind, depending on what the file pretends to be
+        raise CorruptCheckpoint(f"{file}: refused: {error}") from None
 
 
 def _write(path, value):
     with open(path, "xb") as file:
-        sink = _HashingFile(file)
         if isinstance(value, (bytes, str)):
-            sink.write(value.encode() if isinstance(value, str) else value)
+            file.write(value.encode() if isinstance(value, str) else value)
         else:
             try:
-                torch.save(value, sink)
+                torch.save(value, file)
             except RuntimeError as error:  # torch hides a full disk in "unexpected pos 46 vs 0"
                 raise error.__context__ or error
         file.flush()
@@ -175,7 +164,7 @@ def _write(path, value):
             _unpickle(path, mmap=True)
         except TypeError as error:
             raise TypeError(f"{path.name} could not be read back: {error}") from None
-    return {"size": sink.size, "sha256": sink.sha256.hexdigest()}
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _unpickle(file, **options):
@@ -233,24 +222,17 @@ def _read_manifest(path):
     return entries
 
 
-@contextlib.contextmanager
-def _open_verified(path, entry):
-    """Open the file `path` at its start, after comparing its bytes with `entry`.
+def _check(path, entry):
+    """Compare the bytes of a file with its entry in the manifest.
 
     Where they differ either of the two may be the damaged one, so errors name the manifest as well.
     """
     source = f"by {path.parent / MANIFEST}"
     try:
-        with open(path, "rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) != entry["size"]:
-                raise CorruptCheckpoint(f"{path}: {size} bytes, {entry['size']} {source}")
-            sha256 = hashlib.sha256()
-            while block := file.read(1 << 20):
-                sha256.update(block)
-            if sha256.hexdigest() != entry["sha256"]:
-                raise CorruptCheckpoint(f"{path}: SHA-256 differs from the one {source}")
-            file.seek(0)
-            yield file
+        if (size := path.stat().st_size) != entry["size"]:
+            raise CorruptCheckpoint(f"{path}: {size} bytes, {entry['size']} {source}")
+        if sha256_of(path) != entry["sha256"]:
+            raise CorruptCheckpoint(f"{path}: SHA-256 differs from the one {source}")
     except OSError as error:
         raise CorruptCheckpoint(f"{path}: {error.strerror}; it should be there {source}") from error
 

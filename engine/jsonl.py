@@ -138,40 +138,26 @@ def _name(kind):
 
 # ---------------------------------------------------------------- whole files
 
-def open_binary(path):
-    """Open a plain or .gz file to read bytes; FileNotFoundError by name if there is none."""
-    path = Path(path)
-    if not path.is_file():
+def lines_of(path):
+    """Yield (number, line as bytes) of a plain or .gz file, without blank lines at its end.
+
+    Raises FileNotFoundError by name, and ValueError "path:line: reason" where a .gz file is damaged
+    or cut.
+    """
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")
-
-
-def _lines(path):
-    """Yield (number, line as bytes); ValueError "path:line: reason" for a damaged or cut .gz."""
-    number = 0
+    number, blank = 0, []
     try:
-        with open_binary(path) as file:
+        with (gzip.open if str(path).lower().endswith(".gz") else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                yield number, line
-    except FileNotFoundError:
-        raise
+                if line.strip():
+                    yield from blank
+                    yield number, line
+                    blank = []
+                else:
+                    blank.append((number, line))       # bad only if another line follows
     except (EOFError, zlib.error, OSError) as error:
         raise ValueError(f"{path}:{number + 1}: cannot be read to the end: {error}") from error
-
-
-def lines_of(path):
-    """Yield (number, line as bytes) of a file, without blank lines at its end.
-
-    Raises ValueError "path:line: reason" where a .gz file is damaged or cut.
-    """
-    blank = []
-    for number, line in _lines(path):
-        if line.strip():
-            yield from blank
-            yield number, line
-            blank = []
-        else:
-            blank.append((number, line))               # bad only if another line follows
 
 
 def read_jsonl(path, required=None, skip_bad=False, on_bad=None):
@@ -193,11 +179,14 @@ def read_jsonl(path, required=None, skip_bad=False, on_bad=None):
 
 
 def read_texts(path):
-    """Return the texts of a file: its {"text"} rows if its name says JSON, else its lines."""
+    """Return the texts of a file: its {"text"} rows if its name says JSON, else its lines.
+
+    Blank lines at the end are no texts.
+    """
     if is_json(path):
         return [row["text"] for row in read_jsonl(path, {"text": str})]
     texts = []
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:

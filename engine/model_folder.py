@@ -1,11 +1,9 @@
 """Read a trained model from a folder: a checkpoint of train.py, or what tools/export.py wrote."""
-import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
-
 from engine import checkpoint
+from engine.jsonl import sha256_of
 
 EXPORTED = "nanoconan.json"        # marks a folder that tools/export.py wrote
 
@@ -34,7 +32,7 @@ def _read_exported(where):
         for name, sha256 in json.loads(raw)["files"].items():
             if not checkpoint.FILE_NAME.fullmatch(name):       # none leads outside
                 raise KeyError(name)
-            if hashlib.sha256(np.fromfile(where / name, np.uint8)).hexdigest() != sha256:
+            if sha256_of(where / name) != sha256:
                 raise ValueError(f"{where / name}: SHA-256 differs from {EXPORTED}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{where / EXPORTED}: not as export.py wrote it: {error!r}") from None
