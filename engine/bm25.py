@@ -4,7 +4,7 @@
     idf(w)      = log(1 + (N - df + 1/2) / (df + 1/2))
 
 This is the variant of today's Lucene: the idf is never negative, and the classic constant factor
-(k1 + 1), which changes no ranking, is left out. k1 = 1.2 and b = 0.75 are its defaults too.
+(k1 + 1), which changes no ranking, is left out. k1 and b are its defaults too.
 A word is a run of letters, marks and digits, in NFC and lower case: `np.linalg_norm` has three.
 Scripts written without spaces, and Hangul, become overlapping pairs of characters instead.
 The paper does not use BM25; its Sec. 3.4 mines candidates with an embedder.
@@ -20,6 +20,7 @@ from collections import Counter
 import numpy as np
 import regex
 
+K1, B = 1.2, 0.75
 # Thai, Lao, Tibetan, Burmese, Khmer; Hangul (words carry endings: pairs find the stem); kana, Han.
 NO_SPACES = (
     "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u1100-\u11ff\uac00-\ud7af"
@@ -50,15 +51,10 @@ def split_words(text):
 class BM25:
     """Index documents for BM25 search: one list of (document, impact) per word, nothing N x N.
 
-    documents: a sequence of N strings; a document without words is never found.
-    Raises TypeError for a single string, ValueError for k1 < 0 or b outside [0, 1].
+    documents: N strings; a document without words is never found.
     """
 
-    def __init__(self, documents, k1=1.2, b=0.75):
-        if isinstance(documents, str):
-            raise TypeError("documents must be a sequence of strings, got one string")
-        if k1 < 0 or not 0 <= b <= 1:
-            raise ValueError(f"BM25 needs k1 >= 0 and 0 <= b <= 1, got k1={k1}, b={b}")
+    def __init__(self, documents):
         self.vocabulary, tokens, lengths = {}, array("i"), array("i")
         for document in documents:
             words = split_words(document)
@@ -75,7 +71,7 @@ class BM25:
         df = np.bincount(word, minlength=n_words)
         idf = np.log1p((self.n_documents - df + 0.5) / (df + 0.5))
         mean_length = lengths.mean() if keys.size else 1.0
-        damping = k1 * (1 - b + b * lengths / mean_length)
+        damping = K1 * (1 - B + B * lengths / mean_length)
         self._starts = np.concatenate([[0], np.cumsum(df)]).tolist()
         self._documents = document.astype(np.int32)
         self._impacts = (idf[word] * frequency / (frequency + damping[document])).astype(np.float32)
@@ -100,8 +96,6 @@ class BM25:
         Best first; equal scores, those of documents without a shared word (0.0) included, go by
         lower index, so the result is a pure function of the documents and the queries.
         """
-        if isinstance(queries, str):
-            raise TypeError("queries must be a sequence of strings, got one string")
         k = max(0, min(k, self.n_documents))
         indices = np.zeros((len(queries), k), dtype=np.int64)
         best = np.zeros((len(queries), k), dtype=np.float32)

@@ -160,21 +160,16 @@ def lines_of(path):
         raise ValueError(f"{path}:{number + 1}: cannot be read to the end: {error}") from error
 
 
-def read_jsonl(path, required=None, skip_bad=False, on_bad=None):
-    """Yield the rows (dicts) of a JSONL file.
+def read_jsonl(path, required=None):
+    """Yield the rows (dicts) of a JSONL file; ValueError "path:line: reason" for a bad line.
 
-    required: {key: type or tuple of types} that every row must have. A bad line raises ValueError
-    "path:line: reason"; with `skip_bad` it is left out and reported to `on_bad(message)`.
+    required: {key: type or tuple of types} that every row must have.
     """
     for number, line in lines_of(path):
         try:
             row = parse_line(line, required)
         except ValueError as error:
-            if not skip_bad:
-                raise ValueError(f"{path}:{number}: {error}") from None
-            if on_bad:
-                on_bad(f"{path}:{number}: {error}")
-            continue
+            raise ValueError(f"{path}:{number}: {error}") from None
         yield row
 
 

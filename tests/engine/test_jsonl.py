@@ -59,9 +59,6 @@ def test_a_bad_line_is_named_by_file_and_number_or_counted(tmp_path, line, reaso
             read()
         assert type(caught.value) is ValueError and str(caught.value).startswith(f"{path}:2: ")
         assert reason in str(caught.value) and len(str(caught.value)) < 1000
-    messages = []
-    rows = list(read_jsonl(path, skip_bad=True, on_bad=messages.append))
-    assert len(rows) == 2 and len(messages) == 1 and f"{path}:2: " in messages[0]
     rows = JsonlFiles([path], parse_text, tmp_path, skip_bad=True)
     assert (len(rows), rows.bad, rows[1]) == (2, 1, "a")
 
