@@ -26,9 +26,10 @@ from dhnm import HardNegativePool, should_replace
 from engine.batch import Batch, end_text  # noqa: F401
 from engine.collection import (Collection, document_text, find_packed,  # noqa: F401
                                load_collection, read_with_ids)
-from engine.index import ALONE, JsonlFiles, text_id
+from engine.distributed import ALONE
+from engine.index import JsonlFiles, text_id
 from engine.jsonl import is_json
-from engine.mining import Miner, encode_queries
+from engine.mining import Miner
 from engine.order import choice, shuffled
 from engine.passages import Passages
 from engine.tokens import TokenStream
@@ -362,8 +363,7 @@ def fill_pools(tasks, embedder):
         else:
             search = miner.passages(kind, passages)
             if kind != "clr":
-                queries = miner.queries(kind, len(rows), lambda first, end: encode_queries(
-                    embedder, [rows[q] for q in range(first, end)], task.prompt))
+                queries = miner.queries(kind, rows, task.prompt)
             pools, _ = miner.pools(kind, passages, queries, search,
                                    (cfg.pool_size, cfg.n_negatives), keep)
         width = int((pools >= 0).sum(1).max())

@@ -9,7 +9,6 @@ no rank ever holds all embeddings. Files are 16-bit where they would be large. P
 """
 import os
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -172,14 +171,12 @@ class Shared:
                 if not self.done[i] and (mine or everywhere):
                     part = work(i * self.step, min((i + 1) * self.step, self.shape[0]))
                     if mine:
-                        self._write(self.path, i * self.step * self._row(), part.astype(self.dtype))
+                        part = np.asarray(part, dtype=self.dtype)
+                        self._write(self.path, i * self.step * part[0].nbytes, part)
                         self._write(self.notes, i, np.ones(1, np.uint8))
         together(self.world, run)
         return np.memmap(self.path, self.dtype, "r", shape=self.shape) if self.shape[0] else \
             np.empty(self.shape, self.dtype)
-
-    def _row(self):
-        return self.shape[1] * self.dtype.itemsize
 
     def _write(self, path, offset, values):
         with open(path, "r+b") as file:                    # a full disk is an OSError here, and
@@ -233,16 +230,6 @@ class View:
         return out
 
 
-def encode_queries(embedder, rows, default):
-    """Return (Q, D) vectors of the rows' queries, each under its own instruction."""
-    prompts = [default if row["prompt"] is None else row["prompt"] for row in rows]
-    out = np.empty((len(rows), embedder.dim), dtype=np.float32)
-    for prompt in Counter(prompts):
-        chosen = [i for i, other in enumerate(prompts) if other == prompt]
-        out[chosen] = embedder.encode([rows[i]["query"] for i in chosen], prompt=prompt)
-    return out
-
-
 class Miner:
     """Mine the pools of some tasks, one after the other; texts that they share are embedded once.
 
@@ -269,9 +256,18 @@ class Miner:
                 [passages.text(i) for i in new[first:end].tolist()])))
         return Exact(View(self.store, places), self.embedder.device)
 
-    def queries(self, name, n, encode):
-        """Return the embeddings (n, D) of queries; encode: (first, end) -> (end - first, D)."""
-        return self._embed(f"{name}.queries", n, encode)
+    def queries(self, name, rows, default):
+        """Return the embeddings (Q, D) of the rows' queries, each under its own instruction."""
+        def encode(first, end):
+            part = [rows[q] for q in range(first, end)]
+            prompts = [default if row["prompt"] is None else row["prompt"] for row in part]
+            out = np.empty((len(part), self.embedder.dim), dtype=np.float32)
+            for prompt in dict.fromkeys(prompts):
+                chosen = [i for i, other in enumerate(prompts) if other == prompt]
+                out[chosen] = self.embedder.encode([part[i]["query"] for i in chosen],
+                                                   prompt=prompt)
+            return out
+        return self._embed(f"{name}.queries", len(rows), encode)
 
     def pools(self, name, passages, queries, search, sizes, keep=None):
         """Return (candidates, cosines), (Q, depth) int32 and float32 in a file.

@@ -263,9 +263,9 @@ def test_translated_queries_are_mined_around_their_positive(tokenizer, embedder,
                        atol=1e-6)
 
 
-def test_queries_are_embedded_under_their_own_instruction(embedder):
+def test_queries_are_embedded_under_their_own_instruction(embedder, tmp_path):
     rows = [{"query": "the fox", "prompt": prompt} for prompt in (None, "over", "", None)]
-    vectors = data.encode_queries(embedder, rows, "jumps")
+    vectors = mining.Miner(tmp_path, embedder).queries("x", rows, "jumps")
     right = [embedder.encode("the fox", prompt=prompt) for prompt in ("jumps", "over", "", "jumps")]
     assert np.allclose(vectors, right, atol=1e-6)
 

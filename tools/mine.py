@@ -26,7 +26,7 @@ from engine import distributed
 from engine.bm25 import BM25
 from engine.index import JsonlFiles, together
 from engine.jsonl import atomic, to_line
-from engine.mining import Miner, encode_queries
+from engine.mining import Miner
 from engine.passages import Passages
 
 PART = 4096                        # rows that one rank writes at a time
@@ -83,9 +83,7 @@ def mine_rows(cfg, world):
     miner = Miner(folder, embedder, world)
     search, queries = miner.passages("all", passages), None
     if cfg.task != "clr":
-        prompt = embedder.prompts.get(cfg.task)
-        queries = miner.queries("all", len(rows), lambda first, end: encode_queries(
-            embedder, [rows[q] for q in range(first, end)], prompt))
+        queries = miner.queries("all", rows, embedder.prompts.get(cfg.task))
     if cfg.lexical and world.is_main:
         print(f"BM25: about {1e-7 * len(rows) * len(passages) / world.size / 60:,.1f} minutes")
     bm25 = BM25(passages.text(i) for i in range(len(passages))) if cfg.lexical else None
