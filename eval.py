@@ -27,12 +27,12 @@ from configurator import load_config
 from data import document_text, load_collection
 from embed import Embedder
 from engine.bm25 import BM25, split_words, top_k_of
+from engine.collection import HELD_OUT, choose_split, languages_in, read_groups, set_name
 from engine.jsonl import atomic, read_jsonl
 from engine.metrics import (average_precision, hit_at_k, mean_average_precision,  # noqa: F401
                             mrr_at_k, ndcg_at_k, recall_at_k, spearman, v_measure)
 from engine.mteb_bridge import (MTEBModel, SentenceTransformerBaseline,  # noqa: F401
                                 evaluate_mteb, join_names, prompt_of)
-from engine.splits import HELD_OUT, choose_split, languages_in, read_groups, set_name
 from mask import CAUSAL
 
 DOCS = "out/installed_docs/test"   # the default collection, built by toy/

@@ -37,10 +37,7 @@ def open_log(path, step):
     with open(path, "ab+") as file:
         file.seek(0)
         for line in file:
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                    break
-            except (ValueError, KeyError, TypeError):
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                 break
             size += len(line)
         file.truncate(size)

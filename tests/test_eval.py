@@ -13,7 +13,7 @@ import pytest
 import data
 import eval as evaluation
 from data import PROMPTS, Collection
-from engine import collection, metrics, mteb_bridge, splits
+from engine import collection, metrics, mteb_bridge
 from eval import (CachedEncoder, LexicalBaseline, average_precision, evaluate, hit_at_k,
                   mean_average_precision, mrr_at_k, ndcg_at_k, recall_at_k, spearman)
 
@@ -51,7 +51,7 @@ def random_gains(seed, queries=30, ranks=12):
 
 
 def test_documentation_examples():
-    results = [doctest.testmod(m) for m in (metrics, splits, collection, mteb_bridge, data)]
+    results = [doctest.testmod(m) for m in (metrics, collection, mteb_bridge, data)]
     assert results[0].attempted >= 7 and not any(result.failed for result in results)
 
 
