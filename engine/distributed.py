@@ -70,10 +70,8 @@ class World:
         """Return {name: mean over ranks} of a dict of numbers with the same keys on every rank."""
         if self.size == 1:
             return dict(values)
-        packed = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
-        packed = packed.to(self.device, torch.float32 if self.device.type == "npu" else None)
-        dist.all_reduce(packed)
-        return dict(zip(values, (packed / self.size).tolist()))
+        ranks = self.gather_objects({name: float(value) for name, value in values.items()})
+        return {name: sum(rank[name] for rank in ranks) / self.size for name in values}
 
     def gather(self, tensor):
         """Concatenate a CPU tensor of every rank, in rank order."""

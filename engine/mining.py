@@ -16,6 +16,7 @@ import torch
 
 from engine.distributed import ALONE, together
 from engine.index import text_id
+from engine.jsonl import atomic
 
 TEXTS = 20_000                     # texts that one rank embeds at a time
 UNIT = 32_768                      # queries that one rank searches with at a time, at most
@@ -141,7 +142,8 @@ def top(scores, k):
 class Shared:
     """An array in a file that all ranks fill and map; parts that are done are noted beside it.
 
-    shape: (N, width). Part i has the rows i * step and following, and is rank i % W's.
+    shape: (N, width). Part i has the rows i * step and following, and is rank i % W's. Parts that
+    are done are not filled again, so the path must say what the array is made of.
     """
 
     def __init__(self, path, shape, dtype, step, world=ALONE):
@@ -151,13 +153,12 @@ class Shared:
         self.done = world.on_main(self._create)
 
     def _create(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        size = int(np.prod(self.shape)) * self.dtype.itemsize
-        if not self.path.is_file() or self.path.stat().st_size != size \
-                or not self.notes.is_file() or self.notes.stat().st_size != self.n_parts:
-            self.notes.write_bytes(bytes(self.n_parts))
+        if not self.notes.is_file():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "wb") as file:
-                file.truncate(size)
+                file.truncate(int(np.prod(self.shape)) * self.dtype.itemsize)
+            with atomic(self.notes, "wb") as file:
+                file.write(bytes(self.n_parts))
         return self.notes.read_bytes()
 
     def fill(self, work, everywhere=False):

@@ -14,7 +14,7 @@ from engine.jsonl import atomic, is_whole, seal
 from engine.order import mix, shuffled
 
 DOCUMENTS = 65_536                 # of a shard
-OPEN = 256                         # shards that a rank maps at a time
+OPEN = 256                         # shards that a rank maps at a time, each an open file
 
 
 class TokenStream:
@@ -27,27 +27,11 @@ class TokenStream:
 
     def __init__(self, rows, tokenizer, folder, seed=0, world=ALONE):
         self.folder, self.seed, n = Path(folder), seed, -(-len(rows) // DOCUMENTS)
-        sizes = np.sum(together(world, lambda: [
-            self._shard(s, rows, tokenizer) if s % world.size == world.rank else 0
-            for s in range(n)]), axis=0)
-        self.ends = np.cumsum(sizes // 4)
-        self._map = lru_cache(OPEN)(lambda s: np.memmap(self._path(s), np.uint32, "r"))
-
-    def _path(self, s):
-        return self.folder / f"{s:06d}.bin"
-
-    def _shard(self, s, rows, tokenizer):
-        """Write shard s unless it is there, whole; return its bytes."""
-        path = self._path(s)
-        if not is_whole(path):
-            end = min((s + 1) * DOCUMENTS, len(rows))
-            with atomic(path, "wb") as file:
-                for start in range(s * DOCUMENTS, end, 1000):
-                    texts = [rows[i] for i in range(start, min(start + 1000, end))]
-                    for ids in tokenizer.encode_batch(texts):
-                        np.array(ids + [tokenizer.eos_id], dtype=np.uint32).tofile(file)
-            seal(path)
-        return path.stat().st_size
+        paths = [self.folder / f"{s:06d}.bin" for s in range(n)]
+        together(world, lambda: [write_shard(paths[s], s, rows, tokenizer)
+                                 for s in range(world.rank, n, world.size)])
+        self.ends = np.cumsum([path.stat().st_size // 4 for path in paths])
+        self._shard = lru_cache(OPEN)(lambda s: np.memmap(paths[s], np.uint32, "r"))
 
     def __len__(self):
         return int(self.ends[-1])
@@ -58,7 +42,7 @@ class TokenStream:
         while start < end:
             first = int(self.ends[s - 1]) if s else 0
             stop = min(end, int(self.ends[s]))
-            out.append(self._map(s)[start - first:stop - first])
+            out.append(self._shard(s)[start - first:stop - first])
             start, s = stop, s + 1
         return np.concatenate(out).astype(np.int64)
 
@@ -71,3 +55,16 @@ class TokenStream:
         shift = mix(np.asarray(positions, dtype=np.uint64) // np.uint64(n), self.seed + 1)
         starts = place * block + (shift % np.uint64(block)).astype(np.int64)
         return np.stack([self.read(s, s + block + 1) for s in starts.tolist()])
+
+
+def write_shard(path, s, rows, tokenizer):
+    """Write shard s of the rows' tokens unless it is there, whole."""
+    if is_whole(path):
+        return
+    end = min((s + 1) * DOCUMENTS, len(rows))
+    with atomic(path, "wb") as file:
+        for start in range(s * DOCUMENTS, end, 1000):
+            texts = [rows[i] for i in range(start, min(start + 1000, end))]
+            for ids in tokenizer.encode_batch(texts):
+                np.array(ids + [tokenizer.eos_id], dtype=np.uint32).tofile(file)
+    seal(path)
