@@ -67,7 +67,7 @@ class CorruptCheckpoint(ValueError):
 
 
 def save(run_dir, step, files, keep_last=2):
-    """Write `files` as checkpoint `step`, keep the newest `keep_last` good ones, return the path.
+    """Write `files` as checkpoint `step`, keep the newest `keep_last`, return the path.
 
     `files` maps names to contents: bytes or str are written as they are, any nesting of tensors and
     plain Python values (`*.pt`) as torch.save does. Raises OSError for a full or read-only disk,
@@ -182,17 +182,10 @@ def _delete(path):
 
 
 def _prune(run_dir, new, keep_last):
-    """Delete what is older than `keep_last` good checkpoints; damaged ones among them stay."""
-    good = 1
-    for path in _checkpoints(run_dir):
+    """Delete all but `new` and the newest others, `keep_last` together."""
+    for path in [path for path in _checkpoints(run_dir) if path != new][keep_last - 1:]:
         try:
-            if path != new and good < keep_last:
-                verify(path)
-                good += 1
-            elif path != new:
-                _delete(path)
-        except CorruptCheckpoint:
-            continue
+            _delete(path)
         except OSError as error:
             warnings.warn(f"{new} is saved, but {path} could not be deleted: {error}", stacklevel=3)
 

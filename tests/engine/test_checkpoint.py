@@ -117,17 +117,6 @@ def test_keep_last(tmp_path):
     assert names(tmp_path) == ["step_000002"]
 
 
-def test_pruning_counts_good_checkpoints_only(tmp_path):
-    for step in (1, 2):
-        save(tmp_path, step, state(step))
-    (tmp_path / "step_000002" / "model.pt").write_bytes(b"")
-    save(tmp_path, 3, state(3), keep_last=2)
-    assert names(tmp_path) == ["step_000001", "step_000002", "step_000003"]
-    (tmp_path / "step_000003" / "model.pt").write_bytes(b"")
-    with pytest.warns(UserWarning, match="step_00000[32].*model.pt"):
-        assert step_of(latest(tmp_path)) == 1
-
-
 def test_saving_a_damaged_step_again_replaces_it(tmp_path):
     (save(tmp_path, 1, state(1)) / "model.pt").write_bytes(b"x")
     save(tmp_path, 1, state(1), keep_last=3)
