@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from data import (PROMPTS, document_text, end_text, find_packed, format_query, prompt_length,
@@ -68,10 +67,7 @@ class Embedder:
                              f"{error!r}") from None
         self._set(model.to(device).eval(), tokenizer, mask, max_len, prompts, dtype)
         self.checkpoint, self.meta = where, meta
-        if self.dtype == "bfloat16" and self.device.type == "cpu":
-            for layer in model.modules():          # else autocast rounds them again in each pass
-                if isinstance(layer, nn.Linear):
-                    layer.to(torch.bfloat16)
+        kernels.pack(model, getattr(torch, self.dtype))
 
     @classmethod
     def of(cls, model, tokenizer, mask, max_len, prompts=PROMPTS, dtype=None):

@@ -13,6 +13,7 @@ of a padded block; otherwise as in model.py.
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -268,6 +269,31 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+# ---------------------------------------------------------------- matmuls of a finished model
+
+def pack(model, dtype, tokens=4096):
+    """Lay out the weights of a CPU model's matmuls for oneDNN once, for texts without a gradient.
+
+    torch rounds and lays them out in every pass, and takes a slower library in float32. The
+    parameters stay as they are; the packed copy serves inputs of `dtype`. tokens: of a usual pass.
+    """
+    onednn, known = torch.ops.mkldnn, torch.backends.mkldnn.is_available()
+    if not known or dtype == torch.bfloat16 and not onednn._is_mkldnn_bf16_supported():
+        return
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) and layer.weight.device.type == "cpu":
+            weight = layer.weight.detach().to(dtype)
+            layer.forward = partial(packed_linear, layer.weight,
+                                    onednn._reorder_linear_weight(weight, tokens))
+
+
+def packed_linear(weight, packed, x):
+    """Return x weight^T, by the packed weight where it fits: x (S, D), weight (F, D)."""
+    if torch.is_grad_enabled() or x.dtype != packed.dtype:
+        return F.linear(x, weight)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 # ---------------------------------------------------------------- LM cross-entropy in chunks
