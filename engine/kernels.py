@@ -291,7 +291,7 @@ def pack(model, dtype, tokens=4096):
 
 def packed_linear(weight, packed, x):
     """Return x weight^T, by the packed weight where it fits: x (S, D), weight (F, D)."""
-    if torch.is_grad_enabled() or x.dtype != packed.dtype:
+    if torch.is_grad_enabled() or (x.dtype, x.device) != (packed.dtype, packed.device):
         return F.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
