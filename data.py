@@ -367,7 +367,7 @@ def fill_pools(tasks, embedder):
             pools, _ = miner.pools(kind, passages, queries, search,
                                    (cfg.pool_size, cfg.n_negatives), keep)
         width = int((pools >= 0).sum(1).max())
-        task.pool = HardNegativePool(torch.from_numpy(pools[:, :width].astype(np.int64)),
+        task.pool = HardNegativePool(torch.from_numpy(np.array(pools[:, :width])),
                                      cfg.n_negatives, policy=cfg.dhnm)
     miner.clear()
 

@@ -15,6 +15,8 @@ pool does (here the hardest candidate seen so far comes back, and the query is c
 DEVIATES: Eq. (6) prints no absolute values; the prose has them, at 0.4 and at 0.7.
 """
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 
 def should_replace(initial, current):
@@ -31,7 +33,8 @@ def should_replace(initial, current):
 class HardNegativePool:
     """The candidates of Q queries, which of them are in use, and the scores seen so far.
 
-    candidates: for each query a list of ids, hardest first, of any length; -1 is an empty place.
+    candidates: for each query a list of ids, hardest first, of any length; or all as one integer
+    tensor (Q, P), where -1 is an empty place at the end.
     policy: "v2" is Eq. (6); "fixed" keeps the first N, for comparison.
 
     >>> pool = HardNegativePool([[7, 8, 9]], n_negatives=2)
@@ -46,10 +49,12 @@ class HardNegativePool:
     def __init__(self, candidates, n_negatives=7, policy="v2"):
         if policy not in ("v2", "fixed"):
             raise ValueError(f"policy {policy!r} is unknown; choose v2 or fixed")
+        if not torch.is_tensor(candidates):
+            candidates = pad_sequence(
+                [torch.tensor(ids, dtype=torch.int64) for ids in candidates], True, -1)
         q, n = len(candidates), n_negatives
-        width = max([n, *map(len, candidates)])
         self.policy, self.n_negatives = policy, n
-        self.candidates = torch.tensor([[*ids, *[-1] * (width - len(ids))] for ids in candidates])
+        self.candidates = F.pad(candidates, (0, max(0, n - candidates.shape[1])), value=-1)
         size = (self.candidates >= 0).sum(1, keepdim=True)                  # (Q, 1) of each pool
         self.slots = torch.where(torch.arange(n) < size, torch.arange(n), -1)   # (Q, N) columns
         self.next = size[:, 0].clamp(max=n)                                 # (Q,) first unused one
@@ -63,7 +68,7 @@ class HardNegativePool:
         """Return the candidate ids in use, (B, N) int64; -1 where a pool is smaller than N."""
         slots = self.slots[torch.as_tensor(query_ids)]                      # (B, N)
         ids = self.candidates[torch.as_tensor(query_ids)].gather(1, slots.clamp(min=0))
-        return torch.where(slots < 0, -1, ids)
+        return torch.where(slots < 0, -1, ids.long())
 
     def update(self, query_ids, scores):
         """Take the cosines (B, N) of the step's hard negatives; replace those that are too easy.

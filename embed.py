@@ -67,6 +67,7 @@ class Embedder:
                              f"{error!r}") from None
         self._set(model.to(device).eval(), tokenizer, mask, max_len, prompts, dtype)
         self.checkpoint, self.meta = where, meta
+        kernels.pack(model, getattr(torch, self.dtype))
 
     @classmethod
     def of(cls, model, tokenizer, mask, max_len, prompts=PROMPTS, dtype=None):

@@ -13,6 +13,7 @@ of a padded block; otherwise as in model.py.
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 
 from engine import flash
 from mask import mask_weights
+
+SMALL = 1 << 15                    # numbers in a group's queries, up to which SDPA is faster
 
 
 def pick(device, compile=False):
@@ -167,9 +170,11 @@ def attention(q, k, v, texts):
 
 def block_attention(q, k, v, group, mask):
     """Choose the kernel of one group: q (B, H, T, E), k, v (B, K, T, E) -> like q."""
-    # measured on a CPU: in bfloat16 up to 256 tokens plain matmuls beat SDPA 2 to 4 times
-    short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256
-    if group.weights is not None or short:
+    # measured on a CPU in bfloat16: up to 256 tokens plain matmuls beat SDPA 2 to 4 times, but not
+    # for a few short texts
+    plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256 \
+        and q.numel() > SMALL
+    if group.weights is not None or plain:
         return explicit_attention(q, k, v, group.bias, mask.is_causal, group.weights)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=group.bias, enable_gqa=True,
                                           is_causal=mask.is_causal and q.shape[2] > 1)
@@ -187,10 +192,9 @@ def explicit_attention(q, k, v, bias=None, is_causal=False, weights=None):
     logits = (q @ k.transpose(-2, -1)).view(b, kv, h // kv, t, t)           # (B, K, H/K, T, T)
     if weights is not None:
         logits = logits * weights[:, :, None]
-    if is_causal:
-        future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
-        logits = logits.masked_fill(future, -torch.inf)
-    elif bias is not None:
+    if is_causal:                                  # added, not filled in: it has no gradient
+        bias = torch.full((1, 1, t, t), -torch.inf, dtype=logits.dtype, device=q.device).triu(1)
+    if bias is not None:
         logits = logits + bias[:, :, None]
     probs = torch.softmax(logits, dim=-1, dtype=torch.float32).to(v.dtype)
     return (probs.reshape(b, kv, h // kv * t, t) @ v).view(b, h, t, e)
@@ -265,6 +269,31 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+# ---------------------------------------------------------------- matmuls of a finished model
+
+def pack(model, dtype, tokens=4096):
+    """Lay out the weights of a CPU model's matmuls for oneDNN once, for texts without a gradient.
+
+    torch rounds and lays them out in every pass, and takes a slower library in float32. The
+    parameters stay as they are; the packed copy serves inputs of `dtype`. tokens: of a usual pass.
+    """
+    onednn, known = torch.ops.mkldnn, torch.backends.mkldnn.is_available()
+    if not known or dtype == torch.bfloat16 and not onednn._is_mkldnn_bf16_supported():
+        return
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) and layer.weight.device.type == "cpu":
+            weight = layer.weight.detach().to(dtype)
+            layer.forward = partial(packed_linear, layer.weight,
+                                    onednn._reorder_linear_weight(weight, tokens))
+
+
+def packed_linear(weight, packed, x):
+    """Return x weight^T, by the packed weight where it fits: x (S, D), weight (F, D)."""
+    if torch.is_grad_enabled() or (x.dtype, x.device) != (packed.dtype, packed.device):
+        return F.linear(x, weight)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 # ---------------------------------------------------------------- LM cross-entropy in chunks

@@ -282,6 +282,7 @@ def tune(lab):
     return lab.work / "rates.json"
 
 
+STAGE_3_ONLY = ("table12", "sec32", "curve")
 COMMANDS = {"tune": tune, "table4": table4, "table6": table6, "table12": table12, "sec32": sec32,
             "sec34": sec34, "curve": curve}
 
@@ -294,7 +295,7 @@ def main(argv=None):
         raise ValueError(f"seeds {cfg.seeds} and lm_seeds {cfg.lm_seeds}: at least one of each")
     lab = Lab(cfg)
     if cfg.tune:
-        lab.tune(with_lora=name == "table6")
+        lab.tune(WEAK if name in STAGE_3_ONLY else SUP, with_lora=name == "table6")
     return COMMANDS[name](lab)
 
 

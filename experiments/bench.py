@@ -274,7 +274,7 @@ def encoding(cfg, rows):
     with tempfile.TemporaryDirectory() as folder:
         path = exported(cfg, folder, 256)
         for dtype in DTYPES:
-            ours = Embedder.of(cfg.model(), words()[1], FULL, 256, dtype=dtype)
+            ours = Embedder(path, cfg.device, dtype)
             theirs = SentenceTransformer(path, device=cfg.device,
                                          model_kwargs={"dtype": getattr(torch, dtype)})
             near = (ours.encode(texts[:8]) * theirs.encode(texts[:8])).sum(1).min()

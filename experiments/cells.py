@@ -227,11 +227,12 @@ class Lab:
             work["STS"] = lambda e: mean_score(e, "sts", cfg.sts, "spearman")
         return work
 
-    def tune(self, with_lora=False):
-        """Choose the learning rates on the dev questions; all cells take the same.
+    def tune(self, stage=SUP, with_lora=False):
+        """Choose the learning rates of stages 3 and 4 on the dev questions; all cells take them.
 
         Each is the best by Multi and Eng over two cells: nothing on, and everything on. LoRA's is a
-        multiple of it, chosen at rank 32. WORK/rates.json keeps them.
+        multiple of it, chosen at rank 32. stage: the last one that is tuned. WORK/rates.json keeps
+        the rates, and what each of them scored.
         """
         def choose(name, trials):
             if name not in self.tuned["rates"]:
@@ -247,6 +248,8 @@ class Lab:
 
         base = {stage: self.base[stage].learning_rate for stage in (WEAK, SUP)}
         weak = choose(WEAK, {x * base[WEAK]: both(WEAK, weak_rate=x * base[WEAK]) for x in RATES})
+        if stage == WEAK:
+            return
         sup = choose(SUP, {x * base[SUP]: both(SUP, weak_rate=weak, sup_rate=x * base[SUP])
                            for x in RATES})
         if with_lora:

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ import torch
 
 import data
 from configurator import load_config
+from dhnm import HardNegativePool
 from engine import distributed
 from engine.index import together
 from engine.jsonl import atomic
@@ -131,8 +133,12 @@ def rehearse(folder, world):
     meter("second start", lambda: rows("pairs"))
     found = meter("index of stage 4", lambda: rows("retrieval"))
     passages = meter("passage tables", lambda: Passages(found, cache, world))
-    meter("pools of mined rows", lambda: Miner(cache / "mining", Vectors, world).of_rows(
-        "retrieval", passages, 50, lambda pool, scores: data.hard_enough(pool, scores, 7)))
+
+    def fill():
+        pools, _ = Miner(cache / "mining", Vectors, world).of_rows(
+            "retrieval", passages, 50, partial(data.hard_enough, n=7))
+        return HardNegativePool(torch.from_numpy(np.array(pools)))
+    meter("pools of mined rows", fill)
 
     def draw(first, end):
         vectors = np.random.default_rng(first).standard_normal((end - first, WIDTH), np.float32)

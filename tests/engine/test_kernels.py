@@ -68,6 +68,25 @@ def layout_of(lengths, mask=FULL, dtype=torch.float32):
     return Layout(lengths, mask, torch.device("cpu"), dtype)
 
 
+@pytest.mark.parametrize("dtype, close", [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_packed_weights_give_the_same_vectors_and_leave_training_alone(dtype, close, monkeypatch):
+    """The packed copy serves texts without a gradient; parameters and gradients stay."""
+    lengths, calls = [9, 4, 7], []
+    ids = torch.cat(texts_of(*lengths))
+    packed, model = tiny(kernels.pick("cpu")), tiny(kernels.pick("cpu"))
+    kernels.pack(packed, getattr(torch, dtype))
+    linear = F.linear
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.no_grad():
+            want = model(ids, lengths, FULL)
+            monkeypatch.setattr(F, "linear", lambda *args: calls.append(1) or linear(*args))
+            assert relative(packed(ids, lengths, FULL), want) < close and not calls
+        packed(ids, lengths, FULL).square().sum().backward()
+        model(ids, lengths, FULL).square().sum().backward()
+    for (name, p), q in zip(packed.named_parameters(), model.parameters()):
+        assert torch.equal(p, q) and torch.equal(p.grad, q.grad), name
+
+
 def test_a_layout_by_hand():
     layout = layout_of([2, 9, 3, 8])
     assert [g.shape for g in layout.groups] == [(2, 9), (2, 3)]
