@@ -143,7 +143,7 @@ class JsonlFile:
         """Check the lines that begin in range k -> columns, and what there is to say of them."""
         begin, end = k * RANGE, min((k + 1) * RANGE, self.plain.stat().st_size)
         columns = [array("q") for _ in range(5 if self.with_ids else 1)]
-        said = {"bad": 0, "scored": 0, "prompts": Counter(), "bytes": end - begin}
+        said = {"bad": 0, "scored": 0, "prompts": Counter()}
         with open(self.plain, "rb") as file:
             sha256 = hashlib.sha256()
             for block in _blocks(file, begin, end):
@@ -180,8 +180,7 @@ class JsonlFile:
     def _join(self, parts):
         """Return what to add to the columns of each part, and what to say of the file."""
         add, prompts, rows, ids = [], Counter(), 0, 0
-        bad, scored, size = (sum(said[key] for _, said in parts) for key in (
-            "bad", "scored", "bytes"))
+        bad, scored = (sum(said[key] for _, said in parts) for key in ("bad", "scored"))
         for lengths, said in parts:
             add.append([0, 0, ids, 0, 0])
             rows, ids = rows + lengths[0], ids + sum(lengths[4:])
@@ -192,8 +191,8 @@ class JsonlFile:
         digests = [said["sha256"] for _, said in parts]
         whole = digests[0] if len(digests) == 1 else \
             hashlib.sha256("".join(digests).encode()).hexdigest()
-        return add, {"bad": bad, "size": size, "sha256": whole, "prompts": prompts,
-                     "scored": scored}
+        return add, {"bad": bad, "scored": scored, "prompts": prompts, "sha256": whole,
+                     "size": self.plain.stat().st_size}
 
     def open(self):
         """Map the index."""
