@@ -26,11 +26,12 @@ import data
 from configurator import load_config
 from data import document_text, load_collection
 from embed import Embedder
-from engine.bm25 import BM25, split_words, top_k_of
+from engine.bm25 import BM25, split_words
 from engine.collection import HELD_OUT, choose_split, languages_in, read_groups, set_name
 from engine.jsonl import atomic, read_jsonl
 from engine.metrics import (average_precision, hit_at_k, mean_average_precision,  # noqa: F401
                             mrr_at_k, ndcg_at_k, recall_at_k, spearman, v_measure)
+from engine.mining import top
 from engine.mteb_bridge import (MTEBModel, SentenceTransformerBaseline,  # noqa: F401
                                 evaluate_mteb, join_names, prompt_of)
 from mask import CAUSAL
@@ -108,7 +109,7 @@ def search(encoder, queries, documents, k, kind):
     indices = np.empty((len(queries), k), dtype=np.int64)
     for start in range(0, len(queries), rows):
         scores = (left[start:start + rows] @ right.T)[:, place]         # (rows, N)
-        indices[start:start + rows] = [top_k_of(row, k) for row in scores]
+        indices[start:start + rows] = top(torch.from_numpy(scores), k)[1]
     return indices
 
 

@@ -19,6 +19,9 @@ from collections import Counter
 
 import numpy as np
 import regex
+import torch
+
+from engine.mining import top
 
 K1, B = 1.2, 0.75
 # Thai, Lao, Tibetan, Burmese, Khmer; Hangul (words carry endings: pairs find the stem); kana, Han.
@@ -99,23 +102,7 @@ class BM25:
         k = max(0, min(k, self.n_documents))
         indices = np.zeros((len(queries), k), dtype=np.int64)
         best = np.zeros((len(queries), k), dtype=np.float32)
-        for row, query in enumerate(queries):
-            scores = self.scores(query)
-            indices[row] = top_k_of(scores, k)
-            best[row] = scores[indices[row]]
+        for row, query in enumerate(queries if k else ()):
+            values, columns = top(torch.from_numpy(self.scores(query))[None], k)
+            indices[row], best[row] = columns[0], values[0]
         return indices, best
-
-
-def top_k_of(scores, k):
-    """Take the k largest of (N,) scores -> (k,) indices, best first, ties by lower index.
-
-    >>> top_k_of(np.array([1.0, 3.0, 2.0, 3.0, 2.0]), 3).tolist()
-    [1, 3, 2]
-    """
-    if not 0 < k < len(scores):
-        return np.argsort(-scores, kind="stable")[:k]
-    threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
-    above = np.flatnonzero(scores > threshold)
-    level = np.flatnonzero(scores == threshold)[: k - len(above)]
-    chosen = np.concatenate([above, level])            # ties at the edge: lowest index first
-    return chosen[np.lexsort((chosen, -scores[chosen]))]

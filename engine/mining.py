@@ -130,8 +130,9 @@ def top(scores, k):
     edge = values[:, -1:]
     tied = ((scores >= edge).sum(1) > values.shape[1]) & (edge[:, 0] > -torch.inf)
     for row in tied.nonzero()[:, 0].tolist():              # topk leaves open which one it takes
-        order = scores[row].sort(descending=True, stable=True).indices[:values.shape[1]]
-        columns[row], values[row] = order, scores[row, order]
+        above, level = ((scores[row] > edge[row]).nonzero(), (scores[row] == edge[row]).nonzero())
+        columns[row] = torch.cat([above, level])[:values.shape[1], 0]
+        values[row] = scores[row, columns[row]]
     columns, order = columns.sort(1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
     return values, columns.gather(1, order)

@@ -5,11 +5,10 @@ import math
 import random
 import unicodedata
 
-import numpy as np
 import pytest
 
 from engine import bm25
-from engine.bm25 import BM25, split_words, top_k_of
+from engine.bm25 import BM25, split_words
 
 
 def naive_scores(documents, query, k1, b):
@@ -80,11 +79,6 @@ def test_ties_go_by_lower_index():
     indices, scores = index.top_k(["a"], 4)
     assert indices.tolist() == [[1, 3, 4, 0]]
     assert scores[0, 0] == scores[0, 2] > scores[0, 3] == 0
-
-
-def test_top_k_of_ties_at_the_edge():
-    assert top_k_of(np.array([5.0, 7.0, 5.0, 5.0]), 2).tolist() == [1, 0]
-    assert top_k_of(np.array([5.0, 7.0]), 0).tolist() == []
 
 
 def test_empty_query_document_and_collection():

@@ -72,6 +72,11 @@ def test_blocks_give_the_plain_search_ties_by_number(monkeypatch, block, seed):
         assert np.array_equal(half, pool)          # such numbers are exact in 16 bits, too
 
 
+def test_of_equal_scores_the_lower_column_is_taken():
+    values, columns = mining.top(torch.tensor([[5.0, 7, 5, 5], [1, 2, 3, 4]]), 2)
+    assert columns.tolist() == [[1, 0], [3, 2]] and values.tolist() == [[7, 5], [4, 3]]
+
+
 def test_lexical_candidates_ranked_by_cosine_never_entered_a_pool():
     """Why training no longer asks BM25: the nearest `depth` passages were in the pool already."""
     rng = np.random.default_rng(0)
