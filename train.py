@@ -300,7 +300,7 @@ def start(cfg, world, where, before):
         weights, prompts = run.load_weights(cfg, world, source), meta["prompts"]
         tokenizer = Tokenizer.load(source / "tokenizer.tiktoken")
     else:
-        tokenizer = world.main_first(lambda: train_tokenizer(cfg))
+        tokenizer = world.on_main(lambda: train_tokenizer(cfg))
     if tokenizer.vocab_size > cfg.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, more than vocab_size "
                          f"{cfg.vocab_size}")
@@ -443,7 +443,7 @@ def main(argv=None):
         return print(budget.report(cfg, add_lora(model, cfg.lora_rank) if cfg.lora_rank else model))
     world, began, code = distributed.start(cfg.device), time.perf_counter(), 0
     try:
-        world.main_first(lambda: prepare(cfg))
+        world.on_main(lambda: prepare(cfg))
         done = None
         for stage in configs:
             done = finished(stage, world) or train(stage, world, before=done)

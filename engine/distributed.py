@@ -94,12 +94,6 @@ class World:
         """Call `work` on the main rank alone; return its result, or raise its error, on all."""
         return together(self, work if self.is_main else lambda: None)[0]
 
-    def main_first(self, work):
-        """Call `work` on the main rank, then on the others, which find what it has left on disk."""
-        result = work() if self.is_main else None
-        self.barrier()
-        return result if self.is_main else work()
-
 
 ALONE = World(0, 1, torch.device("cpu"))
 

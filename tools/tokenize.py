@@ -21,11 +21,11 @@ def main(argv=None):
         raise ValueError(f"stage {cfg.stage} reads no tokens; give the config of stage 1")
     world = distributed.start("cpu")
     try:
-        world.main_first(lambda: train.prepare(cfg))
+        world.on_main(lambda: train.prepare(cfg))
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         rows = data.Rows(data.sources(cfg, "text"), "text", skip_bad=cfg.skip_bad_lines,
                          world=world)
-        tokenizer = world.main_first(lambda: train.train_tokenizer(cfg))
+        tokenizer = world.on_main(lambda: train.train_tokenizer(cfg))
         stream = data.token_stream(rows, tokenizer, cfg, world)
         if world.is_main:
             print(f"{stream.folder}: {len(rows):,} documents, {len(stream):,} tokens in "

@@ -4,7 +4,6 @@ The two processes run once for the whole file and leave what they found on disk.
 """
 
 import os
-import time
 from functools import partial
 
 import numpy as np
@@ -83,7 +82,7 @@ def step(model, case, rows, micro, no_sync=None):
 # ---------------------------------------------------------------- what each of the processes does
 
 def worker(world, folder):
-    parts = work(world, folder)
+    parts = work(world)
     distributed.stop()
     torch.save(parts | {"threads": threads()}, f"{folder}/rank{world.rank}.pt")
 
@@ -95,10 +94,10 @@ def threads():
     return [open(f"/proc/self/task/{t}/comm").read().strip() for t in os.listdir("/proc/self/task")]
 
 
-def work(world, folder):
+def work(world):
     """Do all that happens on a rank; return what came out."""
     rank, syncs = world.rank, []
-    found = {"world": world_calls(world, folder), "gather": gather_calls(rank)}
+    found = {"world": world_calls(world), "gather": gather_calls(rank)}
 
     def count(state, bucket):
         syncs.append(bucket.is_last())
@@ -118,18 +117,9 @@ def work(world, folder):
     return found
 
 
-def world_calls(world, folder):
+def world_calls(world):
     """Call everything of `World`; return what came out."""
     rank = world.rank
-    order = []
-
-    def work():
-        order.append(os.path.exists(f"{folder}/left"))
-        if rank == 0:
-            time.sleep(0.3)
-            open(f"{folder}/left", "w").close()
-        return rank
-
     return {
         "is": (world.rank, world.size, str(world.device), world.is_main),
         "mean": world.mean({"a": rank + 1, "b": 10.0 * rank, "c": True}),
@@ -140,7 +130,6 @@ def world_calls(world, folder):
         "objects": world.gather_objects({"rank": rank, "names": ["x"] * rank}),
         "alone": world.on_main(lambda: rank),
         "fails": [failure(world, error) for error in (TypeError("odd"), OSError("full"))],
-        "first": (world.main_first(work), order),
         "barrier": world.barrier(),
     }
 
@@ -238,7 +227,6 @@ def test_what_ranks_tell_each_other(found):
         assert world["objects"] == [{"rank": 0, "names": []}, {"rank": 1, "names": ["x"]}]
         assert world["alone"] == 0
         assert world["fails"] == [("TypeError", "odd"), ("OSError", "full")]
-        assert world["first"] == (rank, [rank == 1])        # rank 1 found what rank 0 had left
 
 
 def test_one_process_needs_nobody():
@@ -248,7 +236,6 @@ def test_one_process_needs_nobody():
     assert torch.equal(world.gather(tensor), tensor) and world.gather_objects("x") == ["x"]
     assert world.on_main(lambda: 5) == 5 and failure(world, OSError("full")) == ("OSError", "full")
     assert world.barrier() is None
-    assert world.main_first(lambda: 5) == 5
     assert distributed.parallelize(model, world) is model
 
 
