@@ -7,11 +7,13 @@ No Python object stands for a row, so memory does not grow with the rows. A seco
 the indices and reads no row. A damaged index is named and built again. The folder of indices must
 be one that all ranks see.
 """
+import contextlib
 import gzip
 import hashlib
 import json
 import os
 import shutil
+import time
 import unicodedata
 import zlib
 from array import array
@@ -26,6 +28,7 @@ from engine.distributed import ALONE, together
 from engine.jsonl import atomic, is_whole, parse_line, seal
 
 RANGE = 1 << 26                    # bytes of a file that one rank checks at a time
+OLD = 3600                         # seconds after which a part of another build is removed
 PROMPTS = 100                      # different instructions that are counted
 
 
@@ -57,6 +60,7 @@ def build(jobs, world):
     parts = [(j, k) for j, job in enumerate(jobs) for k in range(job.n_parts)]
     mine = {(j, k): jobs[j].path.with_name(f"{jobs[j].path.stem}.{k}.{token}.tmp")
             for j, k in parts[world.rank::world.size]}
+    world.on_main(lambda: _sweep({job.path.parent for job in jobs}))
 
     def make():
         done = {}
@@ -77,6 +81,14 @@ def build(jobs, world):
     finally:
         for path in mine.values():
             path.unlink(missing_ok=True)
+
+
+def _sweep(folders):
+    """Remove the parts that builds left behind which were killed."""
+    for path in [path for folder in folders for path in folder.glob("*.tmp")]:
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > OLD:
+                path.unlink()
 
 
 def _join(job, parts):
