@@ -10,8 +10,18 @@ tensor, and texts as long as the configuration allows: an upper bound, as real t
 
 B texts, T tokens of a text, S = B * T, D width, E head dim, K key/value heads, H heads, F ffn dim,
 V vocabulary, N parameters, W ranks.
+
+What comes before the first step follows the law in results/rehearsal.json, which
+experiments/rehearsal.py has measured: seconds of a rank for a unit of data, divided by the ranks.
 """
+import json
+from pathlib import Path
+
 from engine.kernels import logits_chunk
+
+LAW = Path(__file__).resolve().parent.parent / "results" / "rehearsal.json"
+CARD = 300e12                      # FLOP/s of a card's matmuls, for what runs on cards
+TEXT = 256                         # tokens of a text that is embedded for mining
 
 WORLDS = (1, 8, 16, 64)
 MODES = ("ddp", "zero1", "fsdp")
@@ -96,6 +106,63 @@ def step_texts(cfg):
     return texts
 
 
+def start_minutes(law, stage, amount, world, shape=None):
+    """Return {part: minutes on one rank} of a stage's start; amount: its tokens, or its rows.
+
+    Stage 4 has twice as many passages as rows; it needs `shape`. Its embedding and search run on
+    cards, at the share of a matmul's rate that exact search reached in the rehearsal.
+    """
+    million, size = amount / 1e6, law["bytes"]
+    parts = {"pretrain": {"index": ("index of text", amount * size["a token of text"] / 1e9),
+                          "tokens": ("token shards", million)},
+             "embed_sup": {"index": ("index of stage 4", million),
+                           "tables": ("passage tables", million),
+                           "pools": ("pools of mined rows", million)}}.get(
+        stage, {"index": ("index of pairs", amount * size["a pair"] / 1e9)})
+    minutes = {name: law[part]["seconds"] * units / world / 60
+               for name, (part, units) in parts.items()}
+    if stage == "embed_sup":
+        rate = CARD * law["exact search"]["share"] * world * 60
+        weights = sum(parameters(shape).values()) - parameters(shape)["embedding"]
+        minutes["embedding"] = 3 * amount * TEXT * 2 * weights / rate
+        minutes["search"] = 2 * amount * 2 * amount * shape.n_embd / rate
+    return minutes
+
+
+def start_bytes(law, stage, amount, cfg):
+    """Return {what: bytes}: files on disk, and the pools of DHNM that each rank holds."""
+    disk = law["disk"]
+    if stage == "pretrain":
+        return {"disk": amount * disk["a token"]}
+    if stage != "embed_sup":
+        return {"disk": amount * 8}
+    pool = 12 * cfg.pool_size + 12 * cfg.n_negatives + 25      # dhnm.py's tensors, a row
+    return {"disk": amount * disk["a row of stage 4"], "pools": amount * pool}
+
+
+def start_report(cfg, shape):
+    """Return the lines of `--dry_run` about what comes before the first step."""
+    if not LAW.is_file():
+        return ["", "the start: run `python -m experiments.rehearsal`, which measures its law"]
+    law = json.loads(LAW.read_text("utf-8"))["law"]
+    lm = cfg.stage == "pretrain"
+    amount = cfg.steps * cfg.batch_size * (cfg.passage_len if lm else 1)
+    minutes = {w: start_minutes(law, cfg.stage, amount, w, shape) for w in WORLDS}
+    lines = ["", f"the start, minutes on each rank: at most {amount:.3g} "
+             f"{'tokens' if lm else 'rows'}, all that the steps visit, by the law of "
+             "results/rehearsal.json",
+             *(f"    {part:<12}" + "".join(f"{minutes[w][part]:>12,.1f}" for w in WORLDS)
+               for part in minutes[1]),
+             f"    {'ranks':<12}" + "".join(f"{world:>12}" for world in WORLDS)]
+    sizes = start_bytes(law, cfg.stage, amount, cfg)
+    lines.append(f"    on disk {sizes['disk'] / GB:,.1f} GB")
+    if "pools" in sizes:
+        lines += [f"    DHNM's pools {sizes['pools'] / GB:,.1f} GB on each rank",
+                  f"    embedding ({TEXT} tokens a text) and search fall away where rows bring "
+                  "cosines (tools/mine.py); both at 300 TFLOP/s a card"]
+    return lines
+
+
 def report(cfg, model):
     """Return the text of `--dry_run`: `cfg` a `TrainConfig`, `model` its model, on "meta" say."""
     shape, texts, lm = model.config, step_texts(cfg), cfg.stage in ("pretrain", "sft")
@@ -125,7 +192,7 @@ def report(cfg, model):
             cells = "".join(f"{x / GB:>{w}.1f}" for x, w in zip(
                 [*numbers, sum(numbers)], (10, 11, 11, 10, 13, 9)))
             lines.append(f"{mode:<7}{world:>6}{cells}")
-    return "\n".join(lines)
+    return "\n".join(lines + start_report(cfg, shape))
 
 
 def pass_tokens(cfg, texts, world):

@@ -7,7 +7,7 @@ Each part runs in processes of its own, which meet through gloo. A rank's second
 CPU, so that more ranks than cores give the same numbers as an idle machine. Its memory is what it
 holds besides mapped files. The law is linear: seconds of one rank for a unit of data, divided by
 the ranks; exact search has its FLOPs, and the share of a plain matmul's rate that the code reaches.
-Writes results/rehearsal.json and the table of docs/scale.md.
+Writes results/rehearsal.json and the tables of docs/scale.md; `train.py --dry_run` reads the law.
 """
 import json
 import math
@@ -30,7 +30,7 @@ import torch
 import data
 from configurator import load_config
 from dhnm import HardNegativePool
-from engine import distributed
+from engine import budget, distributed, run
 from engine.index import together
 from engine.jsonl import atomic
 from engine.mining import CHUNK, Exact, Miner, Shared, mine
@@ -38,11 +38,13 @@ from engine.passages import Passages
 from engine.tokens import TokenStream
 from experiments.results import ROOT, fill, markdown
 from tokenizer import Tokenizer
+from train import TrainConfig
 
 UNITS = {                              # part of a start: the unit that its cost is given for
     "index of text": "GB", "token shards": "million tokens", "index of pairs": "GB",
     "second start": "GB", "index of stage 4": "million rows", "passage tables": "million rows",
     "pools of mined rows": "million rows", "exact search": "TFLOP"}
+PAPER = {"pretrain": 3e12, "sft": 0.6e9, "embed_weak": 1.77e9, "embed_sup": 10.6e6}
 SEARCH, WIDTH = 16_384, 256            # queries and passages of the exact search, and their width
 WORDS = "sort list tree graph node edge file open read write matrix vector random time".split()
 
@@ -54,7 +56,7 @@ class RehearsalConfig:
     ranks: tuple[int, ...] = (1, 2, 4)
     folder: str = ""               # of the rows, some 4 GB for a million; empty: a temporary one
     results: str = "results"
-    page: str = "docs/scale.md"    # whose table is filled; empty: none
+    page: str = "docs/scale.md"    # whose tables are filled; empty: none
     work: str = ""                 # what the command calls itself with: the folder of one rehearsal
 
 
@@ -249,8 +251,22 @@ def table_of(runs):
     return rows
 
 
+def projection(law):
+    """Return the rows of the table: minutes, disk and memory at the paper's own numbers."""
+    rows = []
+    for cfg in run.chain(TrainConfig, [str(ROOT / "config/full/embed_sup.py")]):
+        amount, shape = PAPER[cfg.stage], cfg.model_config()
+        sizes = budget.start_bytes(law, cfg.stage, amount, cfg)
+        for part, alone in budget.start_minutes(law, cfg.stage, amount, 1, shape).items():
+            rows.append({"stage": cfg.stage, "amount": f"{amount:.3g}", "part": part,
+                         **{f"min, {n} ranks": alone / n for n in (1, 16, 64)},
+                         "GB on disk": sizes["disk"] / 1e9 if part == "index" else None,
+                         "GB a rank, DHNM": sizes["pools"] / 1e9 if part == "pools" else None})
+    return rows
+
+
 def main(argv=None):
-    """Rehearse, write the results file and fill the table of the page."""
+    """Rehearse, write the results file and fill the tables of the page."""
     cfg = load_config(RehearsalConfig, argv)
     if cfg.work:
         return worker(cfg.work)
@@ -264,7 +280,7 @@ def main(argv=None):
 
 
 def record(cfg, runs):
-    """Write the results file of {rows: {ranks: rehearsal}}, and fill the table of the page."""
+    """Write the results file of {rows: {ranks: rehearsal}}, and fill the tables of the page."""
     law = fit(runs)
     with atomic(Path(cfg.results) / "rehearsal.json") as file:
         json.dump({"title": "What comes before the first step", "tables": {"": table_of(runs)},
@@ -273,7 +289,8 @@ def record(cfg, runs):
         file.write("\n")
     if cfg.page:
         path = Path(cfg.page)
-        text = fill(path.read_text("utf-8"), {"rehearsal": markdown(table_of(runs))})
+        text = fill(path.read_text("utf-8"), {
+            "rehearsal": markdown(table_of(runs)), "start": markdown(projection(law))})
         with atomic(path) as file:
             file.write(text)
     print("\n".join(markdown(table_of(runs))))

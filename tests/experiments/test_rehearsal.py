@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from engine import index, tokens
+from engine import budget, index, tokens
 from experiments import rehearsal
 from ranks import on_ranks
 from train import distributed
@@ -64,8 +64,23 @@ def test_exact_search_reaches_a_share_of_a_matmuls_rate(runs):
     assert 0.1 < rehearsal.fit(runs)["exact search"]["share"] < 1.2
 
 
-def test_the_law_is_the_cost_of_a_unit(runs):
+def test_the_law_is_the_cost_of_a_unit(runs, tmp_path, monkeypatch, capsys):
     law, parts = rehearsal.fit(runs), runs[12_000][1]["parts"]
     assert law["index of pairs"]["seconds"] == pytest.approx(
         parts["index of pairs"]["seconds"] / parts["index of pairs"]["amount"])
+    cost = budget.start_minutes(law, "embed_weak", 12_000, 2)
+    assert cost["index"] == pytest.approx(parts["index of pairs"]["seconds"] / 60 / 2)
     assert [row["part"] for row in rehearsal.table_of(runs)] == list(rehearsal.UNITS)
+    assert {row["stage"] for row in rehearsal.projection(law)} == set(rehearsal.PAPER)
+    # 10.6M queries x 21.2M passages x 3,584 x 2 FLOP at 300 TFLOP/s a card, on 16 cards
+    path = rehearsal.ROOT / "config/full/embed_sup.py"
+    full = rehearsal.run.chain(rehearsal.TrainConfig, [str(path)])[-1]
+    search = budget.start_minutes({**law, "exact search": {"share": 1.0}}, "embed_sup", 10.6e6, 16,
+                                  full.model_config())["search"]
+    assert search == pytest.approx(10.6e6 * 21.2e6 * 3584 * 2 / 3e14 / 16 / 60)
+    monkeypatch.setattr(budget, "LAW", tmp_path / "law.json")
+    shape = full.model_config()
+    assert "experiments.rehearsal" in budget.start_report(full, shape)[-1]
+    (tmp_path / "law.json").write_text(json.dumps({"law": law}))
+    text = "\n".join(budget.start_report(full, shape))
+    assert "DHNM's pools" in text and "search" in text
