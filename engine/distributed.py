@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import memory
 
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "910B": 376e12}   # dense bfloat16
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
 
 
@@ -36,6 +37,14 @@ def device_module(kind):
     if kind != "cpu" and (module is None or not module.is_available()):
         raise ValueError(f"device {kind!r} is not available on this machine")
     return module if kind != "cpu" else None
+
+
+def peak_flops(device):
+    """Return the nominal bfloat16 FLOP/s of an accelerator, None for CPUs and unknown chips."""
+    if device.type == "cpu":
+        return None
+    name = device_module(device.type).get_device_name(device.index or 0)
+    return next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
 
 
 def matmul_dtype(name, device):
@@ -70,8 +79,10 @@ class World:
         """Return {name: mean over ranks} of a dict of numbers with the same keys on every rank."""
         if self.size == 1:
             return dict(values)
-        ranks = self.gather_objects({name: float(value) for name, value in values.items()})
-        return {name: sum(rank[name] for rank in ranks) / self.size for name in values}
+        packed = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
+        packed = packed.to(self.device, torch.float32 if self.device.type == "npu" else None)
+        dist.all_reduce(packed)
+        return dict(zip(values, (packed / self.size).tolist()))
 
     def gather(self, tensor):
         """Concatenate a CPU tensor of every rank, in rank order."""

@@ -31,7 +31,7 @@ def mine(queries, passages, positives, depth=50, *, given=None, n_given=0):
     """Return (candidates, cosines), each (Q, depth): hard negatives of each query, hardest first.
 
     queries (Q, D), passages (P, D): normalised embeddings, float32 or float16, in memory or mapped;
-    passages may be an `Exact`. Candidates are int64 passage numbers padded with
+    passages may be an `Exact` or `Approximate`. Candidates are int64 passage numbers padded with
     -1, cosines float32; equal cosines go by number. A query's `positives` are left out. Its `given`
     negatives come first; passages are searched for only if there are fewer than `n_given` of them.
     """
@@ -112,6 +112,48 @@ class Exact:
         numbers[values == -torch.inf] = -1
         numbers[~torch.tensor(needy, dtype=torch.bool)] = -1
         return numbers.cpu().numpy(), values.cpu().numpy()
+
+
+class Approximate(Exact):
+    """The same by faiss: an inverted file of 8-bit vectors, ranked again by the exact cosines.
+
+    The file takes D bytes a passage; the main rank builds it, all ranks map it. probes: how many of
+    its sqrt(P) cells are searched.
+    """
+
+    def __init__(self, passages, path, device="cpu", world=ALONE, probes=32):
+        super().__init__(passages, device)
+        try:
+            import faiss
+        except ImportError:
+            raise ImportError("--search=faiss needs `pip install faiss-cpu`") from None
+        together(world, lambda: self._build(faiss, path) if world.is_main
+                 and not Path(path).is_file() else None)
+        self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+        self.index.nprobe = probes
+
+    def _build(self, faiss, path):
+        n, dim = len(self.passages), self.passages[:1].shape[1]
+        index = faiss.index_factory(dim, f"IVF{max(1, int(n ** 0.5))},SQ8",
+                                    faiss.METRIC_INNER_PRODUCT)
+        index.train(self.passages[::max(1, n // 200_000)].astype(np.float32))
+        for first in range(0, n, BLOCK):
+            index.add(self.passages[first:first + BLOCK].astype(np.float32))
+        faiss.write_index(index, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+
+    def nearest(self, queries, without, depth, needy):
+        """Return what `Exact.nearest` returns, as far as the index finds it."""
+        k = min(len(self.passages), 4 * depth + max(map(len, without), default=0))
+        _, numbers = self.index.search(queries.astype(np.float32), k)
+        numbers = [np.setdiff1d(row, [*out, -1]) if need else row[:0].astype(np.int64)
+                   for row, out, need in zip(numbers, without, needy)]
+        pool = np.full((len(queries), depth), -1, dtype=np.int64)
+        values = np.full(pool.shape, -np.inf, dtype=np.float32)
+        for q, scores in enumerate(self.cosines(queries, numbers)):
+            best = np.argsort(-scores, kind="stable")[:depth]
+            pool[q, :len(best)], values[q, :len(best)] = numbers[q][best], scores[best]
+        return pool, values
 
 
 def _pairs(without):

@@ -3,8 +3,11 @@ import json
 import re
 import signal
 import time
+from collections import Counter
 
 from tqdm import tqdm
+
+from engine import budget, distributed
 
 LANGUAGE_PAIR = re.compile(r"[a-z]{2,3}([-_]\w+)?-[a-z]{2,3}([-_]\w+)?")      # zh-Hant-en
 
@@ -53,10 +56,11 @@ class Log:
         self.file = open_log(cfg.run_dir / "log.jsonl", step) if world.is_main else None
         self.bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step",
                         disable=not world.is_main, mininterval=1.0)
+        self.peak = distributed.peak_flops(world.device)
         self._restart()
 
     def _restart(self):
-        self.since, self.tokens, self.data = time.perf_counter(), 0, 0.0
+        self.since, self.tokens, self.data, self.flops = time.perf_counter(), 0, 0.0, 0
 
     def tasks(self, tasks):
         """Print rows, batches and candidates of each task; warn where DHNM cannot act.
@@ -81,8 +85,13 @@ class Log:
     def step(self, step, batch, measured, data_seconds, known):
         """Take one step's numbers; every `log_every` steps write them.
 
-        measured: this rank's, to be averaged over ranks; known: the same on all ranks.
+        measured: this rank's, to be averaged over ranks; known: the same on all ranks. `mfu`, the
+        share of the chip's nominal FLOP/s that the model's own FLOPs make, is there on chips whose
+        figure is known.
         """
+        lm = batch.targets is not None
+        if self.peak:
+            self.flops += budget.flops(self.cfg.model_config(), Counter(batch.lengths), lm, lm)
         self.tokens += len(batch.ids) * self.world.size
         self.data += data_seconds
         self.bar.update()
@@ -91,6 +100,8 @@ class Log:
         seconds = time.perf_counter() - self.since
         row = {"step": step + 1, "task": batch.task, **self.world.mean(measured), **known,
                "tokens_per_second": self.tokens / seconds, "data_share": self.data / seconds}
+        if self.peak:
+            row["mfu"] = self.flops / seconds / self.peak
         if self.file:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()

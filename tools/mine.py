@@ -26,7 +26,7 @@ from engine import distributed
 from engine.bm25 import BM25
 from engine.index import JsonlFiles, together
 from engine.jsonl import atomic, to_line
-from engine.mining import Miner
+from engine.mining import Approximate, Exact, Miner
 from engine.passages import Passages
 
 PART = 4096                        # rows that one rank writes at a time
@@ -42,6 +42,7 @@ class MineConfig:
     depth: int = 50                # candidates of a row
     n_negatives: int = 7           # rows with as many of their own are not searched for
     lexical: int = 0               # of the depth, how many are BM25's
+    search: Literal["exact", "faiss"] = "exact"        # faiss: approximate, recall is printed
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     skip_bad_lines: bool = False   # count bad lines instead of stopping at them
 
@@ -73,17 +74,31 @@ def add_lexical(pool, scores, passages, search, queries):
     return pool, scores
 
 
+def recall(search, queries, depth, n=256):
+    """Return the share of the exact nearest passages that approximate search finds."""
+    queries = queries[:n]
+    ask = [[[] for _ in queries], depth, [True] * len(queries)]
+    exact, _ = Exact(search.passages, search.device).nearest(queries, *ask)
+    return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(
+        exact, search.nearest(queries, *ask)[0])]))
+
+
 def mine_rows(cfg, world):
     """Write the rows with their negatives; all ranks must call."""
     rows = JsonlFiles(cfg.input, parse_row, skip_bad=cfg.skip_bad_lines, ids=True, world=world)
     passages, embedder = Passages(rows, world=world), Embedder(cfg.checkpoint, world.device)
     made_of = [embedder.fingerprint(), *rows.hashes().values(), cfg.task, cfg.depth, cfg.lexical,
-               cfg.n_negatives]
+               cfg.n_negatives, cfg.search]
     folder = Path(f"{cfg.out}.{hashlib.sha256(str(made_of).encode()).hexdigest()[:16]}")
     miner = Miner(folder, embedder, world)
     search, queries = miner.passages("all", passages), None
     if cfg.task != "clr":
         queries = miner.queries("all", rows, embedder.prompts.get(cfg.task))
+    if cfg.search == "faiss":
+        search = Approximate(search.passages, folder / "index.faiss", world.device, world)
+        if world.is_main:
+            sample = search.passages[:256] if queries is None else queries
+            print(f"recall of faiss against exact search: {recall(search, sample, cfg.depth):.3f}")
     if cfg.lexical and world.is_main:
         print(f"BM25: about {1e-7 * len(rows) * len(passages) / world.size / 60:,.1f} minutes")
     bm25 = BM25(passages.text(i) for i in range(len(passages))) if cfg.lexical else None

@@ -122,6 +122,17 @@ def test_lexical_candidates_take_their_share_of_the_places(rows, run, tmp_path):
         mined(run, rows / "pairs.jsonl", tmp_path / "x.jsonl", "--lexical=6")
 
 
+@pytest.mark.extras
+def test_faiss_finds_most_of_the_nearest(rows, run, tmp_path, capsys):
+    pytest.importorskip("faiss")
+    source = write_lines(tmp_path / "rows.jsonl", [
+        {"query": f"sort a list {i}", "pos": f"This function sorts list number {i}"}
+        for i in range(1200)])
+    mined(run, source, tmp_path / "near.jsonl", "--search=faiss")
+    share = float(capsys.readouterr().out.split("exact search: ")[1].split()[0])
+    assert 0.5 < share <= 1
+
+
 @pytest.mark.parametrize("row, reason", [
     ({"cosines": [0.5]}, "key 'cosines' must be a list of 2 finite numbers"),
     ({"cosines": [0.5, "0.4"]}, "key 'cosines' must be a list of 2 finite numbers"),
