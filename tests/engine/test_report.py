@@ -4,11 +4,14 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from engine import report
+from engine import distributed, report
 from engine.report import Log, StopSignal
+from model import ConanConfig
 
-WORLD = SimpleNamespace(is_main=True, size=1, mean=lambda numbers: numbers)
+WORLD = SimpleNamespace(is_main=True, size=1, mean=lambda numbers: numbers,
+                        device=torch.device("cpu"))
 
 
 def config(folder, **keys):
@@ -56,6 +59,20 @@ def test_a_resumed_log_holds_each_step_once(tmp_path, step, left):
     with report.open_log(path, step) as file:
         file.write("new\n")
     assert path.read_text() == "".join(lines[:left]) + "new\n"
+
+
+def test_chips_of_known_speed_show_their_mfu(tmp_path, monkeypatch):
+    chip = SimpleNamespace(get_device_name=lambda index: "NVIDIA H200", is_available=lambda: True)
+    monkeypatch.setattr(torch, "cuda", chip)
+    assert distributed.peak_flops(torch.device("cuda", 0)) == 989e12
+    assert distributed.peak_flops(torch.device("cpu")) is None
+    monkeypatch.setattr(distributed, "peak_flops", lambda device: 1e6)
+    now = iter(range(100))
+    monkeypatch.setattr(report.time, "perf_counter", lambda: float(next(now)))
+    shape = ConanConfig(vocab_size=10, n_layer=1, n_head=1, n_kv_head=1, n_embd=2, ffn_dim=4)
+    line = run(tmp_path, 1, model_config=lambda: shape)[0]
+    # weights: attention 4 * 4, FFN 3 * 2 * 4; 6 FLOPs each for 8 tokens; attention 12 D T^2
+    assert line["mfu"] == pytest.approx((6 * 40 * 8 + 12 * 2 * (9 + 25)) / 1.0 / 1e6)
 
 
 @pytest.mark.parametrize("steps, dhnm, warns", [(8, "v2", True), (16, "v2", False),
