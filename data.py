@@ -353,7 +353,7 @@ def fill_pools(tasks, embedder):
     if not tasks:
         return
     cfg = tasks[0].cfg
-    miner = Miner(cfg.run_dir / "mining", embedder, tasks[0].world, cfg.parallel == "fsdp")
+    miner = Miner(cfg.run_dir / "mining", embedder, tasks[0].world)
     miner.clear()                          # of a run that broke off: its model may be another
     keep = partial(hard_enough, n=cfg.n_negatives)
     for task in tasks:

@@ -317,10 +317,21 @@ def start(cfg, world, where, before):
     if where:
         run.restore(state, checkpoint.load(where, "trainer.pt"))
     elif cfg.stage == "embed_sup":
-        data.fill_pools([task for task, _ in state.tasks], state.embedder)
+        data.fill_pools([task for task, _ in state.tasks], whole_embedder(state))
     elif (loss := validation_loss(state)) is not None:
         state.counters |= {"validation_before": loss, "validation": loss}
     return state
+
+
+def whole_embedder(state):
+    """Return the state's embedder; under fsdp that of a whole copy, so that ranks share work."""
+    cfg, world, of_run = state.cfg, state.world, state.embedder
+    if cfg.parallel != "fsdp" or world.size == 1:
+        return of_run
+    model = Conan(cfg.model_config(), ops=kernels.pick(world.device)).to(world.device)
+    distributed.copy_whole(state.model, model)
+    return Embedder.of(model, of_run.tokenizer, of_run.mask, of_run.max_len, of_run.prompts,
+                       of_run.dtype)
 
 
 # ---------------------------------------------------------------- the loop

@@ -136,7 +136,7 @@ def start_bytes(law, stage, amount, cfg):
         return {"disk": amount * disk["a token"]}
     if stage != "embed_sup":
         return {"disk": amount * 8}
-    pool = 12 * cfg.pool_size + 12 * cfg.n_negatives + 25      # dhnm.py's tensors, a row
+    pool = 8 * cfg.pool_size + 12 * cfg.n_negatives + 25      # dhnm.py's tensors, a row
     return {"disk": amount * disk["a row of stage 4"], "pools": amount * pool}
 
 

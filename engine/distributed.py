@@ -211,6 +211,13 @@ def fill(model, world, weights):
         full_state_dict=True, broadcast_from_rank0=True))
 
 
+@torch.no_grad()
+def copy_whole(model, target):
+    """Copy an fsdp model to one of the same shape that is whole on each rank; all must call."""
+    for mine, p in zip(target.parameters(), model.parameters()):
+        mine.copy_(whole(p))                       # one tensor at a time
+
+
 def compile_blocks(model, backend="inductor"):
     """Compile the blocks of a model in place, for any number of tokens; weights keep their names.
 

@@ -204,20 +204,15 @@ class Shared:
                 file.write(bytes(self.n_parts))
         return self.notes.read_bytes()
 
-    def fill(self, work, everywhere=False):
-        """Write `work(first, end)` into each part that is not done; return the whole, mapped.
-
-        everywhere: all ranks call `work` for all parts, since its model needs them all (fsdp).
-        """
+    def fill(self, work):
+        """Write `work(first, end)` into each part that is not done; return the whole, mapped."""
         def run():
-            for i in range(self.n_parts):
-                mine = i % self.world.size == self.world.rank
-                if not self.done[i] and (mine or everywhere):
-                    part = work(i * self.step, min((i + 1) * self.step, self.shape[0]))
-                    if mine:
-                        part = np.asarray(part, dtype=self.dtype)
-                        self._write(self.path, i * self.step * part[0].nbytes, part)
-                        self._write(self.notes, i, np.ones(1, np.uint8))
+            for i in range(self.world.rank, self.n_parts, self.world.size):
+                if not self.done[i]:
+                    part = np.asarray(work(i * self.step, min((i + 1) * self.step, self.shape[0])),
+                                      dtype=self.dtype)
+                    self._write(self.path, i * self.step * part[0].nbytes, part)
+                    self._write(self.notes, i, np.ones(1, np.uint8))
         together(self.world, run)
         return np.memmap(self.path, self.dtype, "r", shape=self.shape) if self.shape[0] else \
             np.empty(self.shape, self.dtype)
@@ -277,18 +272,17 @@ class View:
 class Miner:
     """Mine the pools of some tasks, one after the other; texts that they share are embedded once.
 
-    folder: where the files go; all ranks must see it. everywhere: see `Shared.fill`.
+    folder: where the files go; all ranks must see it.
     """
 
-    def __init__(self, folder, embedder, world=ALONE, everywhere=False):
+    def __init__(self, folder, embedder, world=ALONE):
         self.folder, self.embedder, self.world = Path(folder), embedder, world
-        self.everywhere, self.store = everywhere, Store()
+        self.store = Store()
 
     def _embed(self, name, n, work):
         dim = self.embedder.dim
         dtype = np.float32 if n * dim * 4 <= LARGE else np.float16
-        return Shared(self.folder / name, (n, dim), dtype, TEXTS, self.world).fill(
-            work, self.everywhere)
+        return Shared(self.folder / name, (n, dim), dtype, TEXTS, self.world).fill(work)
 
     def passages(self, name, passages):
         """Return exact search over the embeddings of a `Passages`."""
