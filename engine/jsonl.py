@@ -2,8 +2,8 @@
 
 One JSON object a line, UTF-8, plain or .gz; .ndjson and .json are taken for the same. A byte order
 mark is passed over. A bad line is named by file and line. engine/index.py reads rows by number.
-`atomic` writes a file aside, syncs and renames it. `seal` notes the hash of one that is to be
-used again; `is_whole` compares.
+`atomic` writes a file aside, syncs and renames it. `seal` notes the hash of a file that is to be
+used again, and `is_whole` compares.
 """
 import contextlib
 import gzip

@@ -31,9 +31,9 @@ def mine(queries, passages, positives, depth=50, *, given=None, n_given=0):
     """Return (candidates, cosines), each (Q, depth): hard negatives of each query, hardest first.
 
     queries (Q, D), passages (P, D): normalised embeddings, float32 or float16, in memory or mapped;
-    passages may be an `Exact`. Candidates are int64 passage numbers padded with
-    -1, cosines float32; equal cosines go by number. A query's `positives` are left out. Its `given`
-    negatives come first; passages are searched for only if there are fewer than `n_given` of them.
+    passages may be an `Exact`. Candidates are int64 passage numbers padded with -1, cosines
+    float32; equal cosines go by number. A query's `positives` are left out. Its `given` negatives
+    come first; passages are searched for only if there are fewer than `n_given` of them.
     """
     search = passages if isinstance(passages, Exact) else Exact(passages)
     own = [np.asarray(numbers, dtype=np.int64) for numbers in given or [()] * len(queries)]
@@ -130,7 +130,7 @@ def top(scores, k):
     edge = values[:, -1:]
     tied = ((scores >= edge).sum(1) > values.shape[1]) & (edge[:, 0] > -torch.inf)
     for row in tied.nonzero()[:, 0].tolist():              # topk leaves open which one it takes
-        above, level = ((scores[row] > edge[row]).nonzero(), (scores[row] == edge[row]).nonzero())
+        above, level = (scores[row] > edge[row]).nonzero(), (scores[row] == edge[row]).nonzero()
         columns[row] = torch.cat([above, level])[:values.shape[1], 0]
         values[row] = scores[row, columns[row]]
     columns, order = columns.sort(1)
@@ -206,9 +206,9 @@ class Miner:
 
     def passages(self, name, passages):
         """Return exact search over the embeddings of a `Passages`."""
-        return Exact(self._embed(f"{name}.passages", len(passages), lambda first, end:
-                     self.embedder.encode([passages.text(i) for i in range(first, end)])),
-                     self.embedder.device)
+        vectors = self._embed(f"{name}.passages", len(passages), lambda first, end:
+                              self.embedder.encode([passages.text(i) for i in range(first, end)]))
+        return Exact(vectors, self.embedder.device)
 
     def queries(self, name, rows, default):
         """Return the embeddings (Q, D) of the rows' queries, each under its own instruction."""
