@@ -104,7 +104,7 @@ def read(path):
 class JsonlFile:
     """One file of `JsonlFiles`: its index, and its rows by number.
 
-    `sha256` is the hash of the content: of more than 64 MB, that of the hashes of its ranges. `bad`
+    `sha256` is the hash of the content: of more than 64 MB, that of the hashes of its parts. `bad`
     is the number of lines that were left out, `prompts` a Counter of the rows' own prompts.
     """
 
@@ -113,7 +113,7 @@ class JsonlFile:
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         stat = self.path.stat()
-        state = (f"4 {self.path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} "
+        state = (f"5 {self.path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} "
                  f"{parse.__name__} {skip_bad} {ids}")
         key = hashlib.sha256(os.fsencode(state)).hexdigest()[:24]
         self.index = Path(cache_dir) / f"{key}.idx"
@@ -143,18 +143,18 @@ class JsonlFile:
         """Check the lines that begin in range k -> columns, and what there is to say of them."""
         begin, end = k * RANGE, min((k + 1) * RANGE, self.plain.stat().st_size)
         columns = [array("q") for _ in range(5 if self.with_ids else 1)]
-        said = {"bad": 0, "scored": 0, "prompts": Counter()}
+        said, sha256 = {"bad": 0, "scored": 0, "prompts": Counter()}, hashlib.sha256()
         with open(self.plain, "rb") as file:
-            sha256 = hashlib.sha256()
-            for block in _blocks(file, begin, end):
-                sha256.update(block)
-            said["sha256"], end = sha256.hexdigest(), min(end, _end_of_text(file))
+            end_of_text = _end_of_text(file)
             start = file.seek(max(begin - 1, 0))
             start += len(file.readline()) if begin else 0
             while start < end:
                 line = file.readline()
-                self._check_line(line, start, columns, said)
+                sha256.update(line)
+                if start < end_of_text:
+                    self._check_line(line, start, columns, said)
                 start += len(line)
+        said["sha256"] = sha256.hexdigest()
         return columns, said
 
     def _check_line(self, line, start, columns, said):
@@ -164,8 +164,11 @@ class JsonlFile:
             said["bad"] += 1
             if self.skip_bad:
                 return
+            number = 1
             with open(self.plain, "rb") as file:
-                number = 1 + sum(block.count(b"\n") for block in _blocks(file, 0, start))
+                while file.tell() < start:
+                    file.readline()
+                    number += 1
             raise ValueError(f"{self.path}:{number}: {error}") from None
         columns[0].append(start)
         if self.with_ids:
@@ -214,14 +217,6 @@ class JsonlFile:
             return self.parse(parse_line(self._file.readline()))
         except ValueError as error:
             raise ValueError(f"{self.path}: row {i + 1} changed while in use: {error}") from None
-
-
-def _blocks(file, begin, end):
-    """Yield a range of a file's bytes, a megabyte at a time."""
-    file.seek(begin)
-    while begin < end and (block := file.read(min(1 << 20, end - begin))):
-        yield block
-        begin += len(block)
 
 
 def _end_of_text(file):
