@@ -7,13 +7,10 @@ No Python object stands for a row, so memory does not grow with the rows. A seco
 the indices and reads no row. A damaged index is named and built again. The folder of indices must
 be one that all ranks see.
 """
-import gzip
 import hashlib
 import json
 import os
-import shutil
 import unicodedata
-import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -23,7 +20,7 @@ from typing import Callable
 import numpy as np
 
 from engine.distributed import ALONE, together
-from engine.jsonl import atomic, is_whole, parse_line, seal
+from engine.jsonl import atomic, is_whole, lines_of, parse_line, seal
 
 RANGE = 1 << 26                    # bytes of a file that one rank checks at a time
 PROMPTS = 100                      # different instructions that are counted
@@ -127,12 +124,9 @@ class JsonlFile:
             and self.plain.stat().st_size == read(self.index)[0]["size"]
 
     def unpack(self):
-        """Write the content of a .gz file beside its index."""
-        try:
-            with gzip.open(self.path) as source, atomic(self.plain, "wb") as target:
-                shutil.copyfileobj(source, target)
-        except (EOFError, zlib.error, OSError) as error:
-            raise ValueError(f"{self.path}: cannot be unpacked: {error}") from error
+        """Write the lines of a .gz file beside its index."""
+        with atomic(self.plain, "wb") as file:
+            file.writelines(line for _, line in lines_of(self.path))
 
     def job(self):
         """Return the `Job` that builds the index."""
