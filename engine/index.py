@@ -7,15 +7,10 @@ No Python object stands for a row, so memory does not grow with the rows. A seco
 the indices and reads no row. A damaged index is named and built again. The folder of indices must
 be one that all ranks see.
 """
-import contextlib
-import gzip
 import hashlib
 import json
 import os
-import shutil
-import time
 import unicodedata
-import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -25,10 +20,9 @@ from typing import Callable
 import numpy as np
 
 from engine.distributed import ALONE, together
-from engine.jsonl import atomic, is_whole, parse_line, seal
+from engine.jsonl import atomic, is_whole, lines_of, parse_line, seal
 
 RANGE = 1 << 26                    # bytes of a file that one rank checks at a time
-OLD = 3600                         # seconds after which a part of another build is removed
 PROMPTS = 100                      # different instructions that are counted
 
 
@@ -60,7 +54,6 @@ def build(jobs, world):
     parts = [(j, k) for j, job in enumerate(jobs) for k in range(job.n_parts)]
     mine = {(j, k): jobs[j].path.with_name(f"{jobs[j].path.stem}.{k}.{token}.tmp")
             for j, k in parts[world.rank::world.size]}
-    world.on_main(lambda: _sweep({job.path.parent for job in jobs}))
 
     def make():
         done = {}
@@ -81,14 +74,6 @@ def build(jobs, world):
     finally:
         for path in mine.values():
             path.unlink(missing_ok=True)
-
-
-def _sweep(folders):
-    """Remove the parts that builds left behind which were killed."""
-    for path in [path for folder in folders for path in folder.glob("*.tmp")]:
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > OLD:
-                path.unlink()
 
 
 def _join(job, parts):
@@ -116,7 +101,7 @@ def read(path):
 class JsonlFile:
     """One file of `JsonlFiles`: its index, and its rows by number.
 
-    `sha256` is the hash of the content: of more than 64 MB, that of the hashes of its ranges. `bad`
+    `sha256` is the hash of the content: of more than 64 MB, that of the hashes of its parts. `bad`
     is the number of lines that were left out, `prompts` a Counter of the rows' own prompts.
     """
 
@@ -125,7 +110,7 @@ class JsonlFile:
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         stat = self.path.stat()
-        state = (f"4 {self.path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} "
+        state = (f"5 {self.path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} "
                  f"{parse.__name__} {skip_bad} {ids}")
         key = hashlib.sha256(os.fsencode(state)).hexdigest()[:24]
         self.index = Path(cache_dir) / f"{key}.idx"
@@ -139,12 +124,9 @@ class JsonlFile:
             and self.plain.stat().st_size == read(self.index)[0]["size"]
 
     def unpack(self):
-        """Write the content of a .gz file beside its index."""
-        try:
-            with gzip.open(self.path) as source, atomic(self.plain, "wb") as target:
-                shutil.copyfileobj(source, target)
-        except (EOFError, zlib.error, OSError) as error:
-            raise ValueError(f"{self.path}: cannot be unpacked: {error}") from error
+        """Write the lines of a .gz file beside its index."""
+        with atomic(self.plain, "wb") as file:
+            file.writelines(line for _, line in lines_of(self.path))
 
     def job(self):
         """Return the `Job` that builds the index."""
@@ -155,18 +137,18 @@ class JsonlFile:
         """Check the lines that begin in range k -> columns, and what there is to say of them."""
         begin, end = k * RANGE, min((k + 1) * RANGE, self.plain.stat().st_size)
         columns = [array("q") for _ in range(5 if self.with_ids else 1)]
-        said = {"bad": 0, "scored": 0, "prompts": Counter()}
+        said, sha256 = {"bad": 0, "scored": 0, "prompts": Counter()}, hashlib.sha256()
         with open(self.plain, "rb") as file:
-            sha256 = hashlib.sha256()
-            for block in _blocks(file, begin, end):
-                sha256.update(block)
-            said["sha256"], end = sha256.hexdigest(), min(end, _end_of_text(file))
+            end_of_text = _end_of_text(file)
             start = file.seek(max(begin - 1, 0))
             start += len(file.readline()) if begin else 0
             while start < end:
                 line = file.readline()
-                self._check_line(line, start, columns, said)
+                sha256.update(line)
+                if start < end_of_text:
+                    self._check_line(line, start, columns, said)
                 start += len(line)
+        said["sha256"] = sha256.hexdigest()
         return columns, said
 
     def _check_line(self, line, start, columns, said):
@@ -176,8 +158,11 @@ class JsonlFile:
             said["bad"] += 1
             if self.skip_bad:
                 return
+            number = 1
             with open(self.plain, "rb") as file:
-                number = 1 + sum(block.count(b"\n") for block in _blocks(file, 0, start))
+                while file.tell() < start:
+                    file.readline()
+                    number += 1
             raise ValueError(f"{self.path}:{number}: {error}") from None
         columns[0].append(start)
         if self.with_ids:
@@ -226,14 +211,6 @@ class JsonlFile:
             return self.parse(parse_line(self._file.readline()))
         except ValueError as error:
             raise ValueError(f"{self.path}: row {i + 1} changed while in use: {error}") from None
-
-
-def _blocks(file, begin, end):
-    """Yield a range of a file's bytes, a megabyte at a time."""
-    file.seek(begin)
-    while begin < end and (block := file.read(min(1 << 20, end - begin))):
-        yield block
-        begin += len(block)
 
 
 def _end_of_text(file):

@@ -2,8 +2,8 @@
 
 One JSON object a line, UTF-8, plain or .gz; .ndjson and .json are taken for the same. A byte order
 mark is passed over. A bad line is named by file and line. engine/index.py reads rows by number.
-`atomic` writes a file aside, syncs and renames it. `seal` notes the hash of one that is to be
-used again; `is_whole` compares.
+`atomic` writes a file aside, syncs and renames it. `seal` notes the hash of a file that is to be
+used again, and `is_whole` compares.
 """
 import contextlib
 import gzip
@@ -46,22 +46,29 @@ def sha256_of(path):
 
 
 def seal(path, about=None):
-    """Write what there is to say of a file beside it, as .json, with the hash of both."""
+    """Write what there is to say of a file beside it, as .json: size, time, and a hash of both."""
     with atomic(Path(path).with_suffix(".json")) as file:
-        json.dump({"about": about, "sha256": _seal_of(path, about)}, file)
+        json.dump({"about": about, "stamp": _stamp(path), "sha256": _seal_of(path, about)}, file)
 
 
 def is_whole(path):
-    """Tell whether a file is as it was sealed; name one that is damaged: it is built again."""
+    """Tell whether a file is as it was sealed; name one that is damaged: it is built again.
+
+    A file of the same size and time is not read.
+    """
     try:
         sealed = json.loads(Path(path).with_suffix(".json").read_bytes())
-        if sealed["sha256"] == _seal_of(path, sealed["about"]):
+        if sealed["stamp"] == _stamp(path) or sealed["sha256"] == _seal_of(path, sealed["about"]):
             return True
     except (OSError, ValueError, LookupError, TypeError):
         pass
     if Path(path).is_file():
         tqdm.write(f"{path} is damaged; it is built again")
     return False
+
+
+def _stamp(path):
+    return [Path(path).stat().st_size, Path(path).stat().st_mtime_ns]
 
 
 def _seal_of(path, about):

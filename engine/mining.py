@@ -172,7 +172,7 @@ def top(scores, k):
     edge = values[:, -1:]
     tied = ((scores >= edge).sum(1) > values.shape[1]) & (edge[:, 0] > -torch.inf)
     for row in tied.nonzero()[:, 0].tolist():              # topk leaves open which one it takes
-        above, level = ((scores[row] > edge[row]).nonzero(), (scores[row] == edge[row]).nonzero())
+        above, level = (scores[row] > edge[row]).nonzero(), (scores[row] == edge[row]).nonzero()
         columns[row] = torch.cat([above, level])[:values.shape[1], 0]
         values[row] = scores[row, columns[row]]
     columns, order = columns.sort(1)
@@ -225,59 +225,14 @@ class Shared:
             os.fsync(file.fileno())
 
 
-class Store:
-    """The embeddings of texts, in one mapped array after the other, each text once."""
-
-    def __init__(self):
-        self.arrays, self.ends = [], [0]
-        self.ids = self.places = np.empty(0, dtype=np.int64)           # ids in ascending order
-
-    def find(self, ids):
-        """Return the places (N,) of texts, -1 for those that are not here."""
-        if not len(self.ids):
-            return np.full(len(ids), -1)
-        at = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
-        return np.where(self.ids[at] == ids, self.places[at], -1)
-
-    def add(self, ids, array):
-        """Take the embeddings of new texts; return their places."""
-        places = np.arange(self.ends[-1], self.ends[-1] + len(ids))
-        self.arrays.append(array)
-        self.ends.append(self.ends[-1] + len(ids))
-        ids, both = np.concatenate([self.ids, ids]), np.concatenate([self.places, places])
-        order = np.argsort(ids)
-        self.ids, self.places = ids[order], both[order]
-        return places
-
-
-class View:
-    """The embeddings of some places of a store: what `mine` reads as passages."""
-
-    def __init__(self, store, places):
-        self.store, self.places = store, places
-
-    def __len__(self):
-        return len(self.places)
-
-    def __getitem__(self, which):
-        places, store = np.asarray(self.places[which]), self.store
-        out = np.empty((len(places), store.arrays[0].shape[1]),
-                       dtype=np.result_type(*(array.dtype for array in store.arrays)))
-        for array, start, end in zip(store.arrays, store.ends, store.ends[1:]):
-            here = (places >= start) & (places < end)
-            out[here] = array[places[here] - start]
-        return out
-
-
 class Miner:
-    """Mine the pools of some tasks, one after the other; texts that they share are embedded once.
+    """Mine the pools of some tasks, one after the other.
 
     folder: where the files go; all ranks must see it.
     """
 
     def __init__(self, folder, embedder, world=ALONE):
         self.folder, self.embedder, self.world = Path(folder), embedder, world
-        self.store = Store()
 
     def _embed(self, name, n, work):
         dim = self.embedder.dim
@@ -286,13 +241,9 @@ class Miner:
 
     def passages(self, name, passages):
         """Return exact search over the embeddings of a `Passages`."""
-        ids = passages.ids(np.arange(len(passages)))
-        places = self.store.find(ids)
-        new = np.flatnonzero(places < 0)
-        places[new] = self.store.add(ids[new], self._embed(
-            f"{name}.passages", len(new), lambda first, end: self.embedder.encode(
-                [passages.text(i) for i in new[first:end].tolist()])))
-        return Exact(View(self.store, places), self.embedder.device)
+        vectors = self._embed(f"{name}.passages", len(passages), lambda first, end:
+                              self.embedder.encode([passages.text(i) for i in range(first, end)]))
+        return Exact(vectors, self.embedder.device)
 
     def queries(self, name, rows, default):
         """Return the embeddings (Q, D) of the rows' queries, each under its own instruction."""

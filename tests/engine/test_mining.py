@@ -118,13 +118,3 @@ def fill_on(world, path):
 
 def test_ranks_fill_a_file_together(tmp_path):
     on_ranks(3, fill_on, tmp_path / "numbers")
-
-
-def test_a_text_of_two_tasks_is_embedded_once():
-    store, texts = mining.Store(), np.array([[1.0], [2.0], [3.0]], dtype=np.float32)
-    assert store.find(np.array([7, 5])).tolist() == [-1, -1]
-    assert store.add(np.array([7, 5, 9]), texts).tolist() == [0, 1, 2]
-    assert store.find(np.array([9, 4, 5])).tolist() == [2, -1, 1]
-    store.add(np.array([4]), np.array([[8.0]], dtype=np.float16))
-    view = mining.View(store, store.find(np.array([4, 9])))
-    assert view[0:2].tolist() == [[8.0], [3.0]] and view[np.array([1])].tolist() == [[3.0]]
