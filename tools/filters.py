@@ -7,9 +7,9 @@
 
 PAPER Sec. 3.1.2: pairs that gte-Qwen2-7B-instruct scores below 0.4 are dropped before stage 3. A
 scorer is any sentence-transformers model, a folder of train.py or an exported one, with its own
-query prompt. Each filter is a generator (rows, drop) -> rows that calls drop(row, reason) for what
-it leaves out. Memory: 16 bytes a row for duplicates. Length, script and near duplicates are
-Data-Juicer's job (docs/data.md).
+query prompt. Each filter is a generator (rows, counts) -> rows that counts why it leaves rows out.
+Memory: 16 bytes a row for duplicates. Length, script and near duplicates are Data-Juicer's job
+(docs/data.md).
 UNSPECIFIED: everything but the 0.4. OUT.report.json says what ran and what it dropped.
 """
 import hashlib
@@ -17,7 +17,6 @@ import json
 import sys
 import unicodedata
 from collections import Counter
-from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -30,10 +29,9 @@ from tqdm import tqdm
 from configurator import load_config
 from data import parse_pair
 from embed import Embedder
-from engine.jsonl import atomic, read_jsonl, to_line
+from engine.jsonl import atomic, read_jsonl, write_jsonl
 from engine.model_folder import EXPORTED
-from engine.mteb_bridge import mteb_tasks
-from eval import join_names
+from engine.mteb_bridge import SentenceTransformerBaseline, join_names, mteb_tasks
 
 TEXT_KEYS = ("text", "query", "input", "pos", "output", "sentence1", "sentence2")
 NOT_TEXT = {"id", "_id", "lang", "split", "label", "prompt", "instruction"}
@@ -77,44 +75,39 @@ def digest(words):
 
 # ---------------------------------------------------------------- filters
 
-def exact_duplicates(rows, drop):
+def exact_duplicates(rows, counts):
     """Keep the first of the rows that say the same, whatever their case and punctuation."""
     seen = set()
     for row in rows:
         key = digest([word for text in texts_of(row)
                       for word in [*(words_of(text) or [text]), "\n"]])
         if key in seen:
-            drop(row, "exact duplicate")
+            counts["exact duplicate"] += 1
         else:
             seen.add(key)
             yield row
 
 
-def by_score(rows, drop, encode, least=0.4, batch=256):
+def by_score(rows, counts, encode, least=0.4, batch=256):
     """Keep the pairs whose query and passage have at least this cosine (PAPER Sec. 3.1.2).
 
-    encode: (queries, passages) -> two arrays (N, D), of any norm. Of several positives those above
-    stay, and their "pos_scores" with them; the row goes when none does.
+    encode: (queries, passages) -> two arrays (N, D) of unit vectors. Of several positives those
+    above stay; the row goes when none does.
     """
     rows = iter(rows)
     while chunk := list(islice(rows, batch)):
         pairs = [parse_pair(row) for row in chunk]
-        queries, passages = map(_unit, encode([pair["query"] for pair in pairs],
-                                              [text for pair in pairs for text in pair["pos"]]))
+        queries, passages = encode([pair["query"] for pair in pairs],
+                                   [text for pair in pairs for text in pair["pos"]])
         ends = np.cumsum([len(pair["pos"]) for pair in pairs])
         for row, query, own in zip(chunk, queries, np.split(passages, ends)):
             good = np.flatnonzero(own @ query >= least)
             if not len(good):
-                drop(row, "score")
-                continue
-            lists = {key: row[key] for key in ("pos", "pos_scores")
-                     if isinstance(row.get(key), list) and len(row[key]) == len(own)}
-            yield row | {key: [values[i] for i in good] for key, values in lists.items()}
-
-
-def _unit(vectors):
-    vectors = np.asarray(vectors, np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+                counts["score"] += 1
+            elif isinstance(row.get("pos"), list):
+                yield row | {"pos": [row["pos"][i] for i in good]}
+            else:
+                yield row
 
 
 def load_scorer(path):
@@ -125,22 +118,18 @@ def load_scorer(path):
     folder = Path(path)
     if folder.is_dir() and ((folder / EXPORTED).is_file()
                             or not (folder / "modules.json").is_file()):
-        ours = Embedder(path)
-        prompt = ours.prompts.get("retrieval")
-        return lambda queries, passages: (ours.encode(queries, prompt=prompt),
-                                          ours.encode(passages))
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise ValueError(f"{path}: no folder of train.py or tools.export; for other models `pip "
-                         "install sentence-transformers`") from None
-    model = SentenceTransformer(str(path))
-    return lambda queries, passages: (model.encode_query(queries), model.encode_document(passages))
+        model = Embedder(path)
+        query, document = model.prompts.get("retrieval"), None
+    else:
+        model = SentenceTransformerBaseline(str(path))
+        query, document = ("query", None), ("document", None)
+    return lambda queries, passages: (model.encode(queries, prompt=query),
+                                      model.encode(passages, prompt=document))
 
 
 # ---------------------------------------------------------------- evaluation texts
 
-def decontaminate(rows, drop, paths):
+def decontaminate(rows, counts, paths):
     """Keep the rows that do not overlap the evaluation texts, which are held as hashes.
 
     paths: JSONL(.gz) files, or folders of them, of which corpus.jsonl is passed over: a
@@ -151,20 +140,21 @@ def decontaminate(rows, drop, paths):
     """
     whole, grams = set(), set()
     for path in join_names(map(str, paths)):           # "mteb:MTEB(eng, v2)" holds a comma
-        mteb = path.startswith("mteb:")
-        for row in mteb_rows(path.removeprefix("mteb:")) if mteb else _rows(path):
+        mteb, empty = path.startswith("mteb:"), True
+        for row in mteb_rows(path.removeprefix("mteb:")) if mteb else _rows(Path(path)):
             for words in map(words_of, _strings(row)):
                 if len(words) >= 3:                    # "yes", a label: equal by chance
                     whole.add(digest(words))
+                    empty = False
                 grams.update(_grams(words))
-    if not whole:
-        raise ValueError(f"{', '.join(map(str, paths))}: no evaluation text in there")
+        if empty:
+            raise ValueError(f"{path}: no evaluation text in there")
     for row in rows:
         texts = [words_of(text) for text in texts_of(row)]
         if any(len(words) >= 3 and digest(words) in whole for words in texts):
-            drop(row, "equal to an evaluation text")
+            counts["equal to an evaluation text"] += 1
         elif any(not grams.isdisjoint(_grams(words)) for words in texts):
-            drop(row, f"{NGRAM} words of an evaluation text")
+            counts[f"{NGRAM} words of an evaluation text"] += 1
         else:
             yield row
 
@@ -193,14 +183,9 @@ def _held_out(data, splits):
 
 
 def _rows(path):
-    path = Path(path)
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*.jsonl*") if p.name.endswith((".jsonl", ".jsonl.gz"))
-                       and not p.name.startswith("corpus."))
-        if not files:
-            raise FileNotFoundError(f"{path}: no JSONL file in there")
-    for file in files:
+    files = sorted(p for p in path.rglob("*.jsonl*") if p.name.endswith((".jsonl", ".jsonl.gz"))
+                   and not p.name.startswith("corpus."))
+    for file in files if path.is_dir() else [path]:
         yield from read_jsonl(file)
 
 
@@ -222,75 +207,58 @@ class FilterConfig:
     """The settings of `python -m tools.filters`; filters run in this order."""
     input: tuple[str, ...]                     # JSONL(.gz) files in any of data.py's formats
     out: str                                   # JSONL file to write; beside it OUT.report.json
-    dropped: str | None = None                 # JSONL file for what is left out, with "reason"
     dedup: bool = False                        # drop rows that say the same as one before
     decontaminate: tuple[str, ...] = ()        # files or folders of evaluation texts, mteb:NAME
     min_score: float | None = None             # least cosine of query and passage; the paper's 0.4
-    scorer: str | None = None                  # checkpoint, exported or sentence-transformers model
-
-    def __post_init__(self):
-        if self.min_score is not None and not self.scorer:
-            raise ValueError(f"min_score {self.min_score} needs --scorer=MODEL")
+    scorer: str = "Alibaba-NLP/gte-Qwen2-7B-instruct"    # or a checkpoint, or an exported model
 
 
-def read_input(paths, checks, counts):
-    """Yield the rows of some files and count them; a row that a check refuses is named by line."""
+def read_input(paths, check, counts):
+    """Yield the rows of some files and count them; a row that `check` refuses is named by line."""
     for path in paths:
         rows = tqdm(read_jsonl(path), desc=Path(path).name, unit="row", disable=None)
         for number, row in enumerate(rows, 1):
             try:
-                for check in checks:
-                    check(row)
+                check(row)
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
             counts["read"] += 1
             yield row
 
 
-def write_rows(out, rows, filters, counts, dropped=None):
-    """Write the rows that pass all filters, and the others with their reason to `dropped`.
+def write_rows(out, rows, filters, counts, about):
+    """Write the rows that pass all filters, then OUT.report.json; print its counts.
 
-    counts: a Counter, of "kept" and of each reason.
+    counts: a Counter, of "read", "kept" and each reason. about: what else the report says.
     """
-    with ExitStack() as stack:
-        file = stack.enter_context(atomic(out, "wb"))
-        aside = stack.enter_context(atomic(dropped, "wb")) if dropped else None
-
-        def drop(row, reason):
-            counts[reason] += 1
-            if aside:
-                aside.write(to_line({**row, "reason": reason}))
-
-        rows = stack.enter_context(closing(rows))
-        for one in filters:
-            rows = one(rows, drop)
+    def count(rows):
         for row in rows:
             counts["kept"] += 1
-            file.write(to_line(row))
+            yield row
 
-
-def write_report(path, out, counts, about):
-    """Write what was read, kept and dropped of `out`, with what else is to be known; print it."""
-    counts = {key: n for key, n in counts.items() if n}
-    total = {"read": counts.pop("read", 0), "kept": counts.pop("kept", 0), "dropped": counts}
-    with atomic(path) as file:
-        json.dump(total | about, file, indent=1, ensure_ascii=False)
-    print(f"{out}: {total['kept']:,} of {total['read']:,} rows\ndropped: "
-          + (", ".join(f"{reason} {n:,}" for reason, n in counts.items()) or "none"))
+    for one in filters:
+        rows = one(rows, counts)
+    write_jsonl(out, count(rows))
+    dropped = {key: n for key, n in counts.items() if n and key not in ("read", "kept")}
+    report = {"read": counts["read"], "kept": counts["kept"], "dropped": dropped}
+    with atomic(f"{out}.report.json") as file:
+        json.dump(report | about, file, indent=1, ensure_ascii=False)
+    print(f"{out}: {counts['kept']:,} of {counts['read']:,} rows\ndropped: "
+          + (", ".join(f"{reason} {n:,}" for reason, n in dropped.items()) or "none"))
 
 
 def main(argv=None):
     """Filter some files; see the module docstring."""
-    cfg, counts, filters, checks = load_config(FilterConfig, argv), Counter(), [], [texts_of]
+    cfg, counts, filters = load_config(FilterConfig, argv), Counter(), []
+    check = texts_of if cfg.min_score is None else parse_pair
     if cfg.dedup:
         filters.append(exact_duplicates)
     if cfg.decontaminate:
         filters.append(partial(decontaminate, paths=cfg.decontaminate))
     if cfg.min_score is not None:                      # last: it costs most
-        checks.append(parse_pair)
         filters.append(partial(by_score, encode=load_scorer(cfg.scorer), least=cfg.min_score))
-    write_rows(cfg.out, read_input(cfg.input, checks, counts), filters, counts, cfg.dropped)
-    write_report(f"{cfg.out}.report.json", cfg.out, counts, {"config": asdict(cfg)})
+    write_rows(cfg.out, read_input(cfg.input, check, counts), filters, counts,
+               {"config": asdict(cfg)})
 
 
 if __name__ == "__main__":
