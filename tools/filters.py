@@ -6,10 +6,9 @@
         --scorer=Alibaba-NLP/gte-Qwen2-7B-instruct
 
 PAPER Sec. 3.1.2: pairs that gte-Qwen2-7B-instruct scores below 0.4 are dropped before stage 3. A
-scorer is any sentence-transformers model, a folder of train.py or an exported one, with its own
-query prompt. Each filter is a generator (rows, counts) -> rows that counts why it leaves rows out.
-Memory: 16 bytes a row for duplicates. Length, script and near duplicates are Data-Juicer's job
-(docs/data.md).
+scorer is any sentence-transformers model, also one of tools.export, with its own query prompt. Each
+filter is a generator (rows, counts) -> rows that counts why it leaves rows out. Memory: 16 bytes a
+row for duplicates. Length, script and near duplicates are Data-Juicer's job (docs/data.md).
 UNSPECIFIED: everything but the 0.4. OUT.report.json says what ran and what it dropped.
 """
 import hashlib
@@ -28,9 +27,7 @@ from tqdm import tqdm
 
 from configurator import load_config
 from data import parse_pair
-from embed import Embedder
 from engine.jsonl import atomic, read_jsonl, write_jsonl
-from engine.model_folder import EXPORTED
 from engine.mteb_bridge import SentenceTransformerBaseline, join_names, mteb_tasks
 
 TEXT_KEYS = ("text", "query", "input", "pos", "output", "sentence1", "sentence2")
@@ -88,17 +85,18 @@ def exact_duplicates(rows, counts):
             yield row
 
 
-def by_score(rows, counts, encode, least=0.4, batch=256):
+def by_score(rows, counts, scorer, least=0.4, batch=256):
     """Keep the pairs whose query and passage have at least this cosine (PAPER Sec. 3.1.2).
 
-    encode: (queries, passages) -> two arrays (N, D) of unit vectors. Of several positives those
-    above stay; the row goes when none does.
+    scorer: encode(texts, (side, None)) -> unit vectors (N, D). Of several positives those above
+    stay; the row goes when none does.
     """
     rows = iter(rows)
     while chunk := list(islice(rows, batch)):
         pairs = [parse_pair(row) for row in chunk]
-        queries, passages = encode([pair["query"] for pair in pairs],
-                                   [text for pair in pairs for text in pair["pos"]])
+        queries = scorer.encode([pair["query"] for pair in pairs], ("query", None))
+        passages = scorer.encode([text for pair in pairs for text in pair["pos"]],
+                                 ("document", None))
         ends = np.cumsum([len(pair["pos"]) for pair in pairs])
         for row, query, own in zip(chunk, queries, np.split(passages, ends)):
             good = np.flatnonzero(own @ query >= least)
@@ -108,23 +106,6 @@ def by_score(rows, counts, encode, least=0.4, batch=256):
                 yield row | {"pos": [row["pos"][i] for i in good]}
             else:
                 yield row
-
-
-def load_scorer(path):
-    """Return (queries, passages) -> (vectors, vectors) of a model, queries under its own prompt.
-
-    Our folders are read by Embedder, everything else by sentence-transformers.
-    """
-    folder = Path(path)
-    if folder.is_dir() and ((folder / EXPORTED).is_file()
-                            or not (folder / "modules.json").is_file()):
-        model = Embedder(path)
-        query, document = model.prompts.get("retrieval"), None
-    else:
-        model = SentenceTransformerBaseline(str(path))
-        query, document = ("query", None), ("document", None)
-    return lambda queries, passages: (model.encode(queries, prompt=query),
-                                      model.encode(passages, prompt=document))
 
 
 # ---------------------------------------------------------------- evaluation texts
@@ -210,7 +191,7 @@ class FilterConfig:
     dedup: bool = False                        # drop rows that say the same as one before
     decontaminate: tuple[str, ...] = ()        # files or folders of evaluation texts, mteb:NAME
     min_score: float | None = None             # least cosine of query and passage; the paper's 0.4
-    scorer: str = "Alibaba-NLP/gte-Qwen2-7B-instruct"    # or a checkpoint, or an exported model
+    scorer: str = "Alibaba-NLP/gte-Qwen2-7B-instruct"    # a name or a folder; default: the paper's
 
 
 def read_input(paths, check, counts):
@@ -256,7 +237,8 @@ def main(argv=None):
     if cfg.decontaminate:
         filters.append(partial(decontaminate, paths=cfg.decontaminate))
     if cfg.min_score is not None:                      # last: it costs most
-        filters.append(partial(by_score, encode=load_scorer(cfg.scorer), least=cfg.min_score))
+        filters.append(partial(by_score, scorer=SentenceTransformerBaseline(cfg.scorer),
+                               least=cfg.min_score))
     write_rows(cfg.out, read_input(cfg.input, check, counts), filters, counts,
                {"config": asdict(cfg)})
 

@@ -29,63 +29,50 @@ from configurator import load_config
 from data import PARSERS, document_text
 from tools.filters import decontaminate, write_rows
 
+KEYS = {                           # ours, by kind; a set's `columns` name its own in this order
+    "retrieval": ("query", "pos", "neg"),
+    "pairs": ("query", "pos"),
+    "sts": ("sentence1", "sentence2", "score"),
+    "labels": ("text", "label"),   # tools.sets draws the other labels
+    "text": ("text", "title"),     # one document for pretraining; not every set has titles
+}
+
 
 @cache
 def public_sets():
     """Return {name: entry}: where a set lies, and what a user must know of it.
 
-    An entry has the columns of public_sets.tsv. columns: what query, passage and negatives are
-    called there. config: "{lang}" stands for --lang, by the set's own code of it. lang: the default
-    of --lang, empty for one language only.
+    An entry has the columns of public_sets.tsv. columns: what `KEYS` are called there. config:
+    "{lang}" stands for --lang, by the set's own code of it. lang: the default of --lang, empty for
+    one language only.
     """
     with open(Path(__file__).with_name("public_sets.tsv"), encoding="utf-8") as file:
         return {row["name"]: SimpleNamespace(**row) for row in csv.DictReader(file, delimiter="\t")}
 
 
-# ---------------------------------------------------------------- converters: row -> our rows
-
-def from_columns(names, row):
-    """Return {query, pos, neg?} of a row with these columns, each a text or a list of texts."""
-    query, pos, *neg = (row[name] for name in names.split())
-    pos, *neg = ([texts] if isinstance(texts, str) else texts or [] for texts in (pos, *neg))
-    neg = [text for texts in neg for text in texts if text and text.strip() and text not in pos]
-    return [{"query": query, "pos": pos} | ({"neg": neg} if neg else {})]
-
-
-def from_sts(row):
-    """Return {sentence1, sentence2, score}; CoSENT reads only the order of scores."""
-    return [{key: row[key] for key in ("sentence1", "sentence2", "score")}]
-
-
-def from_labels(row):
-    """Return {text, label} of a classification set; tools.sets draws the other labels."""
-    return [{"text": row["text"], "label": str(row.get("label_text", row["label"])).strip()}]
+def from_columns(entry, row):
+    """Return a row of ours: the columns that the entry names, by our keys."""
+    ours = {key: row[name] for key, name in zip(KEYS[entry.kind], entry.columns.split())}
+    if entry.kind == "text" and ours["text"]:
+        ours = {"text": document_text(ours)}
+    return ours | ({"prompt": entry.prompt} if entry.prompt else {})
 
 
 def from_mkqa(row):
-    """Return the question in each of its languages: rows of a collection's queries.jsonl.
+    """Yield the question in each of its languages: rows of a collection's queries.jsonl.
 
     PAPER Table 13 has 25 languages beside English, three of them Chinese.
     """
-    names = {"zh_cn": "zh"}
-    return [{"id": f"{row['example_id']}/{names.get(lang, lang)}", "lang": names.get(lang, lang),
-             "text": text, "answers": [a["text"] for a in row["answers"]["en"] if a["text"]]}
-            for lang, text in row["queries"].items()]
-
-
-def from_article(row):
-    """Return text, and title if any, of an article or a page as one document for pretraining."""
-    return [{"text": document_text(row)}] if row["text"] else []
-
-
-CONVERTERS = {"sts": from_sts, "labels": from_labels, "queries": from_mkqa, "text": from_article}
+    answers = [answer["text"] for answer in row["answers"]["en"] if answer["text"]]
+    for lang, text in row["queries"].items():
+        lang = {"zh_cn": "zh"}.get(lang, lang)
+        yield {"id": f"{row['example_id']}/{lang}", "lang": lang, "text": text, "answers": answers}
 
 
 def convert(entry, row, number):
     """Return the rows of ours that a row of the set gives; ValueError for an unknown schema."""
     try:
-        converter = CONVERTERS.get(entry.kind) or partial(from_columns, entry.columns)
-        rows = converter(row)
+        rows = list(from_mkqa(row)) if entry.kind == "queries" else [from_columns(entry, row)]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{entry.hub}: row {number} is not as expected ({error!r}); its columns "
                          f"are {', '.join(sorted(row))}") from error
@@ -93,7 +80,7 @@ def convert(entry, row, number):
     for one in rows:
         with suppress(ValueError):                     # an empty text
             parse(one)
-            good.append(one | ({"prompt": entry.prompt} if entry.prompt else {}))
+            good.append(one)
     return good
 
 

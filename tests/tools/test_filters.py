@@ -1,7 +1,6 @@
 """Filters: each by hand, chains with their counts, what mteb evaluates on."""
 import doctest
 import json
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -10,8 +9,8 @@ import pytest
 
 from engine.jsonl import read_jsonl
 from tools import filters
-from tools.filters import (by_score, decontaminate, exact_duplicates, load_scorer, main, mteb_rows,
-                           texts_of, words_of)
+from tools.filters import (by_score, decontaminate, exact_duplicates, main, mteb_rows, texts_of,
+                           words_of)
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 
@@ -39,11 +38,16 @@ def write_jsonl(path, rows):
     return str(path)
 
 
-def encode(queries, passages):
+class Scorer:
     """Map "0.3" to a vector with cosine 0.3 to that of any query."""
-    cosines = np.array([float(text) for text in passages])
-    sines = np.sqrt(1 - cosines ** 2)
-    return np.full((len(queries), 2), (1, 0)), np.stack([cosines, sines], 1)
+
+    def __init__(self, name):
+        assert name == "x"
+
+    def encode(self, texts, prompt):
+        assert prompt in (("query", None), ("document", None))
+        cosines = np.array([1.0 if prompt[0] == "query" else float(text) for text in texts])
+        return np.stack([cosines, np.sqrt(1 - cosines ** 2)], 1)
 
 
 def test_documentation_examples():
@@ -85,7 +89,7 @@ def test_score_of_pairs_with_the_edge_inside():
             {"query": "q", "pos": ["0.41", "0.2", "0.9"], "neg": ["0.1"]},
             {"query": "q", "pos": "0.5"}, {"query": "q", "pos": ["0.1", "0.2"]}]
     for batch in (1, 2, 256):
-        good, counts = run(by_score, rows, encode=encode, least=0.4, batch=batch)
+        good, counts = run(by_score, rows, scorer=Scorer("x"), least=0.4, batch=batch)
         assert good == [rows[1] | {"pos": ["0.41", "0.9"]}, rows[2]]
         assert counts == {"score": 2}
 
@@ -95,7 +99,7 @@ def test_score_of_pairs_with_the_edge_inside():
     ({"query": "q", "pos": [3]}, True, r"in\.jsonl:2: "),
     ({"id": "x"}, False, r"in\.jsonl:2: no text in a row")])
 def test_a_row_that_cannot_be_read_is_named_by_line(tmp_path, monkeypatch, row, scores, message):
-    monkeypatch.setattr(filters, "load_scorer", lambda path: encode)
+    monkeypatch.setattr(filters, "SentenceTransformerBaseline", Scorer)
     path = write_jsonl(tmp_path / "in.jsonl", [{"query": "q", "pos": ["0.5"]}, row])
     out = tmp_path / "out.jsonl"
     out.write_text("before")
@@ -190,7 +194,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
             {"query": "What is a FIELD?", "pos": ["0.5"]},
             {"query": "in the evaluation set", "pos": ["0.5"]},
             {"query": "scored low", "pos": ["0.1"]}, {"query": "scored high", "pos": ["0.7"]}]
-    monkeypatch.setattr(filters, "load_scorer", lambda path: encode)
+    monkeypatch.setattr(filters, "SentenceTransformerBaseline", Scorer)
     source, out = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "new" / "out.jsonl"
     bad = write_jsonl(tmp_path / "eval.jsonl", texts("In the evaluation set"))
     main([f"--input={source}", f"--out={out}", "--dedup", "--min_score=0.4", "--scorer=x",
@@ -201,53 +205,3 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert (report["read"], report["kept"], report["dropped"]) == (5, 2, dropped)
     assert "2 of 5 rows" in capsys.readouterr().out
     assert sorted(p.name for p in out.parent.iterdir()) == ["out.jsonl", "out.jsonl.report.json"]
-
-
-def test_a_folder_of_ours_is_an_embedder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint here"):
-        load_scorer(tmp_path)
-
-
-class StandIn:
-    """A sentence-transformers model that says how it was asked."""
-    encode = None
-
-    def __init__(self, path):
-        self.path = path
-
-    def encode_query(self, batch, **options):
-        return f"{self.path}: queries {batch}"
-
-    def encode_document(self, batch, **options):
-        return f"{self.path}: documents {batch}"
-
-
-def test_another_model_is_asked_with_its_own_prompts(tmp_path, monkeypatch):
-    stand_in = SimpleNamespace(SentenceTransformer=StandIn)
-    monkeypatch.setitem(sys.modules, "sentence_transformers", stand_in)
-    assert load_scorer("org/name")(["q"], ["p"]) == ("org/name: queries ['q']",
-                                                     "org/name: documents ['p']")
-    (tmp_path / "modules.json").write_text("[]")
-    assert load_scorer(tmp_path)(["q"], [])[0] == f"{tmp_path}: queries ['q']"
-    (tmp_path / "nanoconan.json").write_text("{}")             # one that tools.export wrote
-    with pytest.raises(ValueError, match="nanoconan.json"):
-        load_scorer(tmp_path)
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ImportError, match="pip install sentence-transformers"):
-        load_scorer("org/name")
-
-
-def test_our_model_is_asked_with_the_prompt_it_was_trained_with(tmp_path, monkeypatch):
-    calls = []
-
-    class Ours:
-        prompts = {"retrieval": "Find it"}
-
-        def __init__(self, path):
-            pass
-
-        def encode(self, batch, prompt=None):
-            calls.append((batch, prompt))
-    monkeypatch.setattr(filters, "Embedder", Ours)
-    load_scorer(tmp_path)(["q"], ["p"])
-    assert calls == [(["q"], "Find it"), (["p"], None)]
