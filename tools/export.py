@@ -24,16 +24,27 @@ from configurator import load_config
 from data import format_query, format_sft
 from embed import Embedder
 from engine.model_folder import EXPORTED
+from engine.mteb_bridge import OUR_TYPES
 from engine.run import MAY_CHANGE_ON_RESUME
 from sample import generate
 from tokenizer import EOS, PAD, PATTERN
 
-MTEB_NAMES = {"classification": "Classification", "sts": "STS", "bitext": "BitextMining"}
 GOLDEN = ("The determinant of a matrix is zero if its rows are linearly dependent.",
           "def area(r):\n    return 3.14159 * r ** 2  # of a circle", "矩阵的行列式",
           "行列の階数を計算する", "محدد المصفوفة", "आव्यूह का सारणिक",
           "Определитель матрицы, ранг и след", "👩‍🔬 x² ≠ <|pad|>")
 TOLERANCE = 1e-5
+CARD = """---
+library_name: {library}
+---
+# {name}
+
+Trained from random weights with nanoConan, an open rebuild of Conan-Embedding-v2 (Li et al., EMNLP
+2025, arXiv 2509.12892). `{loader}` of {library} loads it.
+It needs transformers >= 5.2, since older ones take every model for causal.
+`golden.json` holds inputs in several languages and what they gave before the export: a wrong
+version, device or data type shows in it first. `nanoconan.json` holds the settings of the training.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,9 +72,6 @@ def export(checkpoint, out, lm=False):
         write(embedder, part, out.name, lm)
         del embedder                                   # room for what is read back
         check_golden(part)
-        for path in filter(Path.is_file, part.rglob("*")):
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
         os.rename(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -100,7 +108,9 @@ def write(embedder, folder, name, lm):
             "padding_side": "left" if lm else "right",
             "model_max_length": embedder.model.config.block_size if lm else embedder.max_len},
         "golden.json": golden(embedder, lm),
-        "README.md": CARD.format(name=name, **LANGUAGE_MODEL if lm else EMBEDDER),
+        "README.md": CARD.format(
+            name=name, library="transformers" if lm else "sentence-transformers",
+            loader="AutoModelForCausalLM" if lm else "SentenceTransformer"),
         EXPORTED: {key: meta[key] for key in ("model", "mask", "passage_len", "step", "versions")} |
         {"prompts": embedder.prompts, "train": recipe, "files": {
             file: hashlib.sha256((folder / file).read_bytes()).hexdigest()
@@ -161,9 +171,9 @@ def sentence_transformers_files(embedder):
 
 def prompts_of(embedder):
     """Return {name: what stands in front of a text} by the names of sentence-transformers, mteb."""
-    own = embedder.prompts
-    named = {"query": own.get("retrieval", ""), "document": ""}
-    named |= {name: own[task] for task, name in MTEB_NAMES.items() if own.get(task)}
+    named = {"query": embedder.prompts.get("retrieval", ""), "document": ""}
+    named |= {OUR_TYPES[task]: prompt for task, prompt in embedder.prompts.items()
+              if prompt and task in OUR_TYPES and task != "retrieval"}
     return {name: format_query("", instruction) for name, instruction in named.items()}
 
 
@@ -263,38 +273,7 @@ def check_golden(folder):
         raise ValueError(f"{folder}: gives other values than golden.json has")
 
 
-# ---------------------------------------------------------------- the model card
-
-CARD = """---
-library_name: {library}
----
-# {name}
-
-A {kind}, trained from random weights with nanoConan, an open rebuild of
-Conan-Embedding-v2 (Li et al., EMNLP 2025, arXiv 2509.12892).
-
-```python
-{code}
-```
-
-`golden.json` holds inputs in several languages and what they gave before the export: a wrong
-version, device or data type shows in it first. `nanoconan.json` holds the settings of the training.
-"""
-EMBEDDER = {"library": "sentence-transformers", "kind": "text embedder", "code": """\
-from sentence_transformers import SentenceTransformer
-
-# needs sentence-transformers >= 6.0, transformers >= 5.2: older ones take the model for causal
-model = SentenceTransformer("FOLDER")
-queries = model.encode_query(["how do I invert a matrix"])
-documents = model.encode_document(["Compute the inverse of a matrix."])
-print(model.similarity(queries, documents))"""}
-LANGUAGE_MODEL = {"library": "transformers", "kind": "causal language model", "code": """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = (c.from_pretrained("FOLDER") for c in (AutoModelForCausalLM, AutoTokenizer))
-ids = tokenizer("Return the", return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=32)[0]))"""}
-
+# ---------------------------------------------------------------- command line
 
 def main():
     """Export what the command line names."""
@@ -303,7 +282,7 @@ def main():
         out = export(config.checkpoint, config.out, config.lm)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"export: error: {error}")
-    print(f"wrote {out}, checked against golden.json; its README.md says how to use it")
+    print(f"wrote {out}, checked against golden.json; docs/serving.md says how to use it")
 
 
 if __name__ == "__main__":

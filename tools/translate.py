@@ -18,14 +18,14 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 from typing import Literal
-from weakref import WeakValueDictionary
 
 from tqdm import tqdm
 
@@ -82,9 +82,7 @@ class EndpointTranslator:
         return hashlib.sha256(parts).hexdigest()[:32]
 
     def many(self, jobs):
-        """Yield the translation of each (text, lang), in order; equal ones are sent once."""
-        pool, window, sent = ThreadPoolExecutor(self.in_flight), deque(), WeakValueDictionary()
-
+        """Yield the translation of each (text, lang), in order."""
         def ask(job):
             try:
                 return None if self.stop.is_set() else self(*job)
@@ -92,15 +90,10 @@ class EndpointTranslator:
                 self.stop.set()                        # the others need not try
                 raise
 
+        jobs, pool = iter(jobs), ThreadPoolExecutor(self.in_flight)
         try:
-            for job in jobs:
-                if (future := sent.get(job)) is None:
-                    sent[job] = future = pool.submit(ask, job)
-                window.append(future)
-                if len(window) >= 16 * self.in_flight:           # a slow answer blocks no others
-                    yield window.popleft().result()
-            while window:
-                yield window.popleft().result()
+            while part := list(islice(jobs, 64 * self.in_flight)):
+                yield from pool.map(ask, part)
         finally:       # also on Ctrl-C: requests under way are paid for, so their answers are kept
             self.stop.set()
             pool.shutdown(cancel_futures=True)
