@@ -65,19 +65,14 @@ def words_of(text):
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def digest(words):
-    """Return a 16-byte hash of a list of words."""
-    return hashlib.blake2b("\0".join(words).encode("utf-8", "replace"), digest_size=16).digest()
-
-
 # ---------------------------------------------------------------- filters
 
 def exact_duplicates(rows, counts):
     """Keep the first of the rows that say the same, whatever their case and punctuation."""
     seen = set()
     for row in rows:
-        key = digest([word for text in texts_of(row)
-                      for word in [*(words_of(text) or [text]), "\n"]])
+        said = "\n".join(" ".join(words_of(text)) or text for text in texts_of(row))
+        key = hashlib.blake2b(said.encode("utf-8", "replace"), digest_size=16).digest()
         if key in seen:
             counts["exact duplicate"] += 1
         else:
@@ -119,23 +114,17 @@ def decontaminate(rows, counts, paths):
     counts as a text, but ids and labels do not. A text overlaps if it is equal, or if 13 words in
     a row are; a text below 13 words has only the first.
     """
-    whole, grams = set(), set()
+    held = set()
     for path in join_names(map(str, paths)):           # "mteb:MTEB(eng, v2)" holds a comma
-        mteb, empty = path.startswith("mteb:"), True
-        for row in mteb_rows(path.removeprefix("mteb:")) if mteb else _rows(Path(path)):
-            for words in map(words_of, _strings(row)):
-                if len(words) >= 3:                    # "yes", a label: equal by chance
-                    whole.add(digest(words))
-                    empty = False
-                grams.update(_grams(words))
-        if empty:
+        name = path.removeprefix("mteb:")
+        texts = _strings(_rows(Path(path)) if name == path else mteb_rows(name))
+        runs = {run for text in texts for run in _runs(words_of(text))}
+        if not runs:
             raise ValueError(f"{path}: no evaluation text in there")
+        held |= runs
     for row in rows:
-        texts = [words_of(text) for text in texts_of(row)]
-        if any(len(words) >= 3 and digest(words) in whole for words in texts):
-            counts["equal to an evaluation text"] += 1
-        elif any(not grams.isdisjoint(_grams(words)) for words in texts):
-            counts[f"{NGRAM} words of an evaluation text"] += 1
+        if any(not held.isdisjoint(_runs(words_of(text))) for text in texts_of(row)):
+            counts["overlaps an evaluation text"] += 1
         else:
             yield row
 
@@ -170,13 +159,16 @@ def _rows(path):
         yield from read_jsonl(file)
 
 
-def _grams(words):
-    return {hash(tuple(words[i:i + NGRAM])) for i in range(len(words) - NGRAM + 1)}
+def _runs(words):
+    """Return hashes of all runs of `NGRAM` words; a shorter text is one run."""
+    if len(words) < 3:                                 # "yes", a label: equal by chance
+        return set()
+    return {hash(tuple(words[i:i + NGRAM])) for i in range(max(1, len(words) - NGRAM + 1))}
 
 
-def _strings(row):
-    for key, value in row.items():
-        if key not in NOT_TEXT:
+def _strings(rows):
+    for row in rows:
+        for value in (value for key, value in row.items() if key not in NOT_TEXT):
             values = value if isinstance(value, list) else [value]
             yield from (text for text in values if isinstance(text, str))
 

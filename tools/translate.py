@@ -32,7 +32,6 @@ from tqdm import tqdm
 import clr
 from clr import LANGUAGES, TABLE_7
 from configurator import load_config
-from embed import Embedder
 from engine.jsonl import atomic, read_jsonl, to_line
 from toy.lexicon import LexiconTranslator
 
@@ -160,8 +159,6 @@ class TranslateConfig:
     in_flight: int = 16                        # requests at a time
     source_lang: str = "en"                    # language of the input; it is no target
     shares: dict[str, float] = field(default_factory=lambda: dict(TABLE_7))    # zh:12,es:8,...
-    min_score: float | None = None             # least cosine of translation and source
-    scorer: str = "out/embed_sup"              # checkpoint that min_score is measured with
 
     def __post_init__(self):
         if self.translator != "lexicon" and getattr(self, self.translator) is None:
@@ -186,10 +183,7 @@ def main(argv=None):
     """Translate the queries of some files; see the module docstring."""
     cfg, langs = load_config(TranslateConfig, argv), Counter()
     rows = [row for path in cfg.input for row in read_jsonl(path, {"query": str})]
-    gates = [clr.script_gate(MIN_SCRIPT), clr.length_gate(*LENGTH_RATIO), clr.copy_gate]
-    if cfg.min_score is not None:
-        gates.append(clr.score_gate(Embedder(cfg.scorer), cfg.min_score))
-    gates = clr.Gates(*gates)
+    gates = clr.Gates(clr.script_gate(MIN_SCRIPT), clr.length_gate(*LENGTH_RATIO), clr.copy_gate)
     translated = clr.build_clr(rows, make_translator(cfg), cfg.shares, cfg.source_lang, gates=gates)
     with closing(translated), atomic(cfg.out, "wb") as file:
         for row in tqdm(translated, total=len(rows), desc="clr", unit="row", disable=None):

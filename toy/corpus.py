@@ -24,6 +24,7 @@ import sysconfig
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -330,10 +331,8 @@ def versions():
     """Return what decides the entries: Python's version and those of the packages."""
     versions = {"python": sys.version.split()[0]}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):  # a part of another distribution: _pytest
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:         # a part of another distribution: _pytest
-            continue
     return versions
 
 

@@ -188,8 +188,8 @@ def test_one_command_takes_out_what_mteb_evaluates_on(tmp_path, monkeypatch, cap
     kept = {row["query"] for row in read_jsonl(tmp_path / "nq.jsonl")}
     assert {row["query"] for row in rows} - kept == {"the question 1", "this is question 3"}
     report = json.loads((tmp_path / "nq.jsonl.report.json").read_text())
-    assert (report["kept"], report["dropped"]) == (8, {"equal to an evaluation text": 2})
-    assert "dropped: equal to an evaluation text 2" in capsys.readouterr().out
+    assert (report["kept"], report["dropped"]) == (8, {"overlaps an evaluation text": 2})
+    assert "dropped: overlaps an evaluation text 2" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- command line
@@ -311,7 +311,7 @@ def test_a_run_that_lost_the_hub_between_two_files_leaves_nothing(tmp_path, name
     stem = name + (f"-{SETS[name].lang}" if SETS[name].lang else "")
     report = json.loads((tmp_path / "out" / f"{stem}.jsonl.report.json").read_text())
     assert (report["read"], report["kept"]) == (40, 38)
-    assert report["dropped"] == {"equal to an evaluation text": 2}
+    assert report["dropped"] == {"overlaps an evaluation text": 2}
 
 
 @pytest.mark.extras
