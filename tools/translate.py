@@ -16,7 +16,6 @@ import os
 import random
 import sys
 import threading
-import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -107,11 +106,9 @@ class EndpointTranslator:
             try:
                 answer = self._ask(text, lang)
                 break
-            except urllib.error.HTTPError as error:
-                if error.code in (401, 403, 404):      # no other text will fare better
-                    raise ConnectionError(f"{self.url}: {error}: {error.read(300)!r}") from None
-                reason = error
             except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+                if getattr(error, "code", None) in (401, 403, 404):    # no other text fares better
+                    raise ConnectionError(f"{self.url}: {error}: {error.read(300)!r}") from None
                 reason = error
             delay = self.BACKOFF * 2 ** attempt * random.uniform(0.5, 1.5)
             if attempt + 1 == self.TRIES or self.stop.wait(delay):

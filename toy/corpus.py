@@ -373,6 +373,4 @@ def write(out):
                          ((row["name"], row["name"]) for row in rows))
     write_jsonl(out / "search" / "corpus.jsonl",
                 ({"id": name, "title": name, "text": text} for name, text in entries))
-    return {"entries": len(entries), "train": len(train), "pairs": len(pairs),
-            "dev": len(splits["dev"]), "test": len(splits["test"]),
-            "characters": sum(len(text) for _, text in entries)}
+    return {"entries": len(entries), "train": len(train), "pairs": len(pairs)}
