@@ -207,9 +207,7 @@ def tokenizer_json(tokenizer, post_processor=None):
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
         "normalizer": {"type": "NFC"}, "post_processor": post_processor, "decoder": byte_level,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, byte_level]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "byte_fallback": False, "ignore_merges": True,   # a whole word is looked up first
+        "model": {"type": "BPE", "ignore_merges": True,        # a whole word is looked up first
                   "vocab": vocab,
                   "merges": [[spelled[a], spelled[b]] for a, b in merges(tokens)]}}
 
@@ -222,27 +220,16 @@ def byte_letters():
 
 
 def merges(tokens):
-    """Return [(left, right)], the two ids that each token is merged from, in the order of ids.
+    """Return [(left, right)], the pairs of ids whose join is a token, in the order of its id.
 
-    tiktoken merges any neighbours whose join is a token, of the lowest rank first. Inside of a
-    token this happens as for the token alone, whatever stands around it, so the last two parts of
-    the token's own merging are the only ones it ever has.
+    tiktoken merges any neighbours whose join is a token, of the lowest id first.
 
     >>> merges([b"a", b"b", b"ab", b"aba"])
     [(0, 1), (2, 0)]
     """
-    rank, pairs = {token: i for i, token in enumerate(tokens)}, []
-    for token in tokens:
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            best, i = min((rank.get(a + b, len(rank)), i)
-                          for i, (a, b) in enumerate(zip(parts, parts[1:])))
-            if best == len(rank):                      # reached as a whole word only
-                break
-            parts[i:i + 2] = [tokens[best]]
-        if len(parts) == 2:
-            pairs.append((rank[parts[0]], rank[parts[1]]))
-    return pairs
+    rank = {token: i for i, token in enumerate(tokens)}
+    return [(rank[token[:i]], rank[token[i:]]) for token in tokens for i in range(1, len(token))
+            if token[:i] in rank and token[i:] in rank]
 
 
 # ---------------------------------------------------------------- golden values
