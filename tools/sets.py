@@ -283,7 +283,7 @@ class Builder:
             for self.file, path in files.items():
                 self.read_rows(path)
         except KeyError as error:
-            raise ValueError(f"{folder / self.file}: a row has no key {error}") from None
+            raise ValueError(f"{files.get(self.file, folder)}: a row has no key {error}") from None
         for kind, start in before.items():
             rows = self.files[kind][start:]
             self.files[kind][start:] = self.rng.sample(rows, min(len(rows), SUPERVISED))

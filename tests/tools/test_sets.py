@@ -201,7 +201,7 @@ def test_what_it_does_not_know_is_named(tmp_path):
     with pytest.raises(ValueError, match="data.jsonl:2: key 'label' is missing"):
         sets.build(tmp_path / "root", tmp_path / "out")
     write(tmp_path / "root" / "odd" / "data.jsonl", [{"text": "a", "title": "b", "id": "c"}])
-    with pytest.raises(ValueError, match="odd/data: a row has no key 'lang'"):
+    with pytest.raises(ValueError, match="odd/data.jsonl: a row has no key 'lang'"):
         sets.build(tmp_path / "root", tmp_path / "out")
     (tmp_path / "root" / "odd" / "data.jsonl").write_text("")
     with pytest.raises(ValueError, match="odd.*no rows"):
