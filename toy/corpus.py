@@ -74,7 +74,7 @@ def _literal(node):
 
 
 def _attached_docstring(call):
-    """Read docstrings that packages attach to C functions by a call; (name, text) or None.
+    """Read docstrings that packages attach to C functions by a call; (name, text or None) or None.
 
     torch: `add_docstr(torch.linalg.det, "...")`; numpy: `add_newdoc(module, name, "...")`.
     """
@@ -82,16 +82,13 @@ def _attached_docstring(call):
         getattr(call.func, "id", "")
     args = call.args
     if function.endswith("add_docstr") and len(args) >= 2 and isinstance(args[0], ast.Attribute):
-        text = _literal(args[1])
-        return (ast.unparse(args[0]), text) if text else None
+        return ast.unparse(args[0]), _literal(args[1])
     if function.startswith("add_newdoc") and len(args) >= 3:
-        place, name = _literal(args[0]), _literal(args[1])
-        if isinstance(args[2], ast.Tuple) and len(args[2].elts) == 2:   # a method of a C class
-            name, text = f"{name}.{_literal(args[2].elts[0])}", _literal(args[2].elts[1])
-        else:
-            text = _literal(args[2])
-        if place and name and text:
-            return f"{place.split('.')[0]}.{name}", text
+        place, name, text = _literal(args[0]), _literal(args[1]), args[2]
+        if isinstance(text, ast.Tuple) and len(text.elts) == 2:         # a method of a C class
+            name, text = f"{name}.{_literal(text.elts[0])}", text.elts[1]
+        if place and name:
+            return f"{place.split('.')[0]}.{name}", _literal(text)
     return None
 
 
@@ -104,15 +101,13 @@ def read_source(item):
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):        # templates and Python 2 files in packages
         return []
-    entries = []
+    entries = [(module, ast.get_docstring(tree))]
 
     def visit(node, prefix):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 name = f"{prefix}.{child.name}"
-                text = ast.get_docstring(child)
-                if text:
-                    entries.append((name, text))
+                entries.append((name, ast.get_docstring(child)))
                 if isinstance(child, ast.ClassDef):
                     visit(child, name)
             elif isinstance(child, (ast.Expr, ast.Assign)) and isinstance(child.value, ast.Call):
@@ -124,11 +119,8 @@ def read_source(item):
             elif isinstance(child, (ast.If, ast.Try)):
                 visit(child, prefix)
 
-    text = ast.get_docstring(tree)
-    if text:
-        entries.append((module, text))
     visit(tree, module)
-    return entries
+    return [(name, text) for name, text in entries if text]
 
 
 def read_builtins():
