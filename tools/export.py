@@ -146,10 +146,14 @@ def architecture(embedder, lm):
 def sentence_transformers_files(embedder):
     """Return {file: content} of the modules: transformer, pooling, normalisation, prompts.
 
+    Prompts go by the names of sentence-transformers and mteb, as they stand in front of a text.
     `pool_prompt` of the model is `include_prompt` there. Both libraries count the prompt's tokens
     as those of the prompt alone, line end included and end of text excluded.
     """
     config = embedder.model.config
+    prompts = {"query": embedder.prompts.get("retrieval", ""), "document": ""}
+    prompts |= {OUR_TYPES[task]: prompt for task, prompt in embedder.prompts.items()
+                if prompt and task in OUR_TYPES and task != "retrieval"}
     parts = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
     return {
         "modules.json": [{"idx": i, "name": str(i), "path": path,
@@ -165,16 +169,9 @@ def sentence_transformers_files(embedder):
         "config_sentence_transformers.json": {
             "__version__": {"sentence_transformers": "6.0.0", "transformers": "5.2.0",
                             "pytorch": torch.__version__},
-            "prompts": prompts_of(embedder), "default_prompt_name": None,
+            "prompts": {name: format_query("", prompt) for name, prompt in prompts.items()},
+            "default_prompt_name": None,
             "similarity_fn_name": "cosine"}}
-
-
-def prompts_of(embedder):
-    """Return {name: what stands in front of a text} by the names of sentence-transformers, mteb."""
-    named = {"query": embedder.prompts.get("retrieval", ""), "document": ""}
-    named |= {OUR_TYPES[task]: prompt for task, prompt in embedder.prompts.items()
-              if prompt and task in OUR_TYPES and task != "retrieval"}
-    return {name: format_query("", instruction) for name, instruction in named.items()}
 
 
 # ---------------------------------------------------------------- the tokenizer
