@@ -24,16 +24,27 @@ from configurator import load_config
 from data import format_query, format_sft
 from embed import Embedder
 from engine.model_folder import EXPORTED
-from engine.run import MACHINE, PATHS
+from engine.mteb_bridge import OUR_TYPES
+from engine.run import MAY_CHANGE_ON_RESUME
 from sample import generate
 from tokenizer import EOS, PAD, PATTERN
 
-MTEB_NAMES = {"classification": "Classification", "sts": "STS", "bitext": "BitextMining"}
 GOLDEN = ("The determinant of a matrix is zero if its rows are linearly dependent.",
           "def area(r):\n    return 3.14159 * r ** 2  # of a circle", "矩阵的行列式",
           "行列の階数を計算する", "محدد المصفوفة", "आव्यूह का सारणिक",
           "Определитель матрицы, ранг и след", "👩‍🔬 x² ≠ <|pad|>")
 TOLERANCE = 1e-5
+CARD = """---
+library_name: {library}
+---
+# {name}
+
+Trained from random weights with nanoConan, an open rebuild of Conan-Embedding-v2 (Li et al., EMNLP
+2025, arXiv 2509.12892). `{loader}` of {library} loads it.
+It needs transformers >= 5.2, since older ones take every model for causal.
+`golden.json` holds inputs in several languages and what they gave before the export: a wrong
+version, device or data type shows in it first. `nanoconan.json` holds the settings of the training.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,9 +72,6 @@ def export(checkpoint, out, lm=False):
         write(embedder, part, out.name, lm)
         del embedder                                   # room for what is read back
         check_golden(part)
-        for path in filter(Path.is_file, part.rglob("*")):
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
         os.rename(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -81,12 +89,6 @@ def check_mask(embedder, lm):
         raise ValueError(f"{where} is bidirectional, no language model any more; leave --lm out")
 
 
-def recipe_of(meta):
-    """Return the settings of the training run that are no matter of one machine: no paths."""
-    return {k: v for k, v in meta["train"].items()
-            if k not in PATHS | MACHINE | {"resume", "log_every", "save_every", "dry_run"}}
-
-
 def write(embedder, folder, name, lm):
     """Fill `folder` with all the files of an export that is to be called `name`."""
     from safetensors.torch import save_file
@@ -95,10 +97,9 @@ def write(embedder, folder, name, lm):
     save_file({prefix + key: tensor.contiguous() for key, tensor in
                embedder.model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"})
     tokenizer.save(folder / "tokenizer.tiktoken")
-    files = sentence_transformers_files(embedder) if not lm else {
-        "generation_config.json": {"eos_token_id": tokenizer.eos_id, "do_sample": False,
-                                   "pad_token_id": tokenizer.pad_id}}
-    files |= {
+    recipe = {key: value for key, value in meta["train"].items()
+              if key not in MAY_CHANGE_ON_RESUME}      # no paths
+    files = ({} if lm else sentence_transformers_files(embedder)) | {
         "config.json": architecture(embedder, lm),
         "tokenizer.json": tokenizer_json(tokenizer, None if lm else end_template(tokenizer)),
         "tokenizer_config.json": {
@@ -107,9 +108,11 @@ def write(embedder, folder, name, lm):
             "padding_side": "left" if lm else "right",
             "model_max_length": embedder.model.config.block_size if lm else embedder.max_len},
         "golden.json": golden(embedder, lm),
-        "README.md": model_card(embedder, name, lm),
+        "README.md": CARD.format(
+            name=name, library="transformers" if lm else "sentence-transformers",
+            loader="AutoModelForCausalLM" if lm else "SentenceTransformer"),
         EXPORTED: {key: meta[key] for key in ("model", "mask", "passage_len", "step", "versions")} |
-        {"prompts": embedder.prompts, "train": recipe_of(meta), "files": {
+        {"prompts": embedder.prompts, "train": recipe, "files": {
             file: hashlib.sha256((folder / file).read_bytes()).hexdigest()
             for file in ("model.safetensors", "tokenizer.tiktoken")}}}
     for file, content in files.items():
@@ -132,9 +135,8 @@ def architecture(embedder, lm):
         "head_dim": c.n_embd // c.n_head, "max_position_embeddings": c.block_size,
         "rope_theta": c.rope_base,
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
-        "rms_norm_eps": c.norm_eps, "hidden_act": "silu", "attention_bias": False,
-        "mlp_bias": False, "tie_word_embeddings": True, "use_cache": lm, "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id,
+        "rms_norm_eps": c.norm_eps, "tie_word_embeddings": True, "use_cache": lm,
+        "bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id,
         "torch_dtype": "float32", "transformers_version": "5.2.0"}
     if dims := embedder.meta["train"].get("dims"):
         config |= {"is_matryoshka": True, "matryoshka_dimensions": list(dims)}
@@ -144,10 +146,14 @@ def architecture(embedder, lm):
 def sentence_transformers_files(embedder):
     """Return {file: content} of the modules: transformer, pooling, normalisation, prompts.
 
+    Prompts go by the names of sentence-transformers and mteb, as they stand in front of a text.
     `pool_prompt` of the model is `include_prompt` there. Both libraries count the prompt's tokens
     as those of the prompt alone, line end included and end of text excluded.
     """
     config = embedder.model.config
+    prompts = {"query": embedder.prompts.get("retrieval", ""), "document": ""}
+    prompts |= {OUR_TYPES[task]: prompt for task, prompt in embedder.prompts.items()
+                if prompt and task in OUR_TYPES and task != "retrieval"}
     parts = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
     return {
         "modules.json": [{"idx": i, "name": str(i), "path": path,
@@ -157,23 +163,15 @@ def sentence_transformers_files(embedder):
         "1_Pooling/config.json": {
             "word_embedding_dimension": embedder.dim,
             "include_prompt": config.pool_prompt or config.pooling == "last",
-            **{f"pooling_mode_{mode}": name == config.pooling for name, mode in (
-                ("mean", "mean_tokens"), ("last", "lasttoken"))},
-            "pooling_mode_cls_token": False, "pooling_mode_max_tokens": False},
+            "pooling_mode_mean_tokens": config.pooling == "mean",
+            "pooling_mode_lasttoken": config.pooling == "last"},
         "2_Normalize/config.json": {},
         "config_sentence_transformers.json": {
             "__version__": {"sentence_transformers": "6.0.0", "transformers": "5.2.0",
                             "pytorch": torch.__version__},
-            "prompts": prompts_of(embedder), "default_prompt_name": None,
+            "prompts": {name: format_query("", prompt) for name, prompt in prompts.items()},
+            "default_prompt_name": None,
             "similarity_fn_name": "cosine"}}
-
-
-def prompts_of(embedder):
-    """Return {name: what stands in front of a text} by the names of sentence-transformers, mteb."""
-    own = embedder.prompts
-    named = {"query": own.get("retrieval", ""), "document": ""}
-    named |= {name: own[task] for task, name in MTEB_NAMES.items() if own.get(task)}
-    return {name: format_query("", instruction) for name, instruction in named.items()}
 
 
 # ---------------------------------------------------------------- the tokenizer
@@ -206,9 +204,7 @@ def tokenizer_json(tokenizer, post_processor=None):
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
         "normalizer": {"type": "NFC"}, "post_processor": post_processor, "decoder": byte_level,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, byte_level]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "byte_fallback": False, "ignore_merges": True,   # a whole word is looked up first
+        "model": {"type": "BPE", "ignore_merges": True,        # a whole word is looked up first
                   "vocab": vocab,
                   "merges": [[spelled[a], spelled[b]] for a, b in merges(tokens)]}}
 
@@ -221,27 +217,16 @@ def byte_letters():
 
 
 def merges(tokens):
-    """Return [(left, right)], the two ids that each token is merged from, in the order of ids.
+    """Return [(left, right)], the pairs of ids whose join is a token, in the order of its id.
 
-    tiktoken merges any neighbours whose join is a token, of the lowest rank first. Inside of a
-    token this happens as for the token alone, whatever stands around it, so the last two parts of
-    the token's own merging are the only ones it ever has.
+    tiktoken merges any neighbours whose join is a token, of the lowest id first.
 
     >>> merges([b"a", b"b", b"ab", b"aba"])
     [(0, 1), (2, 0)]
     """
-    rank, pairs = {token: i for i, token in enumerate(tokens)}, []
-    for token in tokens:
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            best, i = min((rank.get(a + b, len(rank)), i)
-                          for i, (a, b) in enumerate(zip(parts, parts[1:])))
-            if best == len(rank):                      # reached as a whole word only
-                break
-            parts[i:i + 2] = [tokens[best]]
-        if len(parts) == 2:
-            pairs.append((rank[parts[0]], rank[parts[1]]))
-    return pairs
+    rank = {token: i for i, token in enumerate(tokens)}
+    return [(rank[token[:i]], rank[token[i:]]) for token in tokens for i in range(1, len(token))
+            if token[:i] in rank and token[i:] in rank]
 
 
 # ---------------------------------------------------------------- golden values
@@ -256,108 +241,23 @@ def golden(embedder, lm):
         return {"inputs": inputs, "greedy": [generate(
             embedder.model, embedder.tokenizer, text, 8, temperature=0) for text in inputs]}
 
-    def rounded(vectors):
-        return [[round(float(x), 8) for x in vector] for vector in vectors]
-
-    query = embedder.encode(GOLDEN[:1], prompt=embedder.prompts.get("retrieval"))
-    return {"inputs": list(GOLDEN), "embeddings": rounded(embedder.encode(GOLDEN)),
-            "query": rounded(query)[0]}
+    query = embedder.encode(GOLDEN[0], prompt=embedder.prompts.get("retrieval"))
+    return {"inputs": list(GOLDEN), "query": np.round(query.astype(float), 8).tolist(),
+            "embeddings": np.round(embedder.encode(GOLDEN).astype(float), 8).tolist()}
 
 
 def check_golden(folder):
     """Load an export by `Embedder`; raise ValueError if it does not give its golden values."""
     expected = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
     values = golden(Embedder(folder, "cpu", "float32"), "greedy" in expected)
-    if "embeddings" in expected:
-        stack = [np.array([*part["embeddings"], part["query"]]) for part in (values, expected)]
-        right = np.abs(stack[0] - stack[1]).max() <= TOLERANCE          # not so for NaN
-    else:
-        right = values == expected
+    right = values == expected if "greedy" in expected else all(
+        np.allclose(values[key], expected[key], rtol=0, atol=TOLERANCE)      # not so for NaN
+        for key in ("embeddings", "query"))
     if not right:
         raise ValueError(f"{folder}: gives other values than golden.json has")
 
 
-# ---------------------------------------------------------------- the model card
-
-CARD = """---
-library_name: {library}
-pipeline_tag: {task}
-tags: [{tags}]
----
-# {name}
-
-A {kind} of {n_params:,} parameters, trained from random weights with nanoConan, an open
-rebuild of Conan-Embedding-v2 (Li et al., EMNLP 2025, arXiv 2509.12892).
-
-```python
-{code}
-```
-
-`golden.json` holds inputs in several languages and what they gave before the export: a wrong
-version, device or data type shows in it first.
-
-Stage `{stage}`, {step:,} of {steps:,} steps, nanoConan {git}, torch {torch}.
-
-{recipe}
-
-## Measured
-
-{results}
-"""
-EMBEDDER = {
-    "library": "sentence-transformers", "task": "sentence-similarity", "kind": "text embedder",
-    "tags": "nanoconan, sentence-transformers, feature-extraction",
-    "code": """import json
-import numpy as np
-from sentence_transformers import SentenceTransformer
-
-# needs sentence-transformers >= 6.0, transformers >= 5.2: older ones take the model for causal
-model = SentenceTransformer("{name}")                             # texts up to {length:,} tokens
-queries = model.encode_query(["how do I invert a matrix"])         # in front: {prompt!r}
-documents = model.encode_document(["Compute the inverse of a matrix."])
-print(model.similarity(queries, documents))
-golden = json.load(open("{name}/golden.json", encoding="utf-8"))
-print(abs(model.encode(golden["inputs"]) - np.array(golden["embeddings"])).max())   # below 1e-5"""}
-LANGUAGE_MODEL = {
-    "library": "transformers", "task": "text-generation", "kind": "causal language model",
-    "tags": "nanoconan",
-    "code": """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = (c.from_pretrained("{name}") for c in (AutoModelForCausalLM, AutoTokenizer))
-ids = tokenizer({text!r}, return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=32)[0]))"""}
-
-
-def model_card(embedder, name, lm):
-    """Return README.md: what the model is, how to use and check it, its recipe and its scores."""
-    meta, kind = embedder.meta, LANGUAGE_MODEL if lm else EMBEDDER
-    code = kind["code"].format(name=name, text=format_sft(None, GOLDEN[0]), length=embedder.max_len,
-                               prompt=prompts_of(embedder)["query"])
-    recipe = [(f"`{key}`", json.dumps(value, ensure_ascii=False)) for key, value
-              in recipe_of(meta).items() if value not in ([], {}, "")]
-    return CARD.format(**kind | {"code": code}, name=name, n_params=embedder.model.count_params(),
-                       stage=meta["train"]["stage"], step=meta["step"],
-                       steps=meta["train"]["steps"], git=meta["versions"]["git"] or "",
-                       torch=meta["versions"]["torch"], results=scores_of(embedder),
-                       recipe=markdown(("setting", "value"), recipe))
-
-
-def scores_of(embedder):
-    """Return a table of the run's eval.json, if the checkpoint is the one it was made with."""
-    meta, path = embedder.meta, embedder.checkpoint.parent / "eval.json"
-    last = meta["step"] >= meta["train"]["steps"]
-    if not last or not path.is_file() or (embedder.checkpoint / EXPORTED).is_file():
-        return "Nothing was measured with this checkpoint."
-    scores = json.loads(path.read_text(encoding="utf-8"))
-    return markdown(("task / set / subset / metric", "score"), [
-        (f"`{key}`", f"{value:.4f}") for key, value in scores.items()
-        if not key.startswith(("dhnm/", "model/")) and isinstance(value, float)])
-
-
-def markdown(head, rows):
-    """Return a Markdown table of two columns."""
-    return "\n".join(f"| {left} | {right} |" for left, right in (head, ("---", "---"), *rows))
-
+# ---------------------------------------------------------------- command line
 
 def main():
     """Export what the command line names."""
@@ -366,7 +266,7 @@ def main():
         out = export(config.checkpoint, config.out, config.lm)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"export: error: {error}")
-    print(f"wrote {out}, checked against golden.json; its README.md says how to use it")
+    print(f"wrote {out}, checked against golden.json; docs/serving.md says how to use it")
 
 
 if __name__ == "__main__":

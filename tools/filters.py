@@ -6,10 +6,9 @@
         --scorer=Alibaba-NLP/gte-Qwen2-7B-instruct
 
 PAPER Sec. 3.1.2: pairs that gte-Qwen2-7B-instruct scores below 0.4 are dropped before stage 3. A
-scorer is any sentence-transformers model, a folder of train.py or an exported one, with its own
-query prompt. Each filter is a generator (rows, drop) -> rows that calls drop(row, reason) for what
-it leaves out. Memory: 16 bytes a row for duplicates. Length, script and near duplicates are
-Data-Juicer's job (docs/data.md).
+scorer is any sentence-transformers model, also one of tools.export, with its own query prompt. Each
+filter is a generator (rows, counts) -> rows that counts why it leaves rows out. Memory: 16 bytes a
+row for duplicates. Length, script and near duplicates are Data-Juicer's job (docs/data.md).
 UNSPECIFIED: everything but the 0.4. OUT.report.json says what ran and what it dropped.
 """
 import hashlib
@@ -17,7 +16,6 @@ import json
 import sys
 import unicodedata
 from collections import Counter
-from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -29,11 +27,8 @@ from tqdm import tqdm
 
 from configurator import load_config
 from data import parse_pair
-from embed import Embedder
-from engine.jsonl import atomic, read_jsonl, to_line
-from engine.model_folder import EXPORTED
-from engine.mteb_bridge import mteb_tasks
-from eval import join_names
+from engine.jsonl import atomic, read_jsonl, write_jsonl
+from engine.mteb_bridge import SentenceTransformerBaseline, join_names, mteb_tasks
 
 TEXT_KEYS = ("text", "query", "input", "pos", "output", "sentence1", "sentence2")
 NOT_TEXT = {"id", "_id", "lang", "split", "label", "prompt", "instruction"}
@@ -70,77 +65,47 @@ def words_of(text):
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def digest(words):
-    """Return a 16-byte hash of a list of words."""
-    return hashlib.blake2b("\0".join(words).encode("utf-8", "replace"), digest_size=16).digest()
-
-
 # ---------------------------------------------------------------- filters
 
-def exact_duplicates(rows, drop):
+def exact_duplicates(rows, counts):
     """Keep the first of the rows that say the same, whatever their case and punctuation."""
     seen = set()
     for row in rows:
-        key = digest([word for text in texts_of(row)
-                      for word in [*(words_of(text) or [text]), "\n"]])
+        said = "\n".join(" ".join(words_of(text)) or text for text in texts_of(row))
+        key = hashlib.blake2b(said.encode("utf-8", "replace"), digest_size=16).digest()
         if key in seen:
-            drop(row, "exact duplicate")
+            counts["exact duplicate"] += 1
         else:
             seen.add(key)
             yield row
 
 
-def by_score(rows, drop, encode, least=0.4, batch=256):
+def by_score(rows, counts, scorer, least=0.4, batch=256):
     """Keep the pairs whose query and passage have at least this cosine (PAPER Sec. 3.1.2).
 
-    encode: (queries, passages) -> two arrays (N, D), of any norm. Of several positives those above
-    stay, and their "pos_scores" with them; the row goes when none does.
+    scorer: encode(texts, (side, None)) -> unit vectors (N, D). Of several positives those above
+    stay; the row goes when none does.
     """
     rows = iter(rows)
     while chunk := list(islice(rows, batch)):
         pairs = [parse_pair(row) for row in chunk]
-        queries, passages = map(_unit, encode([pair["query"] for pair in pairs],
-                                              [text for pair in pairs for text in pair["pos"]]))
+        queries = scorer.encode([pair["query"] for pair in pairs], ("query", None))
+        passages = scorer.encode([text for pair in pairs for text in pair["pos"]],
+                                 ("document", None))
         ends = np.cumsum([len(pair["pos"]) for pair in pairs])
         for row, query, own in zip(chunk, queries, np.split(passages, ends)):
             good = np.flatnonzero(own @ query >= least)
             if not len(good):
-                drop(row, "score")
-                continue
-            lists = {key: row[key] for key in ("pos", "pos_scores")
-                     if isinstance(row.get(key), list) and len(row[key]) == len(own)}
-            yield row | {key: [values[i] for i in good] for key, values in lists.items()}
-
-
-def _unit(vectors):
-    vectors = np.asarray(vectors, np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-def load_scorer(path):
-    """Return (queries, passages) -> (vectors, vectors) of a model, queries under its own prompt.
-
-    Our folders are read by Embedder, everything else by sentence-transformers.
-    """
-    folder = Path(path)
-    if folder.is_dir() and ((folder / EXPORTED).is_file()
-                            or not (folder / "modules.json").is_file()):
-        ours = Embedder(path)
-        prompt = ours.prompts.get("retrieval")
-        return lambda queries, passages: (ours.encode(queries, prompt=prompt),
-                                          ours.encode(passages))
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise ValueError(f"{path}: no folder of train.py or tools.export; for other models `pip "
-                         "install sentence-transformers`") from None
-    model = SentenceTransformer(str(path))
-    return lambda queries, passages: (model.encode_query(queries), model.encode_document(passages))
+                counts["score"] += 1
+            elif isinstance(row.get("pos"), list):
+                yield row | {"pos": [row["pos"][i] for i in good]}
+            else:
+                yield row
 
 
 # ---------------------------------------------------------------- evaluation texts
 
-def decontaminate(rows, drop, paths):
+def decontaminate(rows, counts, paths):
     """Keep the rows that do not overlap the evaluation texts, which are held as hashes.
 
     paths: JSONL(.gz) files, or folders of them, of which corpus.jsonl is passed over: a
@@ -149,22 +114,17 @@ def decontaminate(rows, drop, paths):
     counts as a text, but ids and labels do not. A text overlaps if it is equal, or if 13 words in
     a row are; a text below 13 words has only the first.
     """
-    whole, grams = set(), set()
+    held = set()
     for path in join_names(map(str, paths)):           # "mteb:MTEB(eng, v2)" holds a comma
-        mteb = path.startswith("mteb:")
-        for row in mteb_rows(path.removeprefix("mteb:")) if mteb else _rows(path):
-            for words in map(words_of, _strings(row)):
-                if len(words) >= 3:                    # "yes", a label: equal by chance
-                    whole.add(digest(words))
-                grams.update(_grams(words))
-    if not whole:
-        raise ValueError(f"{', '.join(map(str, paths))}: no evaluation text in there")
+        name = path.removeprefix("mteb:")
+        texts = _strings(_rows(Path(path)) if name == path else mteb_rows(name))
+        runs = {run for text in texts for run in _runs(words_of(text))}
+        if not runs:
+            raise ValueError(f"{path}: no evaluation text in there")
+        held |= runs
     for row in rows:
-        texts = [words_of(text) for text in texts_of(row)]
-        if any(len(words) >= 3 and digest(words) in whole for words in texts):
-            drop(row, "equal to an evaluation text")
-        elif any(not grams.isdisjoint(_grams(words)) for words in texts):
-            drop(row, f"{NGRAM} words of an evaluation text")
+        if any(not held.isdisjoint(_runs(words_of(text))) for text in texts_of(row)):
+            counts["overlaps an evaluation text"] += 1
         else:
             yield row
 
@@ -193,24 +153,22 @@ def _held_out(data, splits):
 
 
 def _rows(path):
-    path = Path(path)
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*.jsonl*") if p.name.endswith((".jsonl", ".jsonl.gz"))
-                       and not p.name.startswith("corpus."))
-        if not files:
-            raise FileNotFoundError(f"{path}: no JSONL file in there")
-    for file in files:
+    files = sorted(p for p in path.rglob("*.jsonl*") if p.name.endswith((".jsonl", ".jsonl.gz"))
+                   and not p.name.startswith("corpus."))
+    for file in files if path.is_dir() else [path]:
         yield from read_jsonl(file)
 
 
-def _grams(words):
-    return {hash(tuple(words[i:i + NGRAM])) for i in range(len(words) - NGRAM + 1)}
+def _runs(words):
+    """Return hashes of all runs of `NGRAM` words; a shorter text is one run."""
+    if len(words) < 3:                                 # "yes", a label: equal by chance
+        return set()
+    return {hash(tuple(words[i:i + NGRAM])) for i in range(max(1, len(words) - NGRAM + 1))}
 
 
-def _strings(row):
-    for key, value in row.items():
-        if key not in NOT_TEXT:
+def _strings(rows):
+    for row in rows:
+        for value in (value for key, value in row.items() if key not in NOT_TEXT):
             values = value if isinstance(value, list) else [value]
             yield from (text for text in values if isinstance(text, str))
 
@@ -222,75 +180,59 @@ class FilterConfig:
     """The settings of `python -m tools.filters`; filters run in this order."""
     input: tuple[str, ...]                     # JSONL(.gz) files in any of data.py's formats
     out: str                                   # JSONL file to write; beside it OUT.report.json
-    dropped: str | None = None                 # JSONL file for what is left out, with "reason"
     dedup: bool = False                        # drop rows that say the same as one before
     decontaminate: tuple[str, ...] = ()        # files or folders of evaluation texts, mteb:NAME
     min_score: float | None = None             # least cosine of query and passage; the paper's 0.4
-    scorer: str | None = None                  # checkpoint, exported or sentence-transformers model
-
-    def __post_init__(self):
-        if self.min_score is not None and not self.scorer:
-            raise ValueError(f"min_score {self.min_score} needs --scorer=MODEL")
+    scorer: str = "Alibaba-NLP/gte-Qwen2-7B-instruct"    # a name or a folder; default: the paper's
 
 
-def read_input(paths, checks, counts):
-    """Yield the rows of some files and count them; a row that a check refuses is named by line."""
+def read_input(paths, check, counts):
+    """Yield the rows of some files and count them; a row that `check` refuses is named by line."""
     for path in paths:
         rows = tqdm(read_jsonl(path), desc=Path(path).name, unit="row", disable=None)
         for number, row in enumerate(rows, 1):
             try:
-                for check in checks:
-                    check(row)
+                check(row)
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
             counts["read"] += 1
             yield row
 
 
-def write_rows(out, rows, filters, counts, dropped=None):
-    """Write the rows that pass all filters, and the others with their reason to `dropped`.
+def write_rows(out, rows, filters, counts, about):
+    """Write the rows that pass all filters, then OUT.report.json; print its counts.
 
-    counts: a Counter, of "kept" and of each reason.
+    counts: a Counter, of "read", "kept" and each reason. about: what else the report says.
     """
-    with ExitStack() as stack:
-        file = stack.enter_context(atomic(out, "wb"))
-        aside = stack.enter_context(atomic(dropped, "wb")) if dropped else None
-
-        def drop(row, reason):
-            counts[reason] += 1
-            if aside:
-                aside.write(to_line({**row, "reason": reason}))
-
-        rows = stack.enter_context(closing(rows))
-        for one in filters:
-            rows = one(rows, drop)
+    def count(rows):
         for row in rows:
             counts["kept"] += 1
-            file.write(to_line(row))
+            yield row
 
-
-def write_report(path, out, counts, about):
-    """Write what was read, kept and dropped of `out`, with what else is to be known; print it."""
-    counts = {key: n for key, n in counts.items() if n}
-    total = {"read": counts.pop("read", 0), "kept": counts.pop("kept", 0), "dropped": counts}
-    with atomic(path) as file:
-        json.dump(total | about, file, indent=1, ensure_ascii=False)
-    print(f"{out}: {total['kept']:,} of {total['read']:,} rows\ndropped: "
-          + (", ".join(f"{reason} {n:,}" for reason, n in counts.items()) or "none"))
+    for one in filters:
+        rows = one(rows, counts)
+    write_jsonl(out, count(rows))
+    dropped = {key: n for key, n in counts.items() if n and key not in ("read", "kept")}
+    report = {"read": counts["read"], "kept": counts["kept"], "dropped": dropped}
+    with atomic(f"{out}.report.json") as file:
+        json.dump(report | about, file, indent=1, ensure_ascii=False)
+    print(f"{out}: {counts['kept']:,} of {counts['read']:,} rows\ndropped: "
+          + (", ".join(f"{reason} {n:,}" for reason, n in dropped.items()) or "none"))
 
 
 def main(argv=None):
     """Filter some files; see the module docstring."""
-    cfg, counts, filters, checks = load_config(FilterConfig, argv), Counter(), [], [texts_of]
+    cfg, counts, filters = load_config(FilterConfig, argv), Counter(), []
+    check = texts_of if cfg.min_score is None else parse_pair
     if cfg.dedup:
         filters.append(exact_duplicates)
     if cfg.decontaminate:
         filters.append(partial(decontaminate, paths=cfg.decontaminate))
     if cfg.min_score is not None:                      # last: it costs most
-        checks.append(parse_pair)
-        filters.append(partial(by_score, encode=load_scorer(cfg.scorer), least=cfg.min_score))
-    write_rows(cfg.out, read_input(cfg.input, checks, counts), filters, counts, cfg.dropped)
-    write_report(f"{cfg.out}.report.json", cfg.out, counts, {"config": asdict(cfg)})
+        filters.append(partial(by_score, scorer=SentenceTransformerBaseline(cfg.scorer),
+                               least=cfg.min_score))
+    write_rows(cfg.out, read_input(cfg.input, check, counts), filters, counts,
+               {"config": asdict(cfg)})
 
 
 if __name__ == "__main__":

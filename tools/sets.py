@@ -22,7 +22,6 @@ paraphrases by id. Professional translations stand in for machine ones in CLR: t
 differs from the passage's.
 """
 import argparse
-import hashlib
 import random
 import re
 import shutil
@@ -32,7 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import PARSERS, document_text, load_collection, parse_pair, text_id
-from engine.jsonl import atomic, read_jsonl, write_jsonl
+from engine.jsonl import read_jsonl, write_jsonl
 
 HELD_OUT_SHARE = 5                 # one in five of what carries no split is held out
 WINDOW = 4                         # sentences of a paragraph that is cut from a document
@@ -42,12 +41,6 @@ SMALLEST = 512                     # pairs of a file; smaller ones share one
 LABELS_AS_NEGATIVES = 15           # other labels of a classification row
 FOR_EVALUATION = ("_dev", "_test")     # how the names of sets end that nothing is trained on
 SUFFIX = re.compile(r"\.(jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
-VERSION = 6                        # raise it when the files change: old ones are rebuilt
-
-
-def is_held_out(key):
-    """Tell whether a row without a split is held out: one in `HELD_OUT_SHARE`, by hash of key."""
-    return text_id(str(key)) % HELD_OUT_SHARE == 0
 
 
 def for_training(rows):
@@ -109,9 +102,13 @@ class Builder:
             self.add("pairs", parts[i], " ".join(parts[:i] + parts[i + 1:]), lang_q=lang,
                      lang_p=lang, prompt=None)
 
-    def hold_out(self, rows):
-        """Write the held-out rows of a file, for the evaluation."""
-        write_jsonl(self.out / "held_out" / self.name / f"{self.file}.jsonl", rows)
+    def hold_out(self, rows, key):
+        """Return the rows to train on; write one in `HELD_OUT_SHARE`, by the hash of `key`(row)."""
+        kept, held = [], []
+        for row in rows:
+            (kept if text_id(str(key(row))) % HELD_OUT_SHARE else held).append(row)
+        write_jsonl(self.out / "held_out" / self.name / f"{self.file}.jsonl", held)
+        return kept
 
     def join_small(self):
         """Put files of too few pairs together: bitext into English by set, then all the rest."""
@@ -129,10 +126,6 @@ class Builder:
         collection = load_collection(folder)
         documents = {row["id"]: row for row in collection.corpus}
         queries = for_training(collection.queries)
-        for row in collection.corpus + queries:
-            if "lang" not in row:
-                raise ValueError(f"{folder}: {row['id']}: key 'lang' is missing; the keys are "
-                                 f"{sorted(row)[:8]}")
         same, crossing = defaultdict(list), False
         for row in queries:
             same[row["id"].split("/")[-1]].append(row)
@@ -153,11 +146,9 @@ class Builder:
     def bitext_rows(self, rows):
         """Take {query, pos, lang_q, lang_p}; held out by the passage side."""
         rows = [row | {"pos": parse_pair(row)["pos"][0]} for row in rows]
-        self.hold_out([row for row in rows if is_held_out(row["pos"])])
-        for row in rows:
-            if not is_held_out(row["pos"]):
-                self.bitext(row["query"], row["pos"], row["lang_q"], row["lang_p"])
-                self.text(row["query"])
+        for row in self.hold_out(rows, lambda row: row["pos"]):
+            self.bitext(row["query"], row["pos"], row["lang_q"], row["lang_p"])
+            self.text(row["query"])
 
     def questions(self, rows):
         """Take {query, pos, neg?, prompt?} of one language."""
@@ -174,15 +165,12 @@ class Builder:
         With docs whole documents are held out, and a sentence also asks for the paragraph around
         it in another language: one half of the time in English.
         """
-        documents, held, texts = self.document_of, set(), defaultdict(dict)
+        documents, texts = self.document_of, defaultdict(dict)
         if documents or not any("split" in row for row in rows):
-            held = {row["id"] for row in rows if is_held_out(documents.get(row["id"], row["id"]))}
-        if held:
-            self.hold_out([row for row in rows if row["id"] in held])
+            rows = self.hold_out(rows, lambda row: documents.get(row["id"], row["id"]))
         for row in for_training(rows):
-            if row["id"] not in held:
-                texts[row["id"]][row["lang"]] = row["text"]
-                self.text(row["text"])
+            texts[row["id"]][row["lang"]] = row["text"]
+            self.text(row["text"])
         for key, by_language in texts.items():
             for lang, text in by_language.items():
                 others = sorted(by_language.keys() - {lang, "en"})
@@ -194,7 +182,7 @@ class Builder:
                 for kind in ("pairs", "clr") if documents and target in by_language else ():
                     self.add(kind, text, self.paragraph(texts, key, target), lang_q=lang,
                              lang_p=target)
-        if "label" in rows[0]:
+        if rows and "label" in rows[0]:
             self.labels(rows)
 
     def paragraph(self, texts, key, lang):
@@ -223,12 +211,10 @@ class Builder:
 
     def paraphrases(self, rows):
         """Take {sentence1, sentence2, label}: 1 is a pair, 0 is left out."""
-        self.hold_out([row for row in rows if is_held_out(row["id"])])
-        for row in rows:
-            if not is_held_out(row["id"]):
-                self.text(row["sentence1"])
-                if row["label"] == 1:
-                    self.bitext(row["sentence1"], row["sentence2"], row["lang"], row["lang"])
+        for row in self.hold_out(rows, lambda row: row["id"]):
+            self.text(row["sentence1"])
+            if row["label"] == 1:
+                self.bitext(row["sentence1"], row["sentence2"], row["lang"], row["lang"])
 
     def labels(self, rows):
         """Take {text, label}: the label's text is the positive, other labels the negatives."""
@@ -282,16 +268,22 @@ class Builder:
              (running_text, {"text"}))             # the first whose keys are there
 
     def read(self, folder):
-        """Take one set, each of its files by its form; stage 4 takes `SUPERVISED` rows at most."""
-        self.name, files = folder.name, files_of(folder)
+        """Take one set, each of its files by its form; stage 4 takes `SUPERVISED` rows at most.
+
+        Raises ValueError by file for an unknown form, and for a key that is missing.
+        """
+        self.name, self.file, files = folder.name, "", files_of(folder)
         before = {kind: len(self.files[kind]) for kind in ("retrieval", "clr", "classification")}
-        if {"corpus", "queries"} <= files.keys():
-            self.collection(folder)
-        else:
+        try:
+            if {"corpus", "queries"} <= files.keys():
+                self.collection(folder)
+                files = {}
             docs = read_jsonl(files.pop("docs"), {"id": int, "doc": str}) if "docs" in files else ()
             self.document_of = {row["id"]: row["doc"] for row in docs}
             for self.file, path in files.items():
                 self.read_rows(path)
+        except KeyError as error:
+            raise ValueError(f"{files.get(self.file, folder)}: a row has no key {error}") from None
         for kind, start in before.items():
             rows = self.files[kind][start:]
             self.files[kind][start:] = self.rng.sample(rows, min(len(rows), SUPERVISED))
@@ -308,14 +300,14 @@ class Builder:
 
 
 def files_of(folder):
-    """Return {name without suffix: JSONL file} of a set; *.removed.jsonl of tools.prepare is none.
+    """Return {name without suffix: JSONL file} of a set.
 
     Raises ValueError where two files differ in their suffixes alone.
     """
     files = {}
     for path in sorted(folder.iterdir()):
         name = SUFFIX.sub("", path.name)
-        if path.is_file() and name != path.name and not name.endswith(".removed"):
+        if path.is_file() and name != path.name:
             if name in files:
                 raise ValueError(f"{path}: there is another file {name} with another suffix")
             files[name] = path
@@ -325,7 +317,7 @@ def files_of(folder):
 def held_out_collections(root):
     """Return the collections of `root` that nothing was trained on: folders *_dev and *_test."""
     return sorted(path.parent for path in Path(root).glob("*/qrels.tsv*")
-                  if path.parent.name.endswith(FOR_EVALUATION)) if root else []
+                  if path.parent.name.endswith(FOR_EVALUATION))
 
 
 def columns_of(path):
@@ -333,26 +325,14 @@ def columns_of(path):
     return next(iter(read_jsonl(path)), {}).keys()
 
 
-def fingerprint(folders):
-    """Return the SHA-256 of all that is built from: the names and contents of the sets' files."""
-    total = hashlib.sha256(str(VERSION).encode())
-    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.is_file()):
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-        total.update(f"{path.parent.name}/{path.name} {content}\n".encode())
-    return total.hexdigest()
-
-
-def ensure(root, out):
-    """Build the files of `root`'s sets in `out` unless they are there, built from the same."""
+def build(root, out):
+    """Build the files of `root`'s sets in `out`, in place of older ones; return {kind: rows}."""
     root, out = Path(root), Path(out)
     folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
     if not any(files_of(folder) for folder in folders):
         raise ValueError(f"{root}: no folder with sets in it (.jsonl or .jsonl.gz files)")
-    stamp, made_of = out / "built.txt", fingerprint(folders)
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == made_of:
-        return
-    for old in (*(out / f"{kind}.jsonl" for kind in PARSERS), stamp):
-        old.unlink(missing_ok=True)
+    for kind in PARSERS:
+        (out / f"{kind}.jsonl").unlink(missing_ok=True)
     for old in ("held_out", "pairs"):
         shutil.rmtree(out / old, ignore_errors=True)
     builder = Builder(out)
@@ -365,8 +345,7 @@ def ensure(root, out):
         write_jsonl(out / f"{kind}.jsonl", rows)
     for folder in held_out_collections(root):
         shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
-    with atomic(stamp) as file:
-        file.write(made_of)
+    return builder.files
 
 
 def main():
@@ -377,11 +356,11 @@ def main():
     parser.add_argument("--out", default="out/real/sets")
     args = parser.parse_args()
     try:
-        ensure(args.root, args.out)
+        files = build(args.root, args.out)
     except (ValueError, OSError) as error:
         raise SystemExit(f"sets: error: {error}") from None
-    for path in sorted(Path(args.out).rglob("*.jsonl")):
-        print(f"{path}: {sum(1 for _ in open(path, encoding='utf-8')):,} rows")
+    for kind, rows in sorted(files.items()):
+        print(f"{args.out}/{kind}.jsonl: {len(rows):,} rows")
 
 
 if __name__ == "__main__":

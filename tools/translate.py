@@ -16,28 +16,28 @@ import os
 import random
 import sys
 import threading
-import urllib.error
 import urllib.request
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 from typing import Literal
-from weakref import WeakValueDictionary
 
 from tqdm import tqdm
 
 import clr
 from clr import LANGUAGES, TABLE_7
 from configurator import load_config
-from embed import Embedder
 from engine.jsonl import atomic, read_jsonl, to_line
 from toy.lexicon import LexiconTranslator
 
 PROMPT = ("Translate this search query into {language}. Leave names, code and formulas as they "
           "are. Answer with the translation and nothing else.\n\n{text}")
+MIN_SCRIPT = 0.2                   # least share of letters in the language's script
+LENGTH_RATIO = (0.1, 4.0)          # characters, translation / source
 
 
 def table_translator(path):
@@ -54,17 +54,16 @@ class EndpointTranslator:
     """Ask an OpenAI-compatible server (vLLM, Ollama, llama.cpp ...), `in_flight` texts at a time.
 
     Answers go to an append-only journal, which is a table of translations, too. A text that fails
-    `tries` times has no translation. After `GIVE_UP` such texts in a row, or when the server
+    `TRIES` times has no translation. After `GIVE_UP` such texts in a row, or when the server
     refuses the key or the model, ConnectionError says so. api_key: sent if it is not empty.
     """
-    GIVE_UP = 20
+    TRIES, GIVE_UP = 5, 20
+    TIMEOUT = 60.0                 # seconds that a request may stall
     BACKOFF = 1.0                  # seconds before the second request for a text, doubled each time
 
-    def __init__(self, endpoint, journal, model="Qwen2.5-7B-Instruct", in_flight=16, tries=5,
-                 api_key=""):
+    def __init__(self, endpoint, journal, model="Qwen2.5-7B-Instruct", in_flight=16, api_key=""):
         self.url, self.model = endpoint.rstrip("/") + "/chat/completions", model
-        self.in_flight, self.tries, self.timeout = in_flight, tries, 60.0
-        self.headers = {"Content-Type": "application/json"}
+        self.in_flight, self.headers = in_flight, {"Content-Type": "application/json"}
         if api_key:
             self.headers["Authorization"] = f"Bearer {api_key}"
         self.lock, self.stop, self.failed_in_a_row = threading.Lock(), threading.Event(), 0
@@ -81,9 +80,7 @@ class EndpointTranslator:
         return hashlib.sha256(parts).hexdigest()[:32]
 
     def many(self, jobs):
-        """Yield the translation of each (text, lang), in order; equal ones are sent once."""
-        pool, window, sent = ThreadPoolExecutor(self.in_flight), deque(), WeakValueDictionary()
-
+        """Yield the translation of each (text, lang), in order."""
         def ask(job):
             try:
                 return None if self.stop.is_set() else self(*job)
@@ -91,15 +88,10 @@ class EndpointTranslator:
                 self.stop.set()                        # the others need not try
                 raise
 
+        jobs, pool = iter(jobs), ThreadPoolExecutor(self.in_flight)
         try:
-            for job in jobs:
-                if (future := sent.get(job)) is None:
-                    sent[job] = future = pool.submit(ask, job)
-                window.append(future)
-                if len(window) >= 16 * self.in_flight:           # a slow answer blocks no others
-                    yield window.popleft().result()
-            while window:
-                yield window.popleft().result()
+            while part := list(islice(jobs, 64 * self.in_flight)):
+                yield from pool.map(ask, part)
         finally:       # also on Ctrl-C: requests under way are paid for, so their answers are kept
             self.stop.set()
             pool.shutdown(cancel_futures=True)
@@ -110,18 +102,16 @@ class EndpointTranslator:
         key = self._key(text, lang)
         if key in self.known:
             return self.known[key]
-        for attempt in range(self.tries):
+        for attempt in range(self.TRIES):
             try:
                 answer = self._ask(text, lang)
                 break
-            except urllib.error.HTTPError as error:
-                if error.code in (401, 403, 404):      # no other text will fare better
+            except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+                if getattr(error, "code", None) in (401, 403, 404):    # no other text fares better
                     raise ConnectionError(f"{self.url}: {error}: {error.read(300)!r}") from None
                 reason = error
-            except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
-                reason = error
             delay = self.BACKOFF * 2 ** attempt * random.uniform(0.5, 1.5)
-            if attempt + 1 == self.tries or self.stop.wait(delay):
+            if attempt + 1 == self.TRIES or self.stop.wait(delay):
                 return self._fail(text, reason)
         with self.lock:
             self.known[key], self.failed_in_a_row = answer, 0
@@ -136,7 +126,7 @@ class EndpointTranslator:
         body = {"model": self.model, "temperature": 0,
                 "messages": [{"role": "user", "content": prompt}]}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+        with urllib.request.urlopen(request, timeout=self.TIMEOUT) as response:
             choice = json.load(response)["choices"][0]
         answer = str.strip(choice["message"]["content"])
         if not answer or choice.get("finish_reason") == "length":
@@ -156,36 +146,24 @@ class EndpointTranslator:
 
 @dataclass(frozen=True)
 class TranslateConfig:
-    """The settings of `python -m tools.translate`."""
+    """The settings of `python -m tools.translate`. An API key is read from OPENAI_API_KEY."""
     input: tuple[str, ...]                     # JSONL(.gz) files of rows with a query
-    out: str                                   # JSONL file to write
+    out: str                                   # JSONL file to write; the journal is OUT.journal
     translator: Literal["lexicon", "endpoint", "table"] = "lexicon"
     table: str | None = None                   # rows {"text", "lang", "translation"}
     endpoint: str | None = None                # for example http://localhost:8000/v1
     model: str = "Qwen2.5-7B-Instruct"         # what the endpoint calls it; the paper's
-    journal: str | None = None                 # the endpoint's answers; default: OUT.journal
     in_flight: int = 16                        # requests at a time
-    timeout: float = 60.0                      # seconds that a request may stall
-    tries: int = 5                             # requests for a text, with growing pauses between
-    api_key_env: str = "OPENAI_API_KEY"        # environment variable with the API key, if any
-    key: str = "query"                         # what is translated; text in a queries.jsonl
     source_lang: str = "en"                    # language of the input; it is no target
     shares: dict[str, float] = field(default_factory=lambda: dict(TABLE_7))    # zh:12,es:8,...
-    seed: int = 0                              # of the allotment of rows to languages
-    min_script: float = 0.2                    # least share of letters in the language's script
-    length_ratio: tuple[float, float] = (0.1, 4.0)     # characters, translation / source
-    drop_copies: bool = True                   # drop translations without any new word
-    min_score: float | None = None             # least cosine of translation and source
-    scorer: str = "out/embed_sup"              # checkpoint that min_score is measured with
 
     def __post_init__(self):
         if self.translator != "lexicon" and getattr(self, self.translator) is None:
             raise ValueError(f"translator {self.translator!r} needs --{self.translator}=VALUE")
         if self.translator == "lexicon" and self.source_lang != "en":
             raise ValueError(f"the lexicon translates from en, not {self.source_lang!r}")
-        if min(self.in_flight, self.tries, self.timeout) <= 0:
-            raise ValueError(f"in_flight {self.in_flight}, tries {self.tries} and timeout "
-                             f"{self.timeout} must be positive")
+        if self.in_flight < 1:
+            raise ValueError(f"in_flight {self.in_flight} must be positive")
 
 
 def make_translator(cfg):
@@ -194,35 +172,20 @@ def make_translator(cfg):
         return LexiconTranslator()
     if cfg.translator == "table":
         return table_translator(cfg.table)
-    translate = EndpointTranslator(cfg.endpoint, cfg.journal or f"{cfg.out}.journal", cfg.model,
-                                   cfg.in_flight, cfg.tries, os.environ.get(cfg.api_key_env, ""))
-    translate.timeout = cfg.timeout
-    return translate
-
-
-def make_gates(cfg):
-    """Return the quality gates that the settings ask for, the cheap ones first."""
-    gates = [clr.script_gate(cfg.min_script), clr.length_gate(*cfg.length_ratio)]
-    gates += [clr.copy_gate] if cfg.drop_copies else []
-    if cfg.min_score is not None:
-        gates.append(clr.score_gate(Embedder(cfg.scorer), cfg.min_score))
-    return clr.Gates(*gates)
+    return EndpointTranslator(cfg.endpoint, f"{cfg.out}.journal", cfg.model, cfg.in_flight,
+                              os.environ.get("OPENAI_API_KEY", ""))
 
 
 def main(argv=None):
     """Translate the queries of some files; see the module docstring."""
     cfg, langs = load_config(TranslateConfig, argv), Counter()
-    rows = [row for path in cfg.input for row in read_jsonl(path, {cfg.key: str})]
-    queries = ({"query": row[cfg.key], "row": row} for row in rows)
-    gates = make_gates(cfg)
-    translated = clr.build_clr(queries, make_translator(cfg), cfg.shares, cfg.source_lang, cfg.seed,
-                               gates)
+    rows = [row for path in cfg.input for row in read_jsonl(path, {"query": str})]
+    gates = clr.Gates(clr.script_gate(MIN_SCRIPT), clr.length_gate(*LENGTH_RATIO), clr.copy_gate)
+    translated = clr.build_clr(rows, make_translator(cfg), cfg.shares, cfg.source_lang, gates=gates)
     with closing(translated), atomic(cfg.out, "wb") as file:
-        for new in tqdm(translated, total=len(rows), desc="clr", unit="row", disable=None):
-            langs[new["lang"]] += 1
-            old, query = new.pop("row"), new.pop("query")
-            file.write(to_line({**old, **new, cfg.key: query, "source_id": old.get("id", old.get(
-                "_id", new["source_id"]))}))
+        for row in tqdm(translated, total=len(rows), desc="clr", unit="row", disable=None):
+            langs[row["lang"]] += 1
+            file.write(to_line(row))
     print(f"{cfg.out}: {langs.total():,} of {len(rows):,} rows")
     for name, counts in (("languages", langs), ("dropped", gates.dropped)):
         print(f"{name}: " + (", ".join(f"{k} {n:,}" for k, n in counts.most_common()) or "none"))

@@ -11,6 +11,7 @@ corpus.py writes the English files. Here the lexicon (26 languages) adds
 Languages are text in stage 1, and are bound to English by CLR in stage 4 alone: the difference
 between stages 3 and 4 shows what CLR does.
 """
+import argparse
 import hashlib
 import json
 import random
@@ -21,7 +22,7 @@ from engine.jsonl import atomic, read_jsonl, write_jsonl
 from toy import corpus, lexicon
 from toy.lexicon import LexiconTranslator, Phrasing
 
-VERSION = 2                        # raise it when the files below change: old ones are rebuilt
+VERSION = 8                        # raise it when the files change: old ones are rebuilt
 LANGUAGE_SHARE = 0.15              # characters of text-languages.jsonl, as a share of text.jsonl's
 LINES = 10                         # of a document in another language
 QUESTIONS = 100                    # queries of dev and of test that every language has
@@ -50,22 +51,8 @@ def write_questions(folder, source, translate):
         ((f"{query['id']}/{lang}", query["id"]) for query in queries for lang in LANGUAGES))
 
 
-def ensure(folder):
-    """Build all files in `folder`, unless they are there and made of the same; return the counts.
-
-    What they are made of: the installed packages' versions, the lexicon's tables, this code's
-    VERSION. languages.json says so and is written last.
-    """
-    folder, stamp = Path(folder), Path(folder) / "languages.json"
-    manifest = corpus.ensure(folder)
-    tables = b"".join((lexicon.HERE / name).read_bytes()
-                      for name in ("lexicon.tsv", "phrasing.tsv"))
-    made_of = {"version": VERSION, "corpus": manifest["versions"],
-               "tables": hashlib.sha256(tables).hexdigest()}
-    if stamp.is_file():
-        counts = json.loads(stamp.read_text(encoding="utf-8"))
-        if counts.pop("made_of") == made_of:
-            return manifest | counts
+def write_languages(folder):
+    """Add the files in other languages to the English ones; return {what: how many}."""
     translate, phrase, rng = LexiconTranslator(), Phrasing(), random.Random(0)
     pairs = list(read_jsonl(folder / "pairs" / "documentation.jsonl"))
     size = sum(len(row["text"]) for row in read_jsonl(folder / "text.jsonl"))
@@ -79,16 +66,32 @@ def ensure(folder):
     write_jsonl(folder / "clr.jsonl", rows)
     for split in ("dev", "test"):
         write_questions(folder / f"clr_{split}", folder / split, translate)
-    counts = {"documents in other languages": len(documents), "clr": len(rows),
-              "dropped": dict(gates.dropped)}
-    with atomic(stamp) as file:
-        json.dump(counts | {"made_of": made_of}, file, indent=1)
-    return manifest | counts
+    return {"documents in other languages": len(documents), "clr": len(rows),
+            "dropped": dict(gates.dropped)}
+
+
+def ensure(folder):
+    """Build all files in `folder`, unless they are there and made of the same; return the counts.
+
+    What they are made of: the installed packages' versions, the lexicon's tables, this code's
+    VERSION. manifest.json says so and is written last.
+    """
+    folder, place = Path(folder), Path(folder) / "manifest.json"
+    tables = b"".join(path.read_bytes() for path in sorted(lexicon.HERE.glob("*.tsv")))
+    made_of = {"toy": VERSION, "tables": hashlib.sha256(tables).hexdigest(), **corpus.versions()}
+    if place.is_file():
+        manifest = json.loads(place.read_text(encoding="utf-8"))
+        if manifest["versions"] == made_of:
+            return manifest
+        place.unlink()
+    manifest = {"versions": made_of} | corpus.write(folder) | write_languages(folder)
+    with atomic(place) as file:
+        json.dump(manifest, file, indent=1)
+    return manifest
 
 
 def main():
     """Build the folder on the command line; see the module docstring."""
-    import argparse
     parser = argparse.ArgumentParser(description="build the embedded corpus in 26 languages")
     parser.add_argument("--out", default="out/installed_docs", help="folder to write")
     counts = ensure(parser.parse_args().out)

@@ -5,8 +5,6 @@ download: the docstrings of the standard library, torch, numpy, sympy, networkx,
 language reference that pydoc carries. It stands in for the paper's data at laptop scale
 (PAPER Sec. 3.1.1, 3.1.2, Table 10, Table 11); every file is in a format that a user's own data has.
 
-    corpus.ensure("out/installed_docs")               # toy.build does it, and adds the languages
-
 Nothing is imported to be read: Python sources are parsed with `ast`, and only the C modules of the
 standard library, which have no source, are asked for their docstrings. Whole docstrings are the
 pretraining text. (summary line -> body) and the pairs of pairs.py serve SFT and the weak stage, the
@@ -18,7 +16,6 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import json
 import os
 import random
 import re
@@ -27,6 +24,7 @@ import sysconfig
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -40,7 +38,6 @@ PACKAGES = ("torch", "numpy", "sympy", "mpmath", "networkx", "jinja2", "markupsa
             "pytest", "_pytest", "pluggy", "packaging", "pygments")
 SKIP_PARTS = {"test", "tests", "testing", "_vendor", "__pycache__", "site-packages", "idlelib",
               "lib2to3", "ensurepip", "turtledemo", "benchmarks"}
-VERSION = 7                       # raise it when the files below change: old ones are rebuilt
 DEV_SIZE = TEST_SIZE = 1000       # documents of the dev and the test collection
 SUPERVISED_SIZE = 3000            # rows of a task of stage 4, which DHNM embeds before it starts
 MAX_BODY_CHARS = 4000
@@ -77,7 +74,7 @@ def _literal(node):
 
 
 def _attached_docstring(call):
-    """Read docstrings that packages attach to C functions by a call; (name, text) or None.
+    """Read docstrings that packages attach to C functions by a call; (name, text or None) or None.
 
     torch: `add_docstr(torch.linalg.det, "...")`; numpy: `add_newdoc(module, name, "...")`.
     """
@@ -85,16 +82,13 @@ def _attached_docstring(call):
         getattr(call.func, "id", "")
     args = call.args
     if function.endswith("add_docstr") and len(args) >= 2 and isinstance(args[0], ast.Attribute):
-        text = _literal(args[1])
-        return (ast.unparse(args[0]), text) if text else None
+        return ast.unparse(args[0]), _literal(args[1])
     if function.startswith("add_newdoc") and len(args) >= 3:
-        place, name = _literal(args[0]), _literal(args[1])
-        if isinstance(args[2], ast.Tuple) and len(args[2].elts) == 2:   # a method of a C class
-            name, text = f"{name}.{_literal(args[2].elts[0])}", _literal(args[2].elts[1])
-        else:
-            text = _literal(args[2])
-        if place and name and text:
-            return f"{place.split('.')[0]}.{name}", text
+        place, name, text = _literal(args[0]), _literal(args[1]), args[2]
+        if isinstance(text, ast.Tuple) and len(text.elts) == 2:         # a method of a C class
+            name, text = f"{name}.{_literal(text.elts[0])}", text.elts[1]
+        if place and name:
+            return f"{place.split('.')[0]}.{name}", _literal(text)
     return None
 
 
@@ -107,15 +101,13 @@ def read_source(item):
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):        # templates and Python 2 files in packages
         return []
-    entries = []
+    entries = [(module, ast.get_docstring(tree))]
 
     def visit(node, prefix):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 name = f"{prefix}.{child.name}"
-                text = ast.get_docstring(child)
-                if text:
-                    entries.append((name, text))
+                entries.append((name, ast.get_docstring(child)))
                 if isinstance(child, ast.ClassDef):
                     visit(child, name)
             elif isinstance(child, (ast.Expr, ast.Assign)) and isinstance(child.value, ast.Call):
@@ -127,11 +119,8 @@ def read_source(item):
             elif isinstance(child, (ast.If, ast.Try)):
                 visit(child, prefix)
 
-    text = ast.get_docstring(tree)
-    if text:
-        entries.append((module, text))
     visit(tree, module)
-    return entries
+    return [(name, text) for name, text in entries if text]
 
 
 def read_builtins():
@@ -140,7 +129,7 @@ def read_builtins():
     extensions = {p.name.split(".")[0] for p in Path(stdlib, "lib-dynload").glob("*.so")}
     names = (set(sys.builtin_module_names) | extensions) & set(sys.stdlib_module_names)
     entries = []
-    for module in sorted(names - {"antigravity", "this"}):
+    for module in sorted(names):
         if module.startswith(("_test", "_xx", "xx", "_ctypes_test", "_tkinter")):
             continue
         try:
@@ -149,17 +138,16 @@ def read_builtins():
                 loaded = importlib.import_module(module)
         except ImportError:                           # a system library is missing here
             continue
-        public = module.lstrip("_") if module.startswith("_") else module
+        public = module.lstrip("_")
         for attribute, value in sorted(vars(loaded).items()):
-            if attribute.startswith("__") or inspect.ismodule(value):
-                continue
-            if not (inspect.isroutine(value) or inspect.isclass(value)):
+            documented = inspect.isroutine(value) or inspect.isclass(value)
+            if attribute.startswith("__") or not documented:
                 continue
             entries.append((f"{public}.{attribute}", _own_doc(value)))
             if inspect.isclass(value):
                 entries += [(f"{public}.{attribute}.{name}", _own_doc(member))
                             for name, member in sorted(vars(value).items())
-                          if not name.startswith("__") and callable(member)]
+                            if not name.startswith("__") and callable(member)]
     return [(name, text) for name, text in entries if text]
 
 
@@ -253,10 +241,8 @@ def make_splits(entries):
     pairs.sort(key=lambda row: _share(row["name"]))
     single = [row for row in pairs if times[row["keys"][0]] == 1]
     dev, test = single[:DEV_SIZE], single[DEV_SIZE:DEV_SIZE + TEST_SIZE]
-    held_out = {row["name"] for row in dev + test}
     seen = {key for row in dev + test for key in row["keys"]}
-    train = [row for row in pairs + rest
-             if row["name"] not in held_out and not seen.intersection(row["keys"])]
+    train = [row for row in pairs + rest if not seen.intersection(row["keys"])]
     return {"train": sorted(train, key=lambda row: row["name"]), "dev": dev, "test": test}
 
 
@@ -331,30 +317,21 @@ def write_collection(directory, documents, queries, qrels):
         file.writelines(f"{query}\t{document}\t1\n" for query, document in qrels)
 
 
-def fingerprint():
-    """Return what decides the corpus: this file's version, Python's and the packages' versions."""
-    versions = {"corpus": VERSION, "python": sys.version.split()[0]}
+def versions():
+    """Return what decides the entries: Python's version and those of the packages."""
+    versions = {"python": sys.version.split()[0]}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):  # a part of another distribution: _pytest
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:         # a part of another distribution: _pytest
-            continue
     return versions
 
 
-def ensure(out):
-    """Write the corpus into the folder `out`, unless it is there and of the installed versions.
+def write(out):
+    """Write the English files into the folder `out`; return {what: how many}.
 
     docs/data.md lists the files; search/corpus.jsonl has everything, for `embed.py --query`;
-    sts_test.jsonl and labels_test.jsonl {text, label, split} are of test documents. The manifest,
-    which is returned, is written last.
+    sts_test.jsonl and labels_test.jsonl {text, label, split} are of test documents.
     """
-    out, place = Path(out), Path(out) / "manifest.json"
-    if place.is_file():
-        manifest = json.loads(place.read_text(encoding="utf-8"))
-        if manifest["versions"] == fingerprint():
-            return manifest
-        place.unlink()
     entries = read_all()
     splits = make_splits(entries)
     train, held_out = splits["train"], splits["dev"] + splits["test"]
@@ -386,9 +363,4 @@ def ensure(out):
                          ((row["name"], row["name"]) for row in rows))
     write_jsonl(out / "search" / "corpus.jsonl",
                 ({"id": name, "title": name, "text": text} for name, text in entries))
-    manifest = {"versions": fingerprint(), "entries": len(entries), "train": len(train),
-                "pairs": len(pairs), "dev": len(splits["dev"]), "test": len(splits["test"]),
-                "characters": sum(len(text) for _, text in entries)}
-    with atomic(place) as file:
-        json.dump(manifest, file, indent=1)
-    return manifest
+    return {"entries": len(entries), "train": len(train), "pairs": len(pairs)}

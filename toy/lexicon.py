@@ -21,6 +21,8 @@ HEAD_FIRST = frozenset("ar es fr he it km ms pt th vi".split())   # matrix of ad
 HEAD_LAST = frozenset("bn fi hi hu ja ko tr zh".split())          # the matrix's determinant
 VERB_LAST = frozenset("bn hi ja ko tr".split())
 UNSPACED = frozenset("ja km th zh".split())
+FRAMED = 0.6                       # share of the texts that become a question or a request
+JOINED = 0.4                       # share of the gaps between words that get a function word
 
 
 def read_table(path):
@@ -111,15 +113,11 @@ class Phrasing:
                     return word[:len(word) - len(ending)] + rng.choice(new)
         return word
 
-    def __call__(self, words, lang, rng, framed=0.6, joined=0.4):
-        """Return a text from [(word, may it change)], as LexiconTranslator.words gives them.
-
-        framed: share of the texts that become a question or request; joined: share of the gaps that
-        get a function word.
-        """
+    def __call__(self, words, lang, rng):
+        """Return a text from [(word, may it change)], as LexiconTranslator.words gives them."""
         out, prefixes, between = [], self.prefixes[lang], self.between[lang]
         for word, changes in words:
-            if out and rng.random() < joined:
+            if out and rng.random() < JOINED:
                 out.append(rng.choice(between))
             if changes:
                 *first, last = word.split(" ")
@@ -128,7 +126,7 @@ class Phrasing:
                 word = prefix + " ".join([*first, last])
             out.append(word)
         text = join(out, lang)
-        if rng.random() < framed:
+        if rng.random() < FRAMED:
             text = rng.choice(self.frames[lang]).replace("{}", text)
         if rng.random() < 0.5:
             start = next((i for i, c in enumerate(text) if c.isalpha()), 0)

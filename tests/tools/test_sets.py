@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 
@@ -62,7 +63,7 @@ def root(tmp_path):
 @pytest.fixture
 def built(root, tmp_path):
     """The files made of it: {kind: rows}."""
-    sets.ensure(root, tmp_path / "sets")
+    sets.build(root, tmp_path / "sets")
     files = {}
     for path in (tmp_path / "sets").rglob("*.jsonl"):
         kind = str(path.relative_to(tmp_path / "sets").with_suffix(""))
@@ -88,7 +89,7 @@ def test_question_and_passage_by_their_own_prompt_and_negatives(built):
 def test_a_passage_may_be_a_string_or_a_list(tmp_path, pos):
     write(tmp_path / "root" / "bi" / "x.jsonl", [
         {"query": f"Satz {i}", "pos": pos, "lang_q": "de", "lang_p": "en"} for i in range(4)])
-    sets.ensure(tmp_path / "root", tmp_path / "sets")
+    sets.build(tmp_path / "root", tmp_path / "sets")
     rows = [row for path in (tmp_path / "sets").rglob("pairs/*.jsonl") for row in read_jsonl(path)]
     rows += [{"query": row["query"], "pos": [row["pos"]]}
              for path in (tmp_path / "sets").rglob("held_out/*/*.jsonl")
@@ -102,14 +103,13 @@ def test_files_that_share_a_stem_are_all_read_and_backups_are_not(tmp_path):
     for lang in ("de", "fr"):
         write(folder / f"train.en-{lang}.jsonl", [{"text": f"{lang} {i}"} for i in range(3)])
     write(folder / "train.en-de.jsonl.bak", [{"text": "backup"}])
-    write(folder / "train.removed.jsonl", [{"text": "an evaluation text"}])
-    (folder / "train.en-de.json").write_text('{"a": "report"}')
-    sets.ensure(tmp_path / "root", tmp_path / "sets")
+    (folder / "train.en-de.jsonl.report.json").write_text('{"a": "report"}')
+    sets.build(tmp_path / "root", tmp_path / "sets")
     assert {row["text"] for row in read_jsonl(tmp_path / "sets" / "text.jsonl")} == {
         f"{lang} {i}" for lang in ("de", "fr") for i in range(3)}
     write(folder / "train.en-de.ndjson", [{"text": "which one?"}])
     with pytest.raises(ValueError, match="train.en-de.ndjson: there is another file train.en-de"):
-        sets.ensure(tmp_path / "root", tmp_path / "sets")
+        sets.build(tmp_path / "root", tmp_path / "sets")
 
 
 def test_a_document_judged_irrelevant_is_no_positive(tmp_path):
@@ -119,7 +119,7 @@ def test_a_document_judged_irrelevant_is_no_positive(tmp_path):
                [("q", "good")])
     with open(folder / "qrels.tsv", "a") as file:
         file.write("q\tbad\t0\n")
-    sets.ensure(tmp_path / "root", tmp_path / "sets")
+    sets.build(tmp_path / "root", tmp_path / "sets")
     rows = list(read_jsonl(tmp_path / "sets" / "retrieval.jsonl"))
     assert [row["pos"] for row in rows] == [["good text."]]
 
@@ -172,23 +172,10 @@ def test_bitext_carries_no_instruction_and_questions_the_default_one(built):
                          if row["query"] == "Wer von qa?" and row["pos"][0].startswith("T ")}
 
 
-def test_a_second_call_builds_nothing_unless_something_changed(root, tmp_path, monkeypatch):
-    out = tmp_path / "sets"
-
-    def is_built():
-        (out / "text.jsonl").write_text("old")
-        sets.ensure(root, out)
-        return (out / "text.jsonl").read_text() != "old"
-
-    sets.ensure(root, out)
-    assert not is_built()
-    monkeypatch.setattr(sets, "VERSION", sets.VERSION + 1)
-    assert is_built() and not is_built()
-    write(root / "new" / "data.jsonl", [{"text": "A set that was added later."}])
-    assert is_built() and not is_built()
-    write(root / "new" / "data.jsonl", [{"text": "A set that was edited later."}])
-    assert is_built() and not is_built()
-    assert (out / "text.jsonl").read_text() == "old"
+def test_a_second_call_builds_anew(root, tmp_path, built):
+    shutil.rmtree(root / "plain")
+    sets.build(root, tmp_path / "sets")
+    assert all("Four." not in row["text"] for row in read_jsonl(tmp_path / "sets" / "text.jsonl"))
 
 
 def test_collections_for_evaluation_are_in_the_folder(root, tmp_path, built):
@@ -197,7 +184,7 @@ def test_collections_for_evaluation_are_in_the_folder(root, tmp_path, built):
 
 def test_two_builds_are_equal(root, tmp_path):
     for name in ("a", "b"):
-        sets.ensure(root, tmp_path / name)
+        sets.build(root, tmp_path / name)
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.jsonl"))
     assert files
     for file in files:
@@ -206,16 +193,19 @@ def test_two_builds_are_equal(root, tmp_path):
 
 def test_what_it_does_not_know_is_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
-        sets.ensure(tmp_path / "nowhere", tmp_path / "out")
+        sets.build(tmp_path / "nowhere", tmp_path / "out")
     write(tmp_path / "root" / "odd" / "data.jsonl", [{"thing": 1}])
     with pytest.raises(ValueError, match="odd.*thing"):
-        sets.ensure(tmp_path / "root", tmp_path / "out")
+        sets.build(tmp_path / "root", tmp_path / "out")
     write(tmp_path / "root" / "odd" / "data.jsonl", [{"text": "a", "label": "b"}, {"text": "c"}])
     with pytest.raises(ValueError, match="data.jsonl:2: key 'label' is missing"):
-        sets.ensure(tmp_path / "root", tmp_path / "out")
+        sets.build(tmp_path / "root", tmp_path / "out")
+    write(tmp_path / "root" / "odd" / "data.jsonl", [{"text": "a", "title": "b", "id": "c"}])
+    with pytest.raises(ValueError, match="odd/data.jsonl: a row has no key 'lang'"):
+        sets.build(tmp_path / "root", tmp_path / "out")
     (tmp_path / "root" / "odd" / "data.jsonl").write_text("")
     with pytest.raises(ValueError, match="odd.*no rows"):
-        sets.ensure(tmp_path / "root", tmp_path / "out")
+        sets.build(tmp_path / "root", tmp_path / "out")
 
 
 def test_small_files_are_joined_by_set_then_all(tmp_path):
@@ -233,4 +223,3 @@ def test_small_files_are_joined_by_set_then_all(tmp_path):
 
 def test_evaluation_folders_are_found(root):
     assert [p.name for p in sets.held_out_collections(str(root))] == ["qa_dev"]
-    assert sets.held_out_collections("") == []

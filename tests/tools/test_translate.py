@@ -98,10 +98,10 @@ def no_long_pauses(monkeypatch):
 
 
 @contextmanager
-def endpoint(behave, journal=None, timeout=5.0, **options):
+def endpoint(behave, journal=None, timeout=5.0, tries=5, **options):
     with TemporaryDirectory() as folder, Server(behave) as server:
         translate = EndpointTranslator(server.url, journal or f"{folder}/journal", **options)
-        translate.timeout = timeout
+        translate.TIMEOUT, translate.TRIES = timeout, tries
         yield server, translate
 
 
@@ -130,10 +130,10 @@ def test_many_keeps_order_and_stays_in_flight():
         return text_of(prompt).upper()
 
     with endpoint(slow, in_flight=6) as (server, translate):
-        double = jobs(30) + jobs(5)  # five are asked twice, while the first are under way
-        assert list(translate.many(double)) == [text.upper() for text, _ in double]
+        assert list(translate.many(jobs(30))) == [text.upper() for text, _ in jobs(30)]
+        assert translate("text 7", "de") == "TEXT 7"
     assert 3 <= server.most <= 6
-    assert set(server.asked.values()) == {1}
+    assert set(server.asked.values()) == {1}           # what was answered is not asked again
 
 
 @pytest.mark.parametrize("trouble", [
@@ -180,11 +180,12 @@ def test_gives_up_on_a_dead_server(behave, at_most):
     assert server.asked.total() <= at_most
 
 
-def test_nobody_listens(tmp_path):
+def test_nobody_listens(tmp_path, monkeypatch):
+    monkeypatch.setattr(EndpointTranslator, "TRIES", 1)
     with Server(lambda prompt, nth: "") as server:
         url = server.url
     with pytest.raises(ConnectionError, match="texts in a row failed"):
-        list(EndpointTranslator(url, tmp_path / "j", tries=1).many(jobs(100)))
+        list(EndpointTranslator(url, tmp_path / "j").many(jobs(100)))
 
 
 def test_killed_run_pays_for_nothing_twice(tmp_path):
@@ -292,15 +293,15 @@ def test_failed_run_leaves_the_old_output(tmp_path):
 
 
 def test_chinese_titles_through_a_table(tmp_path):
-    """Another source language and another key: the recipe of docs/data.md for translations."""
-    write_rows(tmp_path / "in.jsonl", [{"text": f"标题{i}", "id": str(i)} for i in range(3)])
+    """Another source language: the recipe of docs/data.md for translations."""
+    write_rows(tmp_path / "in.jsonl", [{"query": f"标题{i}", "id": str(i)} for i in range(3)])
     write_rows(tmp_path / "t.jsonl", [
         {"text": f"标题{i}", "lang": "en", "translation": f"title {i}"} for i in (0, 2)])
     module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}",
-                 "--key=text", "--translator=table", f"--table={tmp_path / 't.jsonl'}",
+                 "--translator=table", f"--table={tmp_path / 't.jsonl'}",
                  "--source_lang=zh", "--shares=en:1,zh:5"])
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [(row["text"], row["lang"], row["source_id"]) for row in rows] == [
+    assert [(row["query"], row["lang"], row["source_id"]) for row in rows] == [
         ("title 0", "en", "0"), ("title 2", "en", "2")]
 
 
