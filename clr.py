@@ -135,11 +135,3 @@ def copy_gate(sources, texts, langs):
     """Drop translations without a single word that the source does not have."""
     return ["copy" if set(split_words(text)) <= set(split_words(source)) else None
             for source, text in zip(sources, texts)]
-
-
-def score_gate(encoder, least):
-    """Drop translations whose cosine with the source is smaller; encoder: any with `.encode`."""
-    def gate(sources, texts, langs):
-        cosines = (encoder.encode(sources) * encoder.encode(texts)).sum(1)          # (N,)
-        return ["score" if cosine < least else None for cosine in cosines]
-    return gate

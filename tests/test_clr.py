@@ -6,11 +6,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import clr
-from clr import (LANGUAGES, TABLE_7, Gates, allot, build_clr, copy_gate, length_gate, score_gate,
+from clr import (LANGUAGES, TABLE_7, Gates, allot, build_clr, copy_gate, length_gate,
                  script_gate, script_share)
 
 ROWS = [{"id": f"d{i}", "query": f"question {i}", "pos": [f"answer {i}"], "neg": ["x", "y"],
@@ -135,16 +134,6 @@ def test_a_vowel_sign_makes_another_word():
     """Hindi: "boy" and "girl" differ in a mark, which is a part of the word."""
     assert copy_gate(["लड़का"], ["लड़की"], ["hi"]) == [None]
     assert copy_gate(["लड़का"], ["लड़का"], ["hi"]) == ["copy"]
-
-
-def test_score_gate_takes_any_encoder():
-    class Encoder:
-        vectors = {"a": (1, 0), "b": (0.6, 0.8), "c": (0.3, 0.954)}
-
-        def encode(self, texts):
-            return np.array([self.vectors[text] for text in texts])
-
-    assert score_gate(Encoder(), 0.5)(["a", "a"], ["b", "c"], ["fr", "fr"]) == [None, "score"]
 
 
 def test_no_gate_sees_an_empty_list():
