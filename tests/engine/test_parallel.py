@@ -101,6 +101,9 @@ def built(world):
         parts[name] = {"held": sum(p.to_local().numel() for p in state.model.parameters()),
                        "largest": seen.numel,
                        "whole": distributed.gather_state(state.model.state_dict(), world)}
+        copy = train.Conan(cfg.model_config())
+        distributed.copy_whole(state.model, copy)
+        parts[name]["copy"] = copy.state_dict()
     return parts
 
 
@@ -192,6 +195,8 @@ def test_fsdp_ranks_never_hold_the_model_and_start_from_the_same_weights(of_rank
         # one tensor at a time: the largest is the embedding, and the blocks are as large together
         assert max(part["largest"] for part in parts) == 401 * 30 < 0.6 * model.count_params()
         assert_equal(parts[0]["whole"], dict(model.state_dict()))
+        for part in parts:                         # with which each rank mines by itself
+            assert_equal(dict(part["copy"]), dict(model.state_dict()))
 
 
 @pytest.mark.slow
