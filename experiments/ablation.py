@@ -4,6 +4,7 @@
     python -m experiments.ablation tune                      # learning rates, before two lanes
     python -m experiments.ablation table12 --seeds=0,2,4     # one lane of two: an LM seed each
     python -m experiments.ablation table12 --seeds=1,3       # the other; then all five, to write
+    python -m experiments.ablation table12 --cells=linear,hard       # some rows of it
 
 All cells of a language-model seed start from one stage-2 checkpoint. Learning rates are tuned once,
 on dev, for the cell with nothing on and the cell with all on. Test is read by the tables alone.
@@ -38,10 +39,10 @@ TABLE_4 = {"+".join(part for part, on in zip(("SM", "CLR", "DHNM"), key) if on) 
            for key in sorted(itertools.product((0, 1), repeat=3), key=sum)}
 TABLE_12 = {"linear": Cell(), "accelerating": Cell("accelerating"),
             "decelerating": Cell("decelerating"), "hard": Cell("hard"),
-            "causal": Cell("causal"), "linear, columns": Cell(mask_axis="col"),
-            "linear, logits x M": Cell(mask_apply="logits"),
-            "linear, last token": Cell(pooling="last"),
-            "causal, last token": Cell("causal", pooling="last")}
+            "causal": Cell("causal"), "linear columns": Cell(mask_axis="col"),
+            "linear logits x M": Cell(mask_apply="logits"),
+            "linear last token": Cell(pooling="last"),
+            "causal last token": Cell("causal", pooling="last")}
 # What the paper printed, in percent; nothing is corrected. Table 12 repeats a row of Table 4.
 PAPER_4 = {(1, 0, 0): (61.73, 70.41, 70.99), (0, 1, 0): (62.69, 70.94, 71.41),
            (0, 0, 1): (61.81, 71.50, 72.09), (1, 1, 0): (64.45, 72.14, 71.79),
@@ -60,6 +61,7 @@ class AblationConfig:
     """The settings of `python -m experiments.ablation COMMAND`."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     lm_seeds: int = 2              # language models; seed s takes number s % lm_seeds
+    cells: tuple[str, ...] = ()    # rows of the table by their labels; empty: all
     config: str = "config/small"   # the recipe: a folder with a config file for each stage
     data: str = "out/installed_docs"       # in the layout of train.py's `data`
     work: str = "out/ablation"     # where the cells are trained
@@ -79,6 +81,11 @@ def make_table(lab, name, cells, *, stage=WEAK, measure=None, **more):
     {name: (labels, labels)}, paper {label: {column: number}}, notes, transpose (results.py).
     """
     measure = measure or (lambda seed, cell, folder: lab.measure(folder))
+    if unknown := set(lab.cfg.cells) - cells.keys():
+        raise ValueError(f"{name} has no row {min(unknown)!r}; its rows are {', '.join(cells)}")
+    cells = {label: cell for label, cell in cells.items() if label in (lab.cfg.cells or cells)}
+    more["differences"] = {key: sides for key, sides in more.get("differences", {}).items()
+                           if set(sum(map(list, sides), [])) <= cells.keys()}
     table = {**more, "command": f"python -m experiments.ablation {name}", "seeds": [],
              "cells": {label: {} for label in cells}, "language_models": {},
              "settings": {label: dataclasses.asdict(cell) for label, cell in cells.items()},
@@ -127,7 +134,7 @@ def table4(lab):
 def table6(lab):
     """Write Table 6: LoRA of three ranks and full fine-tuning, without and with the soft mask."""
     def label(rank, sm):
-        return f"{f'LoRA r = {rank}' if rank else 'full'}, {'soft' if sm else 'hard'}"
+        return f"{f'LoRA r = {rank}' if rank else 'full'} {'soft' if sm else 'hard'}"
 
     cells = {label(rank, sm): table4_cell(sm, 1, 1, lora_rank=rank)
              for rank in RANKS for sm in (0, 1)}
@@ -230,12 +237,12 @@ def hardness(seed, cell, folder):
 def sec34(lab):
     """Write Sec. 3.4: do negatives stay hard if they are replaced?"""
     cells = {"fixed": table4_cell(1, 0, 0), "dynamic": table4_cell(1, 0, 1),
-             "fixed, CLR": table4_cell(1, 1, 0), "dynamic, CLR": table4_cell(1, 1, 1)}
+             "fixed CLR": table4_cell(1, 1, 0), "dynamic CLR": table4_cell(1, 1, 1)}
     return make_table(
         lab, "sec34", cells, stage=SUP, measure=hardness, transpose=True,
         title="Sec. 3.4: do negatives stay hard if they are replaced?",
         differences={f"dynamic minus fixed{c}": ([f"dynamic{c}"], [f"fixed{c}"])
-                     for c in ("", ", CLR")},
+                     for c in ("", " CLR")},
         notes=["S is the mean cosine of queries and their negatives in use, S_0 at first use.",
                f"A visit is a {VISITS}th of stage 4's retrieval steps. Pools are 50 deep, mined by "
                "the model itself."])
@@ -252,18 +259,18 @@ def curve(lab):
     base = lab.base[PRETRAIN]
     window = base.batch_size * base.passage_len    # tokens of a step
     points = {n: round(n / window) for n in lab.cfg.lm_tokens} | {window * base.steps: None}
-    cells = {f"{n / 1e6:g}M, {mask}": Cell(schedule, lm_steps=steps)
+    cells = {f"{n / 1e6:g}M {mask}": Cell(schedule, lm_steps=steps)
              for n, steps in points.items()
              for mask, schedule in (("hard", "hard"), ("soft", "linear"))}
     n = min(points, key=lambda n: abs(n - EQUAL_TIME))
-    last = f"no LM, time of {n / 1e6:g}M"
+    last = f"no LM but time of {n / 1e6:g}M"
     cells[last] = Cell("hard", lm_steps=0, weak_steps=steps_of_equal_time(lab, points[n]))
     names = [f"{n / 1e6:g}M" for n in points]
     return make_table(
         lab, "curve", cells, points=dict(zip(names, points)),
         title="When does the mask pay? Stage 3 against LM tokens seen before it",
-        differences={f"{m}: soft minus hard": ([f"{m}, soft"], [f"{m}, hard"]) for m in names}
-        | {"LM minus its time": ([f"{n / 1e6:g}M, hard"], [last])},
+        differences={f"{m}: soft minus hard": ([f"{m} soft"], [f"{m} hard"]) for m in names}
+        | {"LM minus its time": ([f"{n / 1e6:g}M hard"], [last])},
         notes=["0M has no stages 1 and 2. All others have the same short stage 2."])
 
 

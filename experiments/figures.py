@@ -192,7 +192,7 @@ def draw_curve(cfg):
     table = read_json(Path(cfg.results) / "curve.json", "python -m experiments.ablation curve")
     tokens = list(table["points"].values())
     figure, plots = canvas(2)
-    values = {mask: [mean_of(table, [f"{name}, {mask}"], "Eng") for name in table["points"]]
+    values = {mask: [mean_of(table, [f"{name} {mask}"], "Eng") for name in table["points"]]
               for mask in ("hard", "soft")}
     for mask, points in values.items():
         means, halves = zip(*(interval(point.values()) for point in points))

@@ -140,6 +140,10 @@ def test_table_4_from_the_command_line_is_trained_once(cfg, monkeypatch, tmp_pat
     assert set(table["language_models"]) == {"lm1-4"}
     monkeypatch.setattr(train, "train", None)          # another training would raise TypeError
     assert command(cfg, "table4") == table
+    part = command(cfg, "table4", "--cells=SM,nothing")
+    assert list(part["cells"]) == ["nothing", "SM"] and not part["differences"]
+    with pytest.raises(ValueError, match="table4 has no row 'odd'; its rows are nothing, SM"):
+        command(cfg, "table4", "--cells=odd")
 
 
 def test_an_interrupted_cell_resumes_to_the_same_numbers(cfg, tmp_path, monkeypatch):
@@ -211,10 +215,10 @@ def test_the_claims_are_read_from_the_same_cells(cfg, monkeypatch):
 def test_the_curve_has_a_point_for_each_amount_of_text(cfg):
     cfg = dataclasses.replace(cfg, seeds=(0,), lm_tokens=(0, 320))     # 160 tokens a step
     table = command(cfg, "curve")
-    assert list(table["cells"]) == ["0M, hard", "0M, soft", "0.00032M, hard", "0.00032M, soft",
-                                    "0.00064M, hard", "0.00064M, soft", "no LM, time of 0.00064M"]
-    assert table["settings"]["0.00032M, soft"]["lm_steps"] == 2
-    assert table["settings"]["no LM, time of 0.00064M"]["weak_steps"] > 5
+    assert list(table["cells"]) == ["0M hard", "0M soft", "0.00032M hard", "0.00032M soft",
+                                    "0.00064M hard", "0.00064M soft", "no LM but time of 0.00064M"]
+    assert table["settings"]["0.00032M soft"]["lm_steps"] == 2
+    assert table["settings"]["no LM but time of 0.00064M"]["weak_steps"] > 5
     assert table["points"] == {"0M": 0, "0.00032M": 320, "0.00064M": 640}
 
 
