@@ -285,13 +285,14 @@ def pack(model, dtype, tokens=4096):
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear) and layer.weight.device.type == "cpu":
             weight = layer.weight.detach().to(dtype)
-            layer.forward = partial(packed_linear, layer.weight,
+            layer.forward = partial(packed_linear, layer.weight, layer.weight._version,
                                     onednn._reorder_linear_weight(weight, tokens))
 
 
-def packed_linear(weight, packed, x):
-    """Return x weight^T, by the packed weight where it fits: x (S, D), weight (F, D)."""
-    if torch.is_grad_enabled() or (x.dtype, x.device) != (packed.dtype, packed.device):
+def packed_linear(weight, version, packed, x):
+    """Return x weight^T, x (S, D), weight (F, D): by the packed weight if it is still the same."""
+    same = (x.dtype, x.device) == (packed.dtype, packed.device) and weight._version == version
+    if torch.is_grad_enabled() or not same:
         return F.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 

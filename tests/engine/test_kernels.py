@@ -85,6 +85,10 @@ def test_packed_weights_give_the_same_vectors_and_leave_training_alone(dtype, cl
         model(ids, lengths, FULL).square().sum().backward()
     for (name, p), q in zip(packed.named_parameters(), model.parameters()):
         assert torch.equal(p, q) and torch.equal(p.grad, q.grad), name
+    with torch.no_grad():                              # a changed weight is not the packed one
+        for p in packed.parameters():
+            p.mul_(1.5)
+        assert relative(packed(ids, lengths, FULL), want) > 0.1 and calls
 
 
 def test_a_layout_by_hand():

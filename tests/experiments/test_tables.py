@@ -49,7 +49,7 @@ def test_components_are_ordered_by_their_spread():
 def test_every_figure_is_drawn(home, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
-    cells = {f"{n}, {mask}": {str(s): {"Eng": 50.0 + s} for s in (0, 1)}
+    cells = {f"{n} {mask}": {str(s): {"Eng": 50.0 + s} for s in (0, 1)}
              for n in ("0M", "1M") for mask in ("hard", "soft")}
     (tmp_path / "curve.json").write_text(json.dumps(
         {"cells": cells, "points": {"0M": 0, "1M": 1_000_000}}))
