@@ -7,4 +7,4 @@ previous = "config/small/sft.py"
 steps = 900
 batch_size = 128
 passage_len = 64
-learning_rate = 1e-3
+learning_rate = 2e-3                # after 12M tokens better than 1e-3, on dev
