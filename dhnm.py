@@ -50,8 +50,8 @@ class HardNegativePool:
         if policy not in ("v2", "fixed"):
             raise ValueError(f"policy {policy!r} is unknown; choose v2 or fixed")
         if not torch.is_tensor(candidates):
-            candidates = pad_sequence(
-                [torch.tensor(ids, dtype=torch.int64) for ids in candidates], True, -1)
+            lists = [torch.tensor(ids, dtype=torch.int64) for ids in candidates]
+            candidates = pad_sequence(lists, batch_first=True, padding_value=-1)
         q, n = len(candidates), n_negatives
         self.policy, self.n_negatives = policy, n
         self.candidates = F.pad(candidates, (0, max(0, n - candidates.shape[1])), value=-1)

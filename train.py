@@ -16,6 +16,7 @@ A stage starts from the checkpoint of the stage before it, which is trained firs
 An interrupted stage resumes exactly where it stopped.
 """
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -325,13 +326,11 @@ def start(cfg, world, where, before):
 
 def whole_embedder(state):
     """Return the state's embedder; under fsdp that of a whole copy, so that ranks share work."""
-    cfg, world, of_run = state.cfg, state.world, state.embedder
-    if cfg.parallel != "fsdp" or world.size == 1:
-        return of_run
-    model = Conan(cfg.model_config(), ops=kernels.pick(world.device)).to(world.device)
-    distributed.copy_whole(state.model, model)
-    return Embedder.of(model, of_run.tokenizer, of_run.mask, of_run.max_len, of_run.prompts,
-                       of_run.dtype)
+    cfg, world, embedder = state.cfg, state.world, copy.copy(state.embedder)
+    if cfg.parallel == "fsdp" and world.size > 1:
+        model = Conan(cfg.model_config(), ops=kernels.pick(world.device)).to(world.device)
+        embedder.model = distributed.copy_whole(state.model, model)
+    return embedder
 
 
 # ---------------------------------------------------------------- the loop

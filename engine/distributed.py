@@ -213,9 +213,10 @@ def fill(model, world, weights):
 
 @torch.no_grad()
 def copy_whole(model, target):
-    """Copy an fsdp model to one of the same shape that is whole on each rank; all must call."""
+    """Fill a model of the same shape with an fsdp model's weights, and return it; all must call."""
     for mine, p in zip(target.parameters(), model.parameters()):
         mine.copy_(whole(p))                       # one tensor at a time
+    return target
 
 
 def compile_blocks(model, backend="inductor"):

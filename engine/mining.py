@@ -127,8 +127,7 @@ class Approximate(Exact):
             import faiss
         except ImportError:
             raise ImportError("--search=faiss needs `pip install faiss-cpu`") from None
-        together(world, lambda: self._build(faiss, path) if world.is_main
-                 and not Path(path).is_file() else None)
+        world.on_main(lambda: Path(path).is_file() or self._build(faiss, path))
         self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
         self.index.nprobe = probes
 

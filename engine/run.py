@@ -22,7 +22,7 @@ from engine import checkpoint, distributed
 MODEL = {"vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "block_size",
          "pooling", "pool_prompt"}
 DATA = {"data", "text", "pairs", "retrieval", "clr", "classification", "sts"}
-PATHS = DATA | {"out", "evaluate", "previous"}                 # left out of an exported model card
+PATHS = DATA | {"out", "evaluate", "previous"}                 # left out of an export
 MACHINE = {"device", "dtype", "checkpointing", "compile", "parallel"}
 SHARED_BY_STAGES = MODEL | DATA | MACHINE | {"out", "evaluate", "skip_bad_lines", "seed",
                                           "log_every"}

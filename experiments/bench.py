@@ -44,8 +44,7 @@ GOALS = {                              # start of a row's name: (floor, goal); l
     "LM": (1.05, 1.2), "fixed": (0.95, 1.1), "fixed defaults": (1.7, 2.5), "real": (2.5, 4.5),
     "real defaults": (5.0, 8.0), "encoding": (1.15, 1.4), "soft step": (1.15, 1.05),
     "DHNM step": (1.02, 1.0), "two-pass memory": (1.15, 1.05), "two-pass time": (1.4, 1.33),
-    "head time": (1.25, 1.0), "head memory": (1 / 8, 1 / 14), "tokenizer training": (2.0, 2.6),
-    "tokenizer encoding": (4.0, 6.5), "soft attention time": (2.0, 1.3),
+    "head time": (1.25, 1.0), "head memory": (1 / 8, 1 / 14), "soft attention time": (2.0, 1.3),
     "soft attention memory": (1.2, 1.05)}
 NOTES = [                              # of what is compared
     "LM: tokens/s over a plain loop's. Fixed, real: pairs/s over sentence-transformers' model and "
@@ -53,7 +52,7 @@ NOTES = [                              # of what is compared
     "Encoding: texts/s over SentenceTransformer.encode, many at once or one short query at a time.",
     "Soft: seconds under the soft mask over bidirectional. DHNM: with the pool over without.",
     "Two-pass: 16 chunks over one chunk (memory), over 16 passes of a chunk (time). Head: "
-    "cross-entropy in chunks over all logits at once. Tokenizer: MB/s over Hugging Face's."]
+    "cross-entropy in chunks over all logits at once."]
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,8 @@ class BenchConfig:
     config: str = "config"         # folder of the recipe whose shape and batches the rows have
     pairs: int = 64                # of a contrastive step
     texts: int = 1000              # to encode
-    head_vocab: int = 150_000      # words of the cross-entropy and of the tokenizer
+    head_vocab: int = 150_000      # words of the cross-entropy
     head_tokens: int = 2048
-    tokenizer_files: int = 2000    # of installed Python source
     soft_lengths: tuple[int, ...] = (512, 1024, 2048)
 
     def stage(self, number=0):
@@ -358,25 +356,33 @@ def head(cfg, rows):
     rows.compare_memory("head memory", *sides)
 
 
-def tokenizing(cfg, rows):
-    """Measure training and encoding of the tokenizer against Hugging Face's, on the same words."""
-    from tokenizers import Tokenizer as Other, pre_tokenizers, trainers
-    files = sorted(Path(torch.__file__).parent.rglob("*.py"))[:cfg.tokenizer_files]
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    untrained = json.dumps(export.tokenizer_json(words()[1]))      # it divides text as ours does
-
-    def theirs():
-        Other.from_str(untrained).train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=cfg.head_vocab, show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-
-    rows.compare("tokenizer training", theirs, lambda: Tokenizer.train(texts, cfg.head_vocab),
-                 megabytes)
-    ours = Tokenizer.train(texts, cfg.head_vocab)
-    other = Other.from_str(json.dumps(export.tokenizer_json(ours)))
-    rows.compare("tokenizer encoding", lambda: other.encode_batch(texts),
-                 lambda: ours.encode_batch(texts), megabytes)
+def profiles(cfg, rows):
+    """Measure where a step and an encoding spend their time: a table, percent of each operation."""
+    stage, texts, table = cfg.stage(), make_texts(cfg.texts, 2), {}
+    plain, model = cfg.model(), cfg.model()
+    windows = torch.randint(0, stage.vocab_size, (stage.batch_size, stage.passage_len + 1))
+    batch = lm_batch(windows)
+    with tempfile.TemporaryDirectory() as folder:
+        path = exported(cfg, folder, 256)
+        work = {
+            "plain LM step": step_of(plain, stage, "bfloat16",
+                                     lambda: plain_lm_loss(plain, windows).backward()),
+            "LM step": step_of(model, stage, "bfloat16",
+                               lambda: train.step_loss(model, batch, stage, 0)),
+            "fixed step": pair_step(cfg, cfg.model(), [64] * (2 * cfg.pairs)),
+            **{f"encoding {dtype}": partial(Embedder(path, "cpu", dtype).encode, texts)
+               for dtype in DTYPES}}
+    for name, call in work.items():
+        call()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+            call()
+        events = trace.key_averages()
+        total = sum(event.self_cpu_time_total for event in events)
+        for event in events:
+            table.setdefault(event.key, {})[name] = 100 * event.self_cpu_time_total / total
+    table = sorted(table.items(), key=lambda row: -max(row[1].values()))
+    rows.keep("profile, percent of the time", [{"": key, **shares} for key, shares in table
+                                               if max(shares.values()) >= 2])
 
 
 # ---------------------------------------------------------------- the GPU
@@ -400,8 +406,8 @@ def soft_attention(cfg, rows, t=32_768):
 
 BOTH = {"encoding": encoding, "soft": soft_steps, "passes": passes, "head": head}
 MEASUREMENTS = {
-    "cpu": {"lm": lm, "growth": growth, "dhnm": dhnm, "tokenizer": tokenizing, **BOTH,
-            "fixed": partial(contrastive, name="fixed", longest=64, fixed=80),
+    "cpu": {"lm": lm, "growth": growth, "dhnm": dhnm, **BOTH,
+            "profile": profiles, "fixed": partial(contrastive, name="fixed", longest=64, fixed=80),
             "real": partial(contrastive, name="real", longest=256, fixed=None)},
     "cuda": {**BOTH, "attention": soft_attention}}
 
@@ -454,7 +460,7 @@ class Rows:
         """Write everything; what is measured before an interruption is not lost."""
         self.tables[caption] = rows
         write_result(self.cfg.results, self.name, {
-            "title": f"Speed: {self.name}", "command": f"python -m experiments.bench "
+            "title": f"Speed, {self.cfg.device}", "command": f"python -m experiments.bench "
             f"--device={self.cfg.device}", "tables": self.tables,
             "notes": [f"Machine: {self.machine}.", *NOTES]})
 
