@@ -124,6 +124,7 @@ def table4(lab):
         for place, part in enumerate(("SM", "CLR", "DHNM"))}
     return make_table(
         lab, "table4", {label: table4_cell(*key) for label, key in TABLE_4.items()}, stage=SUP,
+        measure=lambda seed, cell, folder: columns(read_scores(folder)),    # as the paper's
         title="Table 4: soft mask x CLR x DHNM", differences=effects,
         paper={label: dict(zip(("Multi", "Eng", "Zh"), PAPER_4[key]))
                for label, key in TABLE_4.items() if key in PAPER_4},
