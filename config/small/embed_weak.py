@@ -4,7 +4,7 @@
 """
 stage = "embed_weak"
 previous = "config/small/sft.py"
-steps = 900
+steps = 1500
 batch_size = 128
 passage_len = 64
 learning_rate = 2e-3                # after 12M tokens better than 1e-3, on dev
