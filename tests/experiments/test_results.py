@@ -93,6 +93,14 @@ def test_record_makes_a_row_of_each_stage_and_a_seed_of_each_run(tmp_path):
     assert not any(line.startswith("| sft") for line in lines)
     assert table["notes"] == ["The fastest run took 9.0 minutes on 2 cores; of them steps of "
                               "embed_sup 2.0."]
+    for name in ("one", "two"):                        # their last part took a minute
+        (tmp_path / name / "summary.json").write_text(json.dumps(RUN | {"minutes": 1.0}))
+    results.main(["record", "--name=small", f"--runs={tmp_path / 'one'},{tmp_path / 'two'}",
+                  f"--results={tmp_path}"])
+    table = json.loads((tmp_path / "small.json").read_text())
+    assert table["title"] == "The recipe of config/small" and table["notes"] == [
+        "The runs were made in parts, stage by stage. Minutes of steps in the fastest: embed_sup "
+        "2.0."]
     with pytest.raises(ValueError, match="none/summary.json is missing; train.py writes it"):
         results.main(["record", f"--runs={tmp_path / 'none'}"])
 
