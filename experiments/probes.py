@@ -6,6 +6,7 @@ number_gap       "3 fairy tales": the passage with the same number, or another (
 long_passages    a sentence of the first, or of the last, third of a long document -> the document
 lm_loss          what stage 3 left of the language model
 attention_ranks  the rank of M, and the effective rank of the attention made of it (Sec. 3.2)
+attention_to_later  the share of attention that a mask lets through to later tokens
 embedding_rank   the effective rank of embeddings, near 1 if they have collapsed (Sec. 4.6.2)
 
 UNSPECIFIED: the paper shows one example of numbers and no score; the sentences are ours.
@@ -131,19 +132,19 @@ def embedding_rank(encoder, texts, n_texts=500):
 
 
 @torch.no_grad()
-def attention_ranks(embedder, texts, mask, n=RANK_TOKENS):
-    """Return (rank of M, its effective rank, that of the attention) on texts of n tokens.
+def attention_maps(embedder, texts, mask, n=RANK_TOKENS):
+    """Return the attention of texts of n tokens, float64 (maps, n, n): of each text, layer, head.
 
-    The attention's is the mean over texts, layers and heads of the effective rank of
-    softmax(q k^T / sqrt(E) + log M), with the q and k that the model hands to its attention.
+    It is softmax(q k^T / sqrt(E) + log M), or x M, with the q and k that the model hands to its
+    attention.
     """
-    ops, ranks = embedder.model.layers[0].self_attn.ops, []            # one for all layers
-    weights, attention = soft_mask(n, mask.alpha, mask.axis), ops.attention
+    ops, maps = embedder.model.layers[0].self_attn.ops, []             # one for all layers
+    m, attention = soft_mask(n, mask.alpha, mask.axis), ops.attention
 
     def look(q, k, v, texts):                      # q (n, H, E), k (n, K, E)
         keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).double()
         logits = torch.einsum("ihe,jhe->hij", q.double(), keys).cpu() / math.sqrt(q.shape[2])
-        ranks.extend(effective_rank(p) for p in (logits + weights.log()).softmax(-1))
+        maps.append((logits * m if mask.apply == "logits" else logits + m.log()).softmax(-1))
         return attention(q, k, v, texts)
 
     ops.attention = look
@@ -153,4 +154,16 @@ def attention_ranks(embedder, texts, mask, n=RANK_TOKENS):
                 embedder.model(torch.tensor(ids[:n], device=embedder.device), [n], mask)
     finally:
         ops.attention = attention
-    return mask_rank(weights), effective_rank(weights), float(np.mean(ranks))
+    return torch.cat(maps)
+
+
+def attention_ranks(embedder, texts, mask, n=RANK_TOKENS):
+    """Return (rank of M, its effective rank, the mean effective rank of the attention)."""
+    m = soft_mask(n, mask.alpha, mask.axis)
+    ranks = [effective_rank(attention) for attention in attention_maps(embedder, texts, mask, n)]
+    return mask_rank(m), effective_rank(m), float(np.mean(ranks))
+
+
+def attention_to_later(embedder, texts, mask, n=RANK_TOKENS):
+    """Return the mean share of a token's attention that later tokens get."""
+    return float(attention_maps(embedder, texts, mask, n).triu(1).sum(-1).mean())

@@ -14,15 +14,18 @@ from pathlib import Path
 import numpy as np
 
 from configurator import load_config
+from data import document_text, load_collection
 from embed import Embedder, load_index
 from engine.bm25 import BM25
 from engine.jsonl import read_jsonl
+from experiments.probes import attention_to_later
 from experiments.results import RUN_ROWS, markdown
 from experiments.runs import (Missing, choose, read_json, read_log, read_scores, run_command,
                               score_of, write_result)
+from mask import MaskSpec
 from train import STAGES
 
-WEAK, SUP = STAGES[2:]
+SFT, WEAK, SUP = STAGES[1:]
 QUESTIONS = Path(__file__).parent.parent / "tests" / "data" / "natural_questions.jsonl"
 EXERCISES = {                      # {name: {row: folder of a stage, below OUT}}
     "language_model": {"after stages 1 and 2": WEAK, "from random weights": f"no_lm/{WEAK}"},
@@ -99,6 +102,12 @@ def exercises(cfg):
     for name, folders in EXERCISES.items():
         if all((out / folder / "eval.json").is_file() for folder in folders.values()):
             tables[name] = [{"": label, **seen(out / folder)} for label, folder in folders.items()]
+            if name == "logits":                       # of the model that stage 3 starts from
+                dev = load_collection(Path(cfg.corpus).parent / "dev").corpus[:32]
+                for row, apply in zip(tables[name], ("weights", "logits")):
+                    row["attention to later tokens at alpha 0"] = attention_to_later(
+                        Embedder(out / SFT), [document_text(document) for document in dev],
+                        MaskSpec(0.0, apply=apply))
     if (out / "mine" / "summary.json").is_file():
         summary = read_json(out / "mine" / "summary.json", "train.py")
         tables["pairs"] = [{"": label, "nDCG@10": score_of(summary[label], "", "/test/ndcg@10")}

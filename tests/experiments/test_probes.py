@@ -108,6 +108,9 @@ def test_the_attention_has_the_rank_that_was_built_into_it(home):
         assert realised == pytest.approx(effective_rank(m / m.sum(1, keepdim=True)), rel=1e-5)
         assert (rank, smooth) == (8 - math.floor(alpha * 8) if alpha < 1 else 1,
                                   pytest.approx(effective_rank(m)))
+    later = [probes.attention_to_later(embedder, texts, MaskSpec(0.0, apply=apply), n=8)
+             for apply in ("weights", "logits")]           # zero logits: uniform
+    assert later == [0.0, pytest.approx(sum(range(8)) / 64)]
 
 
 def test_the_attention_is_the_models(home):

@@ -88,12 +88,16 @@ def test_questions_are_ranked_over_a_corpus(home, tmp_path):
 
 def test_exercises_that_have_been_done_are_read(home, tmp_path):
     out = tmp_path / "out"
-    for name in ("embed_weak", "no_lm/embed_weak", "fixed/embed_sup", "v2/embed_sup"):
+    for name in ("sft", "embed_weak", "no_lm/embed_weak", "logits/embed_weak", "fixed/embed_sup",
+                 "v2/embed_sup"):
         shutil.copytree(home.out / name.split("/")[-1], out / name)
     (out / "mine").mkdir()
     shutil.copy(home.out / "summary.json", out / "mine")
-    rows = make(home, "exercises", tmp_path, f"--out={out}")["tables"]
-    assert list(rows) == ["language_model", "dhnm", "pairs"]             # the others are not there
+    flags = [f"--out={out}", f"--corpus={home.data / 'test'}"]
+    rows = make(home, "exercises", tmp_path, *flags)["tables"]
+    assert list(rows) == ["language_model", "logits", "dhnm", "pairs"]   # the fifth is not there
+    added, multiplied = (row["attention to later tokens at alpha 0"] for row in rows["logits"])
+    assert added == 0 < multiplied < 1
     chain, other = rows["language_model"]
     assert chain == other | {"": "after stages 1 and 2"} and chain["alpha half-way"] == 0.5
     assert {"nDCG@10", "nDCG@10 zh-en"} <= chain.keys() and "S, last fifth" not in chain
@@ -101,7 +105,7 @@ def test_exercises_that_have_been_done_are_read(home, tmp_path):
     assert [row[""] for row in rows["pairs"]] == ["BM25", "pretrain", "sft", "embed_weak",
                                                   "embed_sup"]
     shutil.rmtree(out / "no_lm")
-    again = make(home, "exercises", tmp_path, f"--out={out}")["tables"]
+    again = make(home, "exercises", tmp_path, *flags)["tables"]
     assert again["language_model"] == rows["language_model"]   # what is recorded stays
 
 
