@@ -85,8 +85,7 @@ def mean(log, key, first=0.0, last=1.0):
 def seen(folder):
     """Return what an exercise looks at in a stage's folder; what the stage lacks is left out."""
     log, scores = read_log(folder), read_scores(folder)
-    row = {"alpha half-way": log[len(log) // 2]["alpha"],
-           "loss, first tenth": mean(log, "loss", 0, 0.1),
+    row = {"loss, first tenth": mean(log, "loss", 0, 0.1),
            "loss, last tenth": mean(log, "loss", 0.9), "S_0, last fifth": mean(log, "S_0", 0.8),
            "S, last fifth": mean(log, "S", 0.8), "replaced a step": mean(log, "replaced", 0.2),
            **{f"nDCG@10 {pair}".removesuffix(" test"): score_of(
@@ -102,12 +101,12 @@ def exercises(cfg):
     for name, folders in EXERCISES.items():
         if all((out / folder / "eval.json").is_file() for folder in folders.values()):
             tables[name] = [{"": label, **seen(out / folder)} for label, folder in folders.items()]
-            if name == "logits":                       # of the model that stage 3 starts from
-                dev = load_collection(Path(cfg.corpus).parent / "dev").corpus[:32]
-                for row, apply in zip(tables[name], ("weights", "logits")):
-                    row["attention to later tokens at alpha 0"] = attention_to_later(
-                        Embedder(out / SFT), [document_text(document) for document in dev],
-                        MaskSpec(0.0, apply=apply))
+    if (out / EXERCISES["logits"]["logits x M"]).is_dir():     # before stage 3 has changed it
+        embedder = Embedder(out / SFT)
+        dev = load_collection(Path(cfg.corpus).parent / "dev").corpus[:32]
+        for row, apply in zip(tables["logits"], ("weights", "logits")):
+            row["attention to later tokens at alpha 0"] = attention_to_later(
+                embedder, list(map(document_text, dev)), MaskSpec(0.0, apply=apply))
     if (out / "mine" / "summary.json").is_file():
         summary = read_json(out / "mine" / "summary.json", "train.py")
         tables["pairs"] = [{"": label, "nDCG@10": score_of(summary[label], "", "/test/ndcg@10")}
