@@ -101,8 +101,8 @@ def exercises(cfg):
     for name, folders in EXERCISES.items():
         if all((out / folder / "eval.json").is_file() for folder in folders.values()):
             tables[name] = [{"": label, **seen(out / folder)} for label, folder in folders.items()]
-    if (out / EXERCISES["logits"]["logits x M"]).is_dir():     # before stage 3 has changed it
-        embedder = Embedder(out / SFT)
+    if "logits" in tables and (out / f"logits/{WEAK}").is_dir():
+        embedder = Embedder(out / SFT)             # the model that stage 3 starts from
         dev = load_collection(Path(cfg.corpus).parent / "dev").corpus[:32]
         for row, apply in zip(tables["logits"], ("weights", "logits")):
             row["attention to later tokens at alpha 0"] = attention_to_later(
