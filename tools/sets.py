@@ -36,7 +36,7 @@ from engine.jsonl import read_jsonl, write_jsonl
 HELD_OUT_SHARE = 5                 # one in five of what carries no split is held out
 WINDOW = 4                         # sentences of a paragraph that is cut from a document
 MAX_CHARS = 1200                   # of a passage: more than any passage_len here reads
-SUPERVISED = 3000                  # rows of a set in stage 4: few enough to come back under DHNM
+SUPERVISED = 500                   # rows of a set in stage 4: few enough to come back under DHNM
 SMALLEST = 512                     # pairs of a file; smaller ones share one
 LABELS_AS_NEGATIVES = 15           # other labels of a classification row
 FOR_EVALUATION = ("_dev", "_test")     # how the names of sets end that nothing is trained on

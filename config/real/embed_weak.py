@@ -4,7 +4,7 @@
 """
 stage = "embed_weak"
 previous = "config/real/sft.py"
-steps = 300
+steps = 1000
 batch_size = 128
-passage_len = 64
-learning_rate = 1e-3
+passage_len = 128
+learning_rate = 2e-3
