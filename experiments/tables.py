@@ -1,6 +1,6 @@
 """Tables of finished runs: natural questions, and the exercises of docs/exercises.md.
 
-    python -m experiments.tables questions                         # results/questions.json
+    python -m experiments.tables questions --out=out,out/small     # results/questions.json
     python -m experiments.tables exercises                         # those that have been done
 
 `questions` asks 100 questions that were written by hand in ten languages, and never looked at while
@@ -37,7 +37,7 @@ EXERCISES = {                      # {name: {row: folder of a stage, below OUT}}
 @dataclass(frozen=True)
 class TablesConfig:
     """The settings of `python -m experiments.tables COMMAND`."""
-    out: str = "out"               # a folder of train.py
+    out: tuple[str, ...] = ("out",)    # folders of train.py; exercises lie in the first
     corpus: str = "out/installed_docs/search"          # of questions: a folder with corpus.jsonl
     k: int = 10                    # of questions: how many results count
     results: str = "results"
@@ -61,16 +61,17 @@ def questions(cfg):
     """Return how often an expected function is among the first k, by language, beside BM25."""
     rows = list(read_jsonl(QUESTIONS, {"lang": str, "query": str, "expected": list}))
     texts = [row["query"] for row in rows]
-    embedder = Embedder(Path(cfg.out) / SUP)
-    documents, vectors = load_index(embedder, cfg.corpus)
+    rankings = {}
+    for out in cfg.out:
+        embedder = Embedder(Path(out) / SUP)
+        documents, vectors = load_index(embedder, cfg.corpus)
+        scores = embedder.encode(texts, prompt=embedder.prompts["retrieval"]) @ vectors.T   # (Q, N)
+        rankings[out] = np.argsort(-scores, axis=1)[:, :cfg.k]
+    bm25 = BM25([f"{row['id']} {row['text']}" for row in documents]).top_k(texts, cfg.k)[0]
     names = [row["id"] for row in documents]
-    scores = embedder.encode(texts, prompt=embedder.prompts["retrieval"]) @ vectors.T   # (Q, N)
-    rankings = {
-        "BM25": BM25([f"{row['id']} {row['text']}" for row in documents]).top_k(texts, cfg.k)[0],
-        "nanoConan": np.argsort(-scores, axis=1)[:, :cfg.k]}
     return {"title": f"{len(rows)} natural questions", "tables": {"": [
         {f"top-{cfg.k} accuracy": label, **accuracy_by_language(rows, ranking, names)}
-        for label, ranking in rankings.items()]}}
+        for label, ranking in {"BM25": bm25, **rankings}.items()]}}
 
 
 # ---------------------------------------------------------------- exercises
@@ -95,7 +96,7 @@ def seen(folder):
 
 def exercises(cfg):
     """Return the tables of the exercises that have been done; those of before stay."""
-    path, tables, out = Path(cfg.results) / "exercises.json", {}, Path(cfg.out)
+    path, tables, out = Path(cfg.results) / "exercises.json", {}, Path(cfg.out[0])
     if path.is_file():
         tables = read_json(path, "")["tables"]
     for name, folders in EXERCISES.items():
