@@ -255,17 +255,21 @@ def curve(lab):
     """Write soft minus hard, and what pretraining buys, against LM tokens before stage 3.
 
     A shorter stage 1 is the beginning of the longest. The last cell has no language model, and
-    its stage 3 gets the time of stages 1 and 2 as well.
+    its stage 3 gets the time of stages 1 and 2 as well. The rate of stage 3 was tuned after the
+    longest stage 1; after a shorter one it is half of that, which is better there (docs/log.md).
     """
     base = lab.base[PRETRAIN]
     window = base.batch_size * base.passage_len    # tokens of a step
     points = {n: round(n / window) for n in lab.cfg.lm_tokens} | {window * base.steps: None}
-    cells = {f"{n / 1e6:g}M {mask}": Cell(schedule, lm_steps=steps)
+    half = lab.rate(WEAK, Cell()) / 2
+    cells = {f"{n / 1e6:g}M {mask}": Cell(schedule, lm_steps=steps,
+                                          weak_rate=0.0 if steps is None else half)
              for n, steps in points.items()
              for mask, schedule in (("hard", "hard"), ("soft", "linear"))}
     n = min(points, key=lambda n: abs(n - EQUAL_TIME))
     last = f"no LM but time of {n / 1e6:g}M"
-    cells[last] = Cell("hard", lm_steps=0, weak_steps=steps_of_equal_time(lab, points[n]))
+    cells[last] = Cell("hard", lm_steps=0, weak_rate=half, weak_steps=steps_of_equal_time(
+        lab, cells[f"{n / 1e6:g}M hard"]))
     names = [f"{n / 1e6:g}M" for n in points]
     return make_table(
         lab, "curve", cells, points=dict(zip(names, points)),
@@ -275,11 +279,11 @@ def curve(lab):
         notes=["0M has no stages 1 and 2. All others have the same short stage 2."])
 
 
-def steps_of_equal_time(lab, lm_steps):
-    """Return the steps of a stage 3 that gets the time of stages 1 and 2 as well."""
-    seed, cell, steps = lab.cfg.seeds[0], Cell("hard", lm_steps=lm_steps), lab.base[WEAK].steps
+def steps_of_equal_time(lab, cell):
+    """Return the steps of a stage 3 that gets the time of the cell's stages 1 and 2 as well."""
+    seed, steps = lab.cfg.seeds[0], lab.base[WEAK].steps
     weak = seconds(read_log(lab.train(seed, WEAK, cell)))
-    lm = [] if lm_steps == 0 else [sum(seconds(read_log(lab.lm_folder(seed, cell) / stage)))
+    lm = [] if cell.lm_steps == 0 else [sum(seconds(read_log(lab.lm_folder(seed, cell) / stage)))
                                    for stage in (PRETRAIN, SFT)]
     return steps + round(sum(lm) / np.median(weak))
 

@@ -219,7 +219,9 @@ def test_the_curve_has_a_point_for_each_amount_of_text(cfg):
     table = command(cfg, "curve")
     assert list(table["cells"]) == ["0M hard", "0M soft", "0.00032M hard", "0.00032M soft",
                                     "0.00064M hard", "0.00064M soft", "no LM but time of 0.00064M"]
-    assert table["settings"]["0.00032M soft"]["lm_steps"] == 2
+    short, longest = (table["settings"][f"{n}M soft"] for n in ("0.00032", "0.00064"))
+    assert short["lm_steps"] == 2 and longest["lm_steps"] is None
+    assert short["weak_rate"] == Lab(cfg).base[WEAK].learning_rate / 2 and not longest["weak_rate"]
     assert table["settings"]["no LM but time of 0.00064M"]["weak_steps"] > 5
     assert table["points"] == {"0M": 0, "0.00032M": 320, "0.00064M": 640}
 
