@@ -217,21 +217,30 @@ def sec32(lab):
 # ---------------------------------------------------------------- Sec. 3.4: hard negatives
 
 def hardness(seed, cell, folder):
-    """Return S at each visit, S_0, loss, replacements and seconds of a step, and the scores."""
-    log = read_log(folder)
-    rows = [row for row in log if row["task"] == "retrieval" and "S" in row]
-    if len(rows) < VISITS:
-        raise ValueError(f"{folder}: {len(rows)} retrieval steps are fewer than {VISITS} visits")
-    visits = [rows[i * len(rows) // VISITS:(i + 1) * len(rows) // VISITS] for i in range(VISITS)]
+    """Return S at each visit, S_0, loss, replacements and seconds of a step, and the scores.
+
+    S and what follows are of retrieval's steps, and of CLR's where there are any.
+    """
+    log, measures = read_log(folder), {}
 
     def mean(key, part):
         return float(np.mean([row[key] for row in part]))
 
-    measures = {f"S, visit {i}": mean("S", part) for i, part in enumerate(visits, 1)}
-    return measures | {"S_0, last visit": mean("S_0", visits[-1]),
-                       "Loss, last visit": mean("loss", visits[-1]),
-                       "Replaced in a step": mean("replaced", rows),
-                       "Seconds of a step": float(np.median(seconds(log))),
+    for task, label in (("retrieval", ""), ("clr", "CLR: ")):
+        rows = [row for row in log if row["task"] == task and "S" in row]
+        if task == "clr" and not rows:
+            continue
+        if len(rows) < VISITS:
+            raise ValueError(f"{folder}: {len(rows)} steps of {task} are fewer than {VISITS} "
+                             "visits")
+        visits = [rows[i * len(rows) // VISITS:(i + 1) * len(rows) // VISITS]
+                  for i in range(VISITS)]
+        chosen = range(VISITS) if task == "retrieval" else (0, VISITS - 1)
+        measures |= {f"{label}S, visit {i + 1}": mean("S", visits[i]) for i in chosen}
+        measures |= {f"{label}S_0, last visit": mean("S_0", visits[-1]),
+                     f"{label}Loss, last visit": mean("loss", visits[-1]),
+                     f"{label}Replaced in a step": mean("replaced", rows)}
+    return measures | {"Seconds of a step": float(np.median(seconds(log))),
                        **columns(read_scores(folder))}
 
 
@@ -239,14 +248,15 @@ def sec34(lab):
     """Write Sec. 3.4: do negatives stay hard if they are replaced?"""
     cells = {"fixed": table4_cell(1, 0, 0), "dynamic": table4_cell(1, 0, 1),
              "fixed CLR": table4_cell(1, 1, 0), "dynamic CLR": table4_cell(1, 1, 1)}
+    in_use = lab.base[SUP].batch_size * lab.base[SUP].n_negatives
     return make_table(
         lab, "sec34", cells, stage=SUP, measure=hardness, transpose=True,
         title="Sec. 3.4: do negatives stay hard if they are replaced?",
         differences={f"dynamic minus fixed{c}": ([f"dynamic{c}"], [f"fixed{c}"])
                      for c in ("", " CLR")},
         notes=["S is the mean cosine of queries and their negatives in use, S_0 at first use.",
-               f"A visit is a {VISITS}th of stage 4's retrieval steps. Pools are 50 deep, mined by "
-               "the model itself."])
+               f"A visit is a {VISITS}th of stage 4's steps of a task. A step has {in_use} "
+               "negatives. Pools are 50 deep, mined by the model itself."])
 
 
 # ---------------------------------------------------------------- the curve over LM tokens

@@ -13,6 +13,7 @@ words that a query and a document share. IBM model 1 (Brown et al. 1993) learns 
 tokens translate each other, and mixes their vectors: the bag becomes bilingual.
 DEVIATES: none of this is the paper's. It stands beside the method, not inside it.
 """
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from train import TrainConfig
 SENTENCE_TOKENS = 64               # read of each side of bitext: a cut sentence lacks translations
 METRICS = {"retrieval": "ndcg@10", "bitext": "accuracy", "sts": "spearman",
            "classification": "accuracy", "pair_classification": "ap"}
+SHOWN = {"en", "zh", "ja"}          # languages that the table shows; the file has all
 HEADLINE = "retrieval, other languages -> English, ndcg@10"
 
 
@@ -224,20 +226,31 @@ def jobs(cfg):
     return work
 
 
+def main_scores(scores):
+    """Return those of some flat scores whose metric is the task's main one."""
+    return {key: value for key, value in scores.items()
+            if key.rpartition("/")[2] == METRICS[key.partition("/")[0]]}
+
+
 def headline(scores):
-    """Return {row of the table: number} of one model's flat scores, the headline first."""
+    """Return {row of the table: number} of one model's main scores, the headline first.
+
+    Of a set in many languages the table shows the mean, and those of `SHOWN`.
+    """
     rows, foreign = {}, []
     for key, value in scores.items():
         task, name, subset, metric = key.split("/")
-        if metric == METRICS[task] and not subset.startswith("mean_"):
+        has_mean = f"{task}/{name}/mean/{metric}" in scores
+        if not has_mean or subset == "mean" or set(subset.split("-")) <= SHOWN:
             rows[f"{task} {name} {subset}, {metric}"] = value
-            if task == "retrieval" and subset.endswith("-en") and subset != "en-en":
-                foreign.append(value)
+        if task == "retrieval" and subset.endswith("-en") and subset != "en-en":
+            foreign.append(value)
     return ({HEADLINE: float(np.mean(foreign))} if foreign else {}) | rows
 
 
 def main(argv=None):
     """Score every encoder on every set, print the table, write the file."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     cfg = load_config(BaselinesConfig, argv)
     work, scores = jobs(cfg), {}
     if not work:
@@ -246,7 +259,7 @@ def main(argv=None):
         scores[label] = {}
         for task, place in work:
             if task in ("retrieval", "bitext") or not isinstance(encoder, LexicalBaseline):
-                scores[label] |= evaluate(encoder, task, place)
+                scores[label] |= main_scores(evaluate(encoder, task, place))
                 print(f"{label}: {task} {place}", flush=True)
     columns = {label: headline(own) for label, own in scores.items()}
     rows = [{"": name, **{label: column.get(name) for label, column in columns.items()}}
@@ -255,7 +268,7 @@ def main(argv=None):
     return write_result(Path(cfg.out).parent, Path(cfg.out).stem, {
         "title": "Public sets, from random weights" if cfg.root else "Baselines",
         "tables": {"": rows}, "scores": scores,
-        "command": f"python -m experiments.baselines --data={cfg.data}"})
+        "command": " ".join(["python -m experiments.baselines", *argv])})
 
 
 if __name__ == "__main__":
