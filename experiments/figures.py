@@ -149,6 +149,8 @@ def draw_figure1(cfg):
     for i, (label, scores) in enumerate(baselines["scores"].items(), 2):
         plot.axhline(score_of(scores, *TEST), color=f"C{i}", linestyle=":", label=label)
     plot.set_xscale("log")
+    plot.minorticks_off()
+    plot.set_xticks(sizes, labels=[f"{size / 1e6:.2g}M" for size in sizes])
     plot.set(xlabel="parameters", ylabel="nDCG@10, test", ylim=(0, None))
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     return figure
