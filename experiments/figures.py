@@ -22,7 +22,7 @@ from engine.jsonl import read_jsonl
 from eval import classification
 from experiments.results import interval, mean_of, paired
 from experiments.runs import (Missing, ndcg_by_dims, read_json, read_log, read_meta, read_scores,
-                              run_command, score_of)
+                              run_command, score_of, write_result)
 from mask import KINDS, alpha, mask_rank, soft_mask
 from model import Conan, ConanConfig
 from train import STAGES
@@ -130,19 +130,25 @@ def draw_mrl(cfg):
 def draw_figure1(cfg):
     """Draw Figure 1: score against parameters, with a trendline once there are three sizes.
 
+    RESULTS/figure1.json gets the points.
     DEVIATES: the trendline is that of our own sizes. Baselines have none, and are dotted lines.
     """
+    rows = []
+    for out in map(Path, cfg.out):
+        with torch.device("meta"):                 # shapes without memory
+            size = Conan(ConanConfig(**read_meta(out / SUP)["model"])).count_params()
+        rows.append({"parameters": size, **{
+            f"nDCG@10 after {stage}": score_of(read_scores(out / stage), *TEST)
+            for stage in (WEAK, SUP)}})
+    rows.sort(key=lambda row: row["parameters"])
+    write_result(cfg.results, "figure1", {
+        "title": "Figure 1: score against parameters", "tables": {"": rows},
+        "notes": ["All sizes take the same steps. One seed each."]})
     figure, (plot,) = canvas(1, width=5.6)
-    for stage, marker in ((WEAK, "o"), (SUP, "s")):
-        points = []
-        for out in cfg.out:
-            with torch.device("meta"):             # shapes without memory
-                config = ConanConfig(**read_meta(Path(out) / stage)["model"])
-                size = Conan(config).count_params()
-            points.append((size, score_of(read_scores(Path(out) / stage), *TEST)))
-        sizes, scores = np.array(sorted(points)).T
+    sizes, *columns = zip(*(row.values() for row in rows))
+    for stage, scores, marker in zip((WEAK, SUP), columns, "os"):
         line, = plot.plot(sizes, scores, marker, label=stage)
-        if len(points) > 2:                        # the paper's trendline, in log(parameters)
+        if len(rows) > 2:                          # the paper's trendline, in log(parameters)
             x = np.log10(sizes)
             plot.plot(sizes, np.polyval(np.polyfit(x, scores, 1), x), "--", color=line.get_color())
     baselines = read_json(Path(cfg.results) / "baselines.json", "python -m experiments.baselines")

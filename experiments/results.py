@@ -25,8 +25,8 @@ from experiments.runs import (ndcg_by_dims, read_json, read_log, run_command, sc
                               write_result)
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ("default_run", "baselines", "small", "real", "table4", "table12", "curve", "sec32",
-         "sec34", "table6", "questions", "exercises", "bench_cpu", "bench_gpu")
+ORDER = ("default_run", "baselines", "small", "figure1", "real", "table4", "table12", "curve",
+         "sec32", "sec34", "table6", "questions", "exercises", "bench_cpu", "bench_gpu")
 RUN_ROWS = ("BM25", "pretrain", "sft", "embed_weak", "embed_sup")
 RUN_COLUMNS = {                    # column of a run's table: (start, end) of the score's key
     "LM loss before": ("lm/", "/loss_before"), "LM loss": ("lm/", "/loss"),
