@@ -138,6 +138,7 @@ def start(device="auto"):
         module.set_device(local)
     else:
         memory.keep_freed_memory()
+        memory.bound_kernel_caches()
         # torchrun sets one thread for each process; that would leave cores idle
         if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") \

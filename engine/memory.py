@@ -1,4 +1,4 @@
-"""Memory of the C library on a CPU: keep freed blocks, and hand them back before they are too many.
+"""Memory on a CPU: keep freed blocks, hand them back before they are too many, bound two caches.
 
 A CPU step frees and asks for the same hundreds of MB each time. Paging them in anew costs a quarter
 of a small model's step and more than half of a wide one's (docs/log.md). Nothing here acts where
@@ -18,6 +18,16 @@ def keep_freed_memory():
     for parameter, value in ((-4, 0), (-1, -1), (-2, 2 ** 26)):
         if _glibc():                       # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             _glibc().mallopt(parameter, value)
+
+
+def bound_kernel_caches(shapes=128):
+    """Keep the kernels of the last `shapes` shapes only; call before the first matrix product.
+
+    oneDNN builds a kernel for each shape of a product, and every batch has a new number of tokens.
+    oneDNN and torch keep 1,024 of them each by default: half a GB, in holes of two more.
+    """
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, str(shapes))
 
 
 def release_memory(share=0.5):

@@ -27,6 +27,34 @@ print(faults[-1] - faults[0])"""
     assert done.returncode == 0 and int(done.stdout) < 1000, done.stdout + done.stderr
 
 
+def test_kernels_of_old_shapes_are_dropped():
+    """A matrix product of a new shape builds a kernel; the caches of 600 keep 60 MB and more."""
+    script = """
+import ctypes
+import sys
+import torch
+from engine import memory
+if sys.argv[1] == "bound":
+    memory.bound_kernel_caches(16)
+class Info(ctypes.Structure):
+    _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]
+library = memory._glibc()
+library.mallinfo2.restype = Info
+weight, used = torch.ones(768, 256, dtype=torch.bfloat16), []
+with torch.no_grad():
+    for tokens in range(100, 800):
+        weight @ torch.ones(256, tokens, dtype=torch.bfloat16)
+        if tokens in (200, 799):
+            used.append(getattr(library.mallinfo2(), "7"))
+print((used[1] - used[0]) // 2 ** 20)"""
+    grown = [int(subprocess.run([sys.executable, "-c", script, how], cwd=ROOT, check=True,
+                                capture_output=True, text=True).stdout)
+             for how in ("free", "bound")]
+    assert grown[1] < 20, grown
+    if grown[0] < 60:
+        pytest.skip(f"this processor's kernels keep {grown[0]} MB")
+
+
 def test_freed_memory_goes_back_once_the_process_is_large():
     """Blocks of changing size leave holes that glibc keeps: a long run was killed for them."""
     memory.keep_freed_memory()
