@@ -428,9 +428,11 @@ def summarise(cfg, minutes):
             scores[stage] = json.loads(path.read_text())
     report.print_summary(scores, cfg.dims)
     with atomic(Path(cfg.out) / "summary.json") as file:
-        file.write(json.dumps({"minutes": minutes, "versions": run.versions(),
-                               "cores": os.cpu_count(), **scores}, indent=1) + "\n")
-    print(f"\ncheckpoint: {checkpoint.latest(cfg.run_dir)}   ({minutes:.1f} minutes)")
+        file.write(json.dumps({"minutes": minutes, "memory_gb": memory.peak(),
+                               "cores": os.cpu_count(), "versions": run.versions(), **scores},
+                              indent=1) + "\n")
+    print(f"\ncheckpoint: {checkpoint.latest(cfg.run_dir)}   ({minutes:.1f} minutes, "
+          f"{memory.peak():.1f} GB)")
     if cfg.stage.startswith("embed"):
         where = "" if cfg.run_dir == Path("out/embed_sup") else f" --checkpoint={cfg.run_dir}"
         print(f"search:     python embed.py{where} --query \"how do I compute the determinant of a "

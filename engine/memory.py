@@ -6,6 +6,7 @@ the C library is not glibc.
 """
 import ctypes
 import os
+import sys
 
 
 def keep_freed_memory():
@@ -40,6 +41,14 @@ def release_memory(share=0.5):
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if _glibc() and ranks * _resident_pages() > share * os.sysconf("SC_PHYS_PAGES"):
         _glibc().malloc_trim(0)
+
+
+def peak():
+    """Return the most memory that this process ever held, in GB; 0 where it is not Linux."""
+    if not sys.platform.startswith("linux"):
+        return 0.0
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        return next(int(line.split()[1]) * 1024 / 1e9 for line in file if line[:5] == "VmHWM")
 
 
 def _resident_pages():

@@ -46,6 +46,7 @@ def test_asking_for_the_last_stage_trains_all_four(rows, whole, capsys):
     assert "embed_weak" in shown and "python embed.py --checkpoint" in shown
     summary = json.loads((whole / "summary.json").read_text())
     assert set(train.STAGES) < set(summary) and summary["versions"]["torch"] == torch.__version__
+    assert summary["memory_gb"] > 0.1
 
 
 @pytest.mark.parametrize("stage", train.STAGES)

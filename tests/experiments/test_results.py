@@ -12,7 +12,7 @@ CELLS = {"seeds": [0, 1], "cells": {
     "b": {"0": {"Eng": 61.0, "S": 1}, "1": {"Eng": 63.0, "S": 2}}, "c": {}},
     "differences": {"b minus a": [["b"], ["a"]]}, "paper": {"a": {"Eng": 70.41}},
     "language_models": {"lm0": {"tokens": 2_500_000, "loss": 3.456}}, "title": "A table"}
-RUN = {"minutes": 9.0, "cores": 2, "BM25": {"retrieval/docs/test/ndcg@10": 0.64},
+RUN = {"minutes": 9.0, "cores": 2, "memory_gb": 2.2, "BM25": {"retrieval/docs/test/ndcg@10": 0.64},
        "pretrain": {"lm/docs/dev/loss": 4.0, "retrieval/docs/test/ndcg@10": 0.1},
        "embed_sup": {"retrieval/docs/test/ndcg@10": 0.5, "retrieval/docs/test/ndcg@10:64": 0.4,
                      "retrieval/clr_test/mean/ndcg@10": 0.3}}
@@ -91,8 +91,8 @@ def test_record_makes_a_row_of_each_stage_and_a_seed_of_each_run(tmp_path):
     assert lines[2] == "|  | nDCG@10 | LM loss | 26 languages | 64 dims |"
     assert "| pretrain | 0.100 ± 0.000 | 4.00 ± 0.00 |  |  |" in lines
     assert not any(line.startswith("| sft") for line in lines)
-    assert table["notes"] == ["The fastest run took 9.0 minutes on 2 cores; of them steps of "
-                              "embed_sup 2.0."]
+    assert table["notes"] == ["The fastest run took 9.0 minutes and 2.2 GB on 2 cores; of the "
+                              "minutes steps of embed_sup 2.0."]
     for name in ("one", "two"):                        # their last part took a minute
         (tmp_path / name / "summary.json").write_text(json.dumps(RUN | {"minutes": 1.0}))
     results.main(["record", "--name=small", f"--runs={tmp_path / 'one'},{tmp_path / 'two'}",
