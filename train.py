@@ -427,12 +427,13 @@ def summarise(cfg, minutes):
         if path.is_file():
             scores[stage] = json.loads(path.read_text())
     report.print_summary(scores, cfg.dims)
+    peak = memory.peak()
     with atomic(Path(cfg.out) / "summary.json") as file:
-        file.write(json.dumps({"minutes": minutes, "memory_gb": memory.peak(),
+        file.write(json.dumps({"minutes": minutes, "memory_gb": peak,
                                "cores": os.cpu_count(), "versions": run.versions(), **scores},
                               indent=1) + "\n")
-    print(f"\ncheckpoint: {checkpoint.latest(cfg.run_dir)}   ({minutes:.1f} minutes, "
-          f"{memory.peak():.1f} GB)")
+    print(f"\ncheckpoint: {checkpoint.latest(cfg.run_dir)}   ({minutes:.1f} minutes"
+          + (f", {peak:.1f} GB)" if peak else ")"))
     if cfg.stage.startswith("embed"):
         where = "" if cfg.run_dir == Path("out/embed_sup") else f" --checkpoint={cfg.run_dir}"
         print(f"search:     python embed.py{where} --query \"how do I compute the determinant of a "

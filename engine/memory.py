@@ -1,8 +1,8 @@
 """Memory on a CPU: keep freed blocks, hand them back before they are too many, bound two caches.
 
 A CPU step frees and asks for the same hundreds of MB each time. Paging them in anew costs a quarter
-of a small model's step and more than half of a wide one's (docs/log.md). Nothing here acts where
-the C library is not glibc.
+of a small model's step and more than half of a wide one's (docs/log.md). Where the C library is not
+glibc, the caches alone are bounded.
 """
 import ctypes
 import os

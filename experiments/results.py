@@ -240,9 +240,10 @@ def record(cfg):
     steps = {run: {stage: sum(seconds(read_log(Path(run) / stage))) / 60 for stage in RUN_ROWS
                    if (Path(run) / stage / "log.jsonl").is_file()} for run in runs}
     fastest = min(runs, key=lambda run: sum(steps[run].values()))
-    minutes, cores, memory = (runs[fastest][key] for key in ("minutes", "cores", "memory_gb"))
-    start = (f"The fastest run took {minutes:.1f} minutes and {memory:.1f} GB on {cores} cores; "
-             "of the minutes steps of ")
+    minutes, cores = runs[fastest]["minutes"], runs[fastest]["cores"]
+    memory = runs[fastest].get("memory_gb")        # not everywhere known
+    start = (f"The fastest run took {minutes:.1f} minutes" + (f" and {memory:.1f} GB" if memory
+             else "") + f" on {cores} cores; of the minutes steps of ")
     if minutes < sum(steps[fastest].values()):
         start = "The runs were made in parts, stage by stage. Minutes of steps in the fastest: "
     return write_result(cfg.results, cfg.name, {
