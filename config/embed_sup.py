@@ -4,10 +4,10 @@
 """
 stage = "embed_sup"
 previous = "config/embed_weak.py"
-steps = 120
+steps = 300
 batch_size = 64
 task_weights = {"retrieval": 2, "clr": 3, "classification": 0.5, "sts": 0.3}
 passage_len = 64
 n_negatives = 3                    # the paper's 7 cost twice the time of a step here
-learning_rate = 3e-4
-dims = (32, 64, 128, 256)
+learning_rate = 2e-4
+dims = (32, 64, 128)

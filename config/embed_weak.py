@@ -4,7 +4,7 @@
 """
 stage = "embed_weak"
 previous = "config/sft.py"
-steps = 260
+steps = 600
 batch_size = 128
 passage_len = 64
-learning_rate = 1e-3
+learning_rate = 2e-3

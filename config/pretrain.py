@@ -3,10 +3,14 @@
     python train.py config/pretrain.py
 """
 stage = "pretrain"
-steps = 600
+steps = 1200
 batch_size = 16                    # windows of 256 tokens
 passage_len = 256
 learning_rate = 2e-3
-warmup = 0.2
+warmup = 0.1
 final_lr = 1.0                     # constant after the warm-up: the paper names no decay
 beta2 = 0.95
+n_embd = 128
+n_head = 2
+n_kv_head = 1
+ffn_dim = 384
