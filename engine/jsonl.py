@@ -52,7 +52,7 @@ def seal(path, about=None):
 
 
 def is_whole(path):
-    """Tell whether a file is as it was sealed; name one that is damaged: it is built again.
+    """Tell whether a file is as it was sealed; name one that is not: it is built again.
 
     A file of the same size and time is not read.
     """
@@ -63,7 +63,7 @@ def is_whole(path):
     except (OSError, ValueError, LookupError, TypeError):
         pass
     if Path(path).is_file():
-        tqdm.write(f"{path} is damaged; it is built again")
+        tqdm.write(f"{path} is damaged or unfinished; it is built again")
     return False
 
 

@@ -81,4 +81,4 @@ def test_a_damaged_table_is_named_and_built_again(tmp_path, capsys):
         raw[8] ^= 255
         path.write_bytes(raw)
         assert_right(rows, Passages(files, tmp_path))
-        assert f"{path} is damaged; it is built again" in "".join(capsys.readouterr())
+        assert f"{path} is damaged or unfinished; it is built again" in "".join(capsys.readouterr())
