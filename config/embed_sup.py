@@ -4,7 +4,7 @@
 """
 stage = "embed_sup"
 previous = "config/embed_weak.py"
-steps = 300
+steps = 600
 batch_size = 64
 task_weights = {"retrieval": 2, "clr": 3, "classification": 0.5, "sts": 0.3}
 passage_len = 64
