@@ -82,10 +82,10 @@ class TrainConfig:
     # --- model (ConanConfig)
     vocab_size: int = 8192
     n_layer: int = 4
-    n_head: int = 4
-    n_kv_head: int = 2
-    n_embd: int = 256
-    ffn_dim: int = 768
+    n_head: int = 2
+    n_kv_head: int = 1
+    n_embd: int = 128
+    ffn_dim: int = 384
     block_size: int = 1024
     pooling: Literal["mean", "last"] = "mean"
     pool_prompt: bool = False      # whether an instruction's tokens are part of the mean

@@ -10,7 +10,3 @@ learning_rate = 2e-3
 warmup = 0.1
 final_lr = 1.0                     # constant after the warm-up: the paper names no decay
 beta2 = 0.95
-n_embd = 128
-n_head = 2
-n_kv_head = 1
-ffn_dim = 384

@@ -62,7 +62,7 @@ class BenchConfig:
     only: tuple[str, ...] = ()     # names of MEASUREMENTS; empty: all
     device: Literal["cpu", "cuda"] = "cpu"
     results: str = "results"       # folder of bench_cpu.json and bench_gpu.json
-    config: str = "config"         # folder of the recipe whose shape and batches the rows have
+    config: str = "config/small"   # folder of the recipe whose shape and batches the rows have
     pairs: int = 64                # of a contrastive step
     texts: int = 1000              # to encode
     head_vocab: int = 150_000      # words of the cross-entropy

@@ -11,3 +11,7 @@ learning_rate = 2e-3
 warmup = 0.2
 final_lr = 1.0                     # constant after the warm-up: the paper names no decay
 beta2 = 0.95
+n_embd = 256                       # twice the default's width
+n_head = 4
+n_kv_head = 2
+ffn_dim = 768
