@@ -83,11 +83,22 @@ def draw_soft_mask(cfg, n=64):
 
 
 def draw_loss(cfg):
-    """Draw each stage's loss; stage 4 a curve for each task, as they differ in scale."""
+    """Draw each stage's loss; stage 4 a curve for each task, as they differ in scale.
+
+    Stages 1 and 2 have the loss on held-out text, too: before the first step, and now and then.
+    """
     figure, plots = canvas(len(STAGES), width=3.2, height=2.8)
     for plot, stage in zip(plots, STAGES):
-        for task, curve in by_task(read_log(Path(cfg.out[0]) / stage), "loss").items():
+        rows, scores = (read(Path(cfg.out[0]) / stage) for read in (read_log, read_scores))
+        for task, curve in by_task(rows, "loss").items():
             plot.plot(*curve, marker=".", markersize=3, linewidth=1, label=task)
+        seen = {row["validation"]: row["step"] for row in reversed(rows) if row.get("validation")}
+        if seen:                                   # a value stands in the log until the next one
+            seen |= {rows[0]["validation_before"]: 0,
+                     score_of(scores, "lm/", "/loss"): rows[-1]["step"]}
+            plot.plot(*zip(*sorted((step, loss) for loss, step in seen.items())), "k.--",
+                      linewidth=1, label="held-out")
+            plot.legend(frameon=False, fontsize="small")
         plot.set(title=stage, xlabel="step")
     plots[-1].set_yscale("log")
     plots[0].set(ylabel="loss")
@@ -120,7 +131,7 @@ def draw_mrl(cfg):
     if not curve:
         raise Missing(f"{Path(cfg.out[0]) / SUP / 'eval.json'} has no scores of single dims")
     figure, (plot,) = canvas(1, width=5)
-    plot.plot(*zip(*curve.items()), marker="o")
+    plot.plot(*zip(*curve.items()), marker="o", clip_on=False)
     plot.set_xscale("log", base=2)
     plot.set_xticks(list(curve), labels=map(str, curve))
     plot.set(xlabel="first dims of the embedding", ylabel="nDCG@10", ylim=(0, None))
