@@ -13,7 +13,6 @@ number (engine/order.py). That is why resuming needs no reader state.
 UNSPECIFIED: the instruction template; `format_query` is the one place that knows it.
 """
 from collections import Counter
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -293,15 +292,6 @@ def hashes(cfg, world=ALONE):
             for kind in kinds if sources(cfg, kind)}
 
 
-def file_weight(weights, file):
-    """Return how often rows of a file are drawn: by the last pattern that fits its name, else 1.
-
-    >>> file_weight({"tldr*": 0.5, "*-bitext-*": 2}, "pairs/tldr-bitext-en.jsonl")
-    2
-    """
-    return ([1.0] + [w for pattern, w in weights.items() if fnmatch(Path(file).stem, pattern)])[-1]
-
-
 def build_tasks(cfg, tokenizer, world):
     """Return [(task, weight)] of a stage.
 
@@ -315,12 +305,8 @@ def build_tasks(cfg, tokenizer, world):
     if cfg.stage == "embed_weak":
         if not sources(cfg, "pairs"):
             raise ValueError("embed_weak needs data: --pairs=FILE")
-        weights = {file: file_weight(cfg.file_weights, file) for file in sources(cfg, "pairs")}
-        tasks = [(Task("pairs", cfg, tokenizer, world, [file]), w)
-                 for file, w in weights.items() if w > 0]
-        if not tasks:
-            raise ValueError(f"file_weights {cfg.file_weights} leave no file of pairs")
-        return [(task, len(task.rows) * weight) for task, weight in tasks]
+        tasks = [Task("pairs", cfg, tokenizer, world, [file]) for file in sources(cfg, "pairs")]
+        return [(task, float(len(task.rows))) for task in tasks]
     kinds = [k for k, w in cfg.task_weights.items() if w > 0 and sources(cfg, k)]
     if not kinds:
         raise ValueError("embed_sup needs data: --retrieval=, --clr=, --classification= or --sts=")

@@ -94,8 +94,6 @@ class TrainConfig:
     dims: tuple[int, ...] = ()     # MRL dims of embed_sup; empty: the full width only
     task_weights: dict[str, float] = dataclasses.field(default_factory=lambda: {
         "retrieval": 3.0, "clr": 3.0, "classification": 2.8, "sts": 1.8})  # Table 11, million rows
-    file_weights: dict[str, float] = dataclasses.field(default_factory=dict)  # embed_weak: how
-                                   # often rows of a file of pairs are drawn, {pattern: times}
     # --- soft mask (embed_weak)
     schedule: Literal["linear", "accelerating", "decelerating", "hard", "causal"] = "linear"
     mask_axis: Literal["row", "col"] = "row"

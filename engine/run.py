@@ -76,9 +76,9 @@ def check_values(cfg, tasks):
                          "shards would round what adapters add to a weight away")
     if any(not 1 <= d <= cfg.n_embd for d in cfg.dims):
         raise ValueError(f"dims {cfg.dims} must lie in 1 .. n_embd {cfg.n_embd}")
-    for name, least in (("task_weights", 0), ("batch_sizes", 1), ("file_weights", 0)):
+    for name, least in (("task_weights", 0), ("batch_sizes", 1)):
         values = getattr(cfg, name)
-        if name != "file_weights" and set(values) - set(tasks):
+        if set(values) - set(tasks):
             raise ValueError(f"{name} {values}: tasks are {', '.join(tasks)}")
         if any(not least <= v < 1e12 for v in values.values()):
             raise ValueError(f"{name} {values}: values must be at least {least}, and finite")

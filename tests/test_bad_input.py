@@ -213,11 +213,11 @@ BAD_SETTINGS = {
     "--temperature=nan": "temperature takes float", "--steps=1.5": "steps takes int",
     "--steps": "needs a value", "--steps=" + "9" * 5000: "steps takes int",
     "--resume=perhaps": "resume takes bool", "--pooling=max": "pooling takes",
-    "--n_head=7": "n_embd 256 must be n_head 7 times", "--n_kv_head=3": "multiple of n_kv_head 3",
+    "--n_head=7": "n_embd 128 must be n_head 7 times", "--n_kv_head=3": "multiple of n_kv_head 3",
     "--dims=0": "dims (0,) must lie in", "--dims=769": "dims (769,) must lie in",
     "--query_len=2000": "must not exceed block_size", "--block_size=0": "block_size 0",
     "--task_weights=sts:-1": "values must be at least 0", "--task_weights=nli:1": "tasks are",
-    "--batch_sizes=sts:0": "values must be at least 1", "--file_weights=a*:inf": "and finite",
+    "--batch_sizes=sts:0": "values must be at least 1", "--task_weights=sts:inf": "and finite",
     "--batchsize=3": "nearest is 'batch_size'", "steps=3": "neither", "no.py": "no such config"}
 
 

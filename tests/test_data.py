@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import data
-import train
 from embed import Embedder
 from engine import mining
 from engine.distributed import World
@@ -311,16 +310,13 @@ def test_stage_4_takes_steps_by_rows_over_batch(tokenizer):
         cfg, tokenizer, ALONE)] == [("retrieval", 2, 1.5), ("sts", 16, 1.8 / 16)]
 
 
-def test_the_weak_stage_takes_one_file_a_step_by_rows_and_weight(tokenizer):
+def test_the_weak_stage_takes_one_file_a_step_by_rows(tokenizer):
     for name, n in (("web-a", 4), ("web-b", 6), ("news", 8)):
         write_lines(data.Path(f"{name}.jsonl"), [{"query": f"the {i}", "pos": "fox"}
                                                  for i in range(n)])
-    cfg = tiny_config("embed_weak", pairs=("web-a.jsonl", "web-b.jsonl", "news.jsonl"),
-                      file_weights={"web-*": 0.5, "news": 0.0, "web-b": 3.0})
+    cfg = tiny_config("embed_weak", pairs=("web-a.jsonl", "web-b.jsonl", "news.jsonl"))
     tasks = data.build_tasks(cfg, tokenizer, ALONE)
-    assert [(len(task.rows), weight) for task, weight in tasks] == [(4, 2.0), (6, 18.0)]
-    with pytest.raises(ValueError, match="leave no file of pairs"):
-        data.build_tasks(train.dataclasses.replace(cfg, file_weights={"*": 0.0}), tokenizer, ALONE)
+    assert [(len(task.rows), weight) for task, weight in tasks] == [(4, 4), (6, 6), (8, 8)]
     with pytest.raises(ValueError, match="embed_weak needs data: --pairs=FILE"):
         data.build_tasks(tiny_config("embed_weak", text=("t.jsonl",)), tokenizer, ALONE)
 

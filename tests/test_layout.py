@@ -29,7 +29,7 @@ SETTINGS = """
 stage previous out resume seed
 data text pairs retrieval clr classification sts evaluate skip_bad_lines query_len passage_len
 vocab_size n_layer n_head n_kv_head n_embd ffn_dim block_size pooling pool_prompt
-temperature dims task_weights file_weights
+temperature dims task_weights
 schedule mask_axis mask_apply
 dhnm n_negatives pool_size
 lora_rank steps batch_size batch_sizes micro_batch_size learning_rate warmup final_lr weight_decay
