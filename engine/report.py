@@ -63,10 +63,9 @@ class Log:
         self.since, self.tokens, self.data, self.flops = time.perf_counter(), 0, 0.0, 0
 
     def tasks(self, tasks):
-        """Print rows, batches and candidates of each task; warn where DHNM cannot act.
+        """Print rows, batches and candidates of each task; warn where DHNM can hardly act.
 
-        PAPER Sec. 3.4: a replacement acts at its query's next visit. With fewer than two visits
-        there is none.
+        PAPER Sec. 3.4: a replacement acts at its query's next visit. With one visit there is none.
         """
         if not self.world.is_main or not self.cfg.stage.startswith("embed"):
             return
@@ -79,7 +78,7 @@ class Log:
             tqdm.write(f"{task.kind}: {len(task.rows):,} rows, {candidates}about {steps:.0f} steps "
                        f"of {task.size}, {visits:.1f} visits a row")
             if task.pool and self.cfg.dhnm != "fixed" and visits < 2:
-                tqdm.write(f"warning: {task.kind}: DHNM cannot act, since a query is visited "
+                tqdm.write(f"warning: {task.kind}: DHNM can hardly act, since a query is visited "
                            f"{visits:.1f} times and replacements are used at its next visit")
 
     def step(self, step, batch, measured, data_seconds, known):

@@ -90,7 +90,7 @@ def test_a_stage_that_visits_no_query_twice_says_that_dhnm_cannot_act(tmp_path, 
     assert f"retrieval: 80 rows, 64 candidates a query, about {share:.0f} steps of 16, " \
            f"{share * 16 / 80:.1f} visits a row" in shown
     assert f"sts: 2,000 rows, about {steps / 4:.0f} steps of 32" in shown
-    assert ("warning: retrieval: DHNM cannot act, since a query is visited" in shown) == warns
+    assert ("warning: retrieval: DHNM can hardly act, since a query is visited" in shown) == warns
     assert "warning: sts" not in shown             # which has no hard negatives
 
 
