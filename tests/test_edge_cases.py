@@ -11,6 +11,7 @@ import torch
 
 import data
 import train
+from clr import allot
 from dhnm import HardNegativePool
 from engine import distributed
 from engine.order import shuffled
@@ -189,7 +190,7 @@ print(json.dumps(batches()))
 
 
 def batches():
-    """Return what the first batches of three stages hold, and the hash of the tokenizer."""
+    """Return the first batches of three stages, the tokenizer's hash, and CLR's shares."""
     pairs = [{"query": f"question {i}", "pos": [f"answer {i}"]} for i in range(30)]
     for kind, rows in {"text": [{"text": f"some text number {i}"} for i in range(99)],
                        "pairs": pairs, "sts": [{"sentence1": f"a {i}", "sentence2": f"b {i}",
@@ -203,7 +204,7 @@ def batches():
         tasks = data.build_tasks(cfg, tokenizer, world)
         content += [[task.kind, weight, *task.batch(k).ids.tolist()] for k in range(9)
                     for task, weight in tasks]
-    return content + [tokenizer.fingerprint()]
+    return [*content, tokenizer.fingerprint(), allot(200, seed=5)]
 
 
 def test_nothing_depends_on_pythons_hash_seed(tmp_path):
