@@ -28,7 +28,7 @@ print(faults[-1] - faults[0])"""
 
 
 def test_kernels_of_old_shapes_are_dropped():
-    """A matrix product of a new shape builds a kernel; the caches of 300 keep 30 MB and more."""
+    """A matrix product of a new shape builds a kernel; the caches of 600 keep 60 MB and more."""
     script = """
 import ctypes
 import sys
@@ -42,16 +42,16 @@ library = memory._glibc()
 library.mallinfo2.restype = Info
 weight, used = torch.ones(768, 256, dtype=torch.bfloat16), []
 with torch.no_grad():
-    for tokens in range(100, 450):
+    for tokens in range(100, 800):
         weight @ torch.ones(256, tokens, dtype=torch.bfloat16)
-        if tokens in (150, 449):
+        if tokens in (200, 799):
             used.append(getattr(library.mallinfo2(), "7"))
 print((used[1] - used[0]) // 2 ** 20)"""
     grown = [int(subprocess.run([sys.executable, "-c", script, how], cwd=ROOT, check=True,
                                 capture_output=True, text=True).stdout)
              for how in ("free", "bound")]
-    assert grown[1] < 10, grown
-    if grown[0] < 30:
+    assert grown[1] < 20, grown
+    if grown[0] < 60:
         pytest.skip(f"this processor's kernels keep {grown[0]} MB")
 
 
