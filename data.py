@@ -306,7 +306,7 @@ def build_tasks(cfg, tokenizer, world):
         if not sources(cfg, "pairs"):
             raise ValueError("embed_weak needs data: --pairs=FILE")
         tasks = [Task("pairs", cfg, tokenizer, world, [file]) for file in sources(cfg, "pairs")]
-        return [(task, float(len(task.rows))) for task in tasks]
+        return [(task, len(task.rows)) for task in tasks]
     kinds = [k for k, w in cfg.task_weights.items() if w > 0 and sources(cfg, k)]
     if not kinds:
         raise ValueError("embed_sup needs data: --retrieval=, --clr=, --classification= or --sts=")
