@@ -3,6 +3,7 @@
 Shared here: a tokenizer, made-up rows in a folder of their own, and `record`: `--record=FILE` adds
 what the tests have measured to a JSON file.
 """
+import gc
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,11 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--record", metavar="FILE", help="add what tests have measured to this file")
+
+
+def pytest_collection_finish():
+    """Take what is imported out of the collector's sight: it would visit, and a fork copy, it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

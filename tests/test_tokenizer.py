@@ -296,11 +296,11 @@ def test_hash_seed_does_not_matter():
 @pytest.mark.filterwarnings("ignore:vocab_size")
 @pytest.mark.parametrize("char", ["a", " ", "\n", "=", "日", "ู", "é", "1", "ab \n\t"])
 def test_long_runs_take_linear_time(char):
-    text = char * 300_000
+    text = char * 150_000
     begin = time.perf_counter()
     tokenizer = Tokenizer.train([text], 300)
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert time.perf_counter() - begin < 20  # about 1 s; a quadratic step would take minutes
+    assert time.perf_counter() - begin < 15  # half a second; a quadratic step would take minutes
 
 
 def test_long_words_are_cut_in_training_only(monkeypatch):

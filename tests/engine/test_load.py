@@ -56,7 +56,11 @@ class Texts:                                       # made when they are asked fo
     def __len__(self):
         return 1_000_000
     def __getitem__(self, part):
-        return [f"fox {i}" for i in range(*part.indices(len(self)))]
+        if isinstance(part, slice):
+            return [f"fox {i}" for i in range(*part.indices(len(self)))]
+        if part >= len(self):
+            raise IndexError
+        return f"fox {part}"
 
 embedder = tiny(32)
 embedder.encode(Texts()[:40_000])

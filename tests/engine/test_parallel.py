@@ -13,22 +13,17 @@ import data
 import train
 from engine import distributed
 from engine import run as runs
-from ranks import STEPS, arguments, assert_equal, die_at, log, on_ranks, run, state_of, tiny_model
+from ranks import STEPS, arguments, assert_equal, log, on_ranks, run, state_of, tiny_model
 from tiny import Largest
 
 MODES = ("ddp", "zero1", "fsdp")
 STAGES = {"sft": [], "embed_sup": ["--dims=8,32"]}
-# a run that is killed after its checkpoint of step 2, and how it resumes: (mode, ranks). What is
-# saved has one form: it is enough that each mode writes it once and reads it once
-MOVES = {"one_to_zero1": ((None, 1), ("zero1", 2)), "zero1_to_fsdp": (("zero1", 2), ("fsdp", 2)),
-         "fsdp_to_ddp": (("fsdp", 2), ("ddp", 2)), "ddp_to_one": (("ddp", 2), (None, 1))}
 
 
-def train_stage(world, rows, out, stage, *more, die=None):
-    """Train a stage; with `die` fall over in that step, as a killed run does."""
-    argv = arguments(rows, stage, rows / out, "--save_every=2", "--learning_rate=0.003",
-                     f"--evaluate={rows / 'little' / 'test'}", *STAGES[stage], *more)
-    die_at(die, lambda: run(world, argv))
+def train_stage(world, rows, out, stage, *more):
+    """Train a stage with all that belongs to it: mining, DHNM, evaluation."""
+    run(world, arguments(rows, stage, rows / out, "--save_every=2", "--learning_rate=0.003",
+                         f"--evaluate={rows / 'little' / 'test'}", *STAGES[stage], *more))
 
 
 def on_each_rank(world, rows):
@@ -40,11 +35,6 @@ def on_each_rank(world, rows):
                     f"--micro_batch_size={20 // world.size - 1}")
     if world.size > 2:
         return
-    for name, ((before, here), (after, there)) in MOVES.items():
-        if here == 2:
-            train_stage(world, rows, name, "embed_sup", f"--parallel={before}", die=3)
-        if there == 2:
-            train_stage(world, rows, name, "embed_sup", f"--parallel={after}")
     torch.save({"syncs": synchronisations(world),
                 "unequal": unequal_ranks(world), "built": built(world)},
                rows / f"of_rank_{world.rank}.pt")
@@ -127,17 +117,11 @@ def assert_same(rows, out, stage="embed_sup", of="one1"):
 
 @pytest.fixture(scope="module")
 def folder(rows):
-    """Run all stages on one process, then everything on two, then what moves back to one."""
+    """Run all stages on one process, then everything on two."""
     alone = distributed.World(0, 1, torch.device("cpu"))
     for stage in STAGES:
         train_stage(alone, rows, "one1", stage)
-    for name, ((_, here), _) in MOVES.items():
-        if here == 1:
-            train_stage(alone, rows, name, "embed_sup", die=3)
     on_ranks(2, on_each_rank, rows)
-    for name, (_, (_, there)) in MOVES.items():
-        if there == 1:
-            train_stage(alone, rows, name, "embed_sup")
     return rows
 
 
@@ -165,11 +149,6 @@ def test_the_run_is_worth_comparing(folder):
 @pytest.mark.parametrize("mode", MODES)
 def test_micro_batches_change_nothing(folder, mode):
     assert_same(folder, f"{mode}2_micro")
-
-
-@pytest.mark.parametrize("name", MOVES)
-def test_a_run_resumes_in_another_mode_and_world(folder, name):
-    assert_same(folder, name)
 
 
 def test_gradients_are_synchronised_once_a_step(of_ranks):

@@ -8,7 +8,7 @@ import torch
 
 import train
 from engine import checkpoint
-from ranks import arguments, on_ranks, run, step_loss_replaced
+from ranks import arguments, assert_equal, on_ranks, run, state_of, step_loss_replaced
 
 SIZES, EACH = (1, 2, 3, 4), 2                      # steps between two moves
 STEPS = EACH * len(SIZES)
@@ -31,7 +31,10 @@ def watched(world, argv, stop_at, seen):
 
 
 def travel(folder, rows, stage, sizes, modes=("ddp",)):
-    """Train a stage on one number of ranks after the other; return (examples, losses) by step."""
+    """Train a stage on one number of ranks after the other.
+
+    Returns (examples of each step, loss of each step, weights and trainer state at the end).
+    """
     seen = folder / "seen"
     seen.mkdir(parents=True)
     for i, size in enumerate(sizes):
@@ -47,7 +50,9 @@ def travel(folder, rows, stage, sizes, modes=("ddp",)):
         examples.append([parts[0][0]] + [row for part in parts for row in part[1:]])
     lines = [json.loads(line) for line in open(folder / "out" / stage / "log.jsonl")]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    return examples, torch.tensor([line["loss"] for line in lines], dtype=torch.float64)
+    losses = torch.tensor([line["loss"] for line in lines], dtype=torch.float64)
+    return examples, losses, [state_of(folder / "out", stage, name)
+                              for name in ("model.pt", "trainer.pt")]
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +68,9 @@ def alone(rows, tmp_path_factory):
 
 
 def assert_same(found, alone, record, name):
-    (examples, losses), (wanted, right) = found, alone
+    (examples, losses, state), (wanted, right, whole) = found, alone
     assert examples == wanted
+    assert_equal(state, whole, close=(1e-3, 2e-5))
     worst = float(((losses - right) / right.abs().clamp(min=1.0)).abs().max())
     record[f"world sizes: {name}"] = worst
     assert worst < 1e-6, (losses - right).tolist()

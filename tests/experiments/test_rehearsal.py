@@ -29,7 +29,7 @@ def rehearse_on(world, folder):
 def runs(tmp_path_factory):
     """Return {rows: {ranks: rehearsal}} of two sizes, on one rank and two."""
     before, found = (index.RANGE, tokens.DOCUMENTS, rehearsal.SEARCH), {}
-    for n in (3000, 12_000):
+    for n in (2000, 8000):
         folder = tmp_path_factory.mktemp(f"rows{n}")
         rehearsal.write_rows(folder, n)
         on_ranks(2, rehearse_on, folder)
@@ -45,13 +45,13 @@ def seconds(runs, n, ranks, part):
 
 @pytest.mark.parametrize("part", list(rehearsal.UNITS)[:-1])
 def test_everything_but_the_search_is_linear_in_rows(runs, part):
-    assert seconds(runs, 12_000, 1, part) < 2.5 * 4 * seconds(runs, 3000, 1, part) + 0.2
+    assert seconds(runs, 8000, 1, part) < 2.5 * 4 * seconds(runs, 2000, 1, part) + 0.2
 
 
 @pytest.mark.parametrize("part", [p for p in rehearsal.UNITS if p not in (
     "second start", "passage tables")])                    # milliseconds at this size
 def test_all_of_it_falls_with_ranks(runs, part):
-    assert seconds(runs, 12_000, 2, part) < 0.85 * seconds(runs, 12_000, 1, part) + 0.1
+    assert seconds(runs, 8000, 2, part) < 0.85 * seconds(runs, 8000, 1, part) + 0.1
 
 
 def test_memory_does_not_grow_with_rows(runs):
@@ -65,10 +65,10 @@ def test_exact_search_reaches_a_share_of_a_matmuls_rate(runs):
 
 
 def test_the_law_is_the_cost_of_a_unit(runs, tmp_path, monkeypatch, capsys):
-    law, parts = rehearsal.fit(runs), runs[12_000][1]["parts"]
+    law, parts = rehearsal.fit(runs), runs[8000][1]["parts"]
     assert law["index of pairs"]["seconds"] == pytest.approx(
         parts["index of pairs"]["seconds"] / parts["index of pairs"]["amount"])
-    cost = budget.start_minutes(law, "embed_weak", 12_000, 2)
+    cost = budget.start_minutes(law, "embed_weak", 8000, 2)
     assert cost["index"] == pytest.approx(parts["index of pairs"]["seconds"] / 60 / 2)
     assert [row["part"] for row in rehearsal.table_of(runs)] == list(rehearsal.UNITS)
     assert {row["stage"] for row in rehearsal.projection(law)} == set(rehearsal.PAPER)
