@@ -21,7 +21,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -417,27 +416,6 @@ def score(state):
     state.world.barrier()
 
 
-def summarise(cfg, minutes):
-    """Print all stages beside BM25, and write the same numbers to OUT/summary.json."""
-    scores = {"BM25": lexical_scores(cfg)} if data.uses_folder(cfg) else {}
-    for stage in STAGES:
-        path = Path(cfg.out) / stage / "eval.json"
-        if path.is_file():
-            scores[stage] = json.loads(path.read_text())
-    report.print_summary(scores, cfg.dims)
-    peak = memory.peak()
-    with atomic(Path(cfg.out) / "summary.json") as file:
-        file.write(json.dumps({"minutes": minutes, "memory_gb": peak,
-                               "cores": os.cpu_count(), "versions": run.versions(), **scores},
-                              indent=1) + "\n")
-    print(f"\ncheckpoint: {checkpoint.latest(cfg.run_dir)}   ({minutes:.1f} minutes"
-          + (f", {peak:.1f} GB)" if peak else ")"))
-    if cfg.stage.startswith("embed"):
-        where = "" if cfg.run_dir == Path("out/embed_sup") else f" --checkpoint={cfg.run_dir}"
-        print(f"search:     python embed.py{where} --query \"how do I compute the determinant of a "
-              "matrix\"")
-
-
 def main(argv=None):
     """Train the stage that the command line asks for, and before it the stages that are missing."""
     try:
@@ -455,11 +433,14 @@ def main(argv=None):
     world, began, code = distributed.start(cfg.device), time.perf_counter(), 0
     try:
         world.on_main(lambda: prepare(cfg))
-        done = None
+        done, trained = None, False
         for stage in configs:
-            done = finished(stage, world) or train(stage, world, before=done)
+            before, done = done, finished(stage, world)
+            if not done:
+                done, trained = train(stage, world, before), True
         if world.is_main:
-            summarise(cfg, (time.perf_counter() - began) / 60)
+            bm25 = {"BM25": lexical_scores(cfg)} if data.uses_folder(cfg) else {}
+            report.summarise(cfg, STAGES, bm25, began if trained else None)
     except run.Interrupted as stopped:
         if world.is_main:
             print(f"stopped by a signal and saved in {cfg.out}; the same command resumes")

@@ -1,13 +1,16 @@
 """What a run shows and hears: progress bar, log file, stop signals, and the tables at its end."""
 import json
+import os
 import re
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 from tqdm import tqdm
 
-from engine import budget, distributed
+from engine import budget, checkpoint, distributed, memory, run
+from engine.jsonl import atomic
 
 LANGUAGE_PAIR = re.compile(r"[a-z]{2,3}([-_]\w+)?-[a-z]{2,3}([-_]\w+)?")      # zh-Hant-en
 
@@ -146,6 +149,36 @@ def print_languages(label, results):
         print(f"\n{label}, nDCG@10 by query language - passage language, mean "
               f"{sum(cells.values()) / len(cells):.3f}")
         print("  ".join(f"{pair} {value:.2f}" for pair, value in cells.items()))
+
+
+def summarise(cfg, stages, scores, began):
+    """Print all stages beside `scores` of baselines; write the same numbers to OUT/summary.json.
+
+    scores: {label: flat results}. began: when training did (time.perf_counter); None if no stage
+    was trained now, which leaves the minutes and the memory of the summary before.
+    """
+    scores, path = dict(scores), Path(cfg.out) / "summary.json"
+    for stage in stages:
+        written = Path(cfg.out) / stage / "eval.json"
+        if written.is_file():
+            scores[stage] = json.loads(written.read_text())
+    print_summary(scores, cfg.dims)
+    if began is None and path.is_file():
+        cost = json.loads(path.read_text())
+    else:
+        minutes = (time.perf_counter() - (began or time.perf_counter())) / 60
+        cost = {"minutes": minutes, "memory_gb": memory.peak(), "cores": os.cpu_count(),
+                "versions": run.versions()}
+    with atomic(path) as file:
+        file.write(json.dumps(cost | scores, indent=1) + "\n")
+    spent = f"{cost['minutes']:.1f} minutes"
+    if cost["memory_gb"]:
+        spent += f", {cost['memory_gb']:.1f} GB"
+    print(f"\ncheckpoint: {checkpoint.latest(cfg.run_dir)}   ({spent})")
+    if cfg.stage.startswith("embed"):
+        where = "" if cfg.run_dir == Path("out/embed_sup") else f" --checkpoint={cfg.run_dir}"
+        print(f"search:     python embed.py{where} --query \"how do I compute the determinant of a "
+              "matrix\"")
 
 
 def print_summary(scores, dims):

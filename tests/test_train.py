@@ -40,13 +40,14 @@ def test_asking_for_the_last_stage_trains_all_four(rows, whole, capsys):
         assert 0 <= scores["retrieval/little/test/ndcg@10"] <= 1
     assert len({line["task"] for line in log(whole, "embed_sup").values()}) > 1
     stamps = [(whole / s / "log.jsonl").stat().st_mtime_ns for s in train.STAGES]
+    minutes = json.loads((whole / "summary.json").read_text())["minutes"]
     train.main(chain_arguments(rows, "embed_sup", whole))      # a finished stage is not repeated
     assert stamps == [(whole / s / "log.jsonl").stat().st_mtime_ns for s in train.STAGES]
     shown = capsys.readouterr().out
     assert "embed_weak" in shown and "python embed.py --checkpoint" in shown
     summary = json.loads((whole / "summary.json").read_text())
     assert set(train.STAGES) < set(summary) and summary["versions"]["torch"] == torch.__version__
-    assert summary["memory_gb"] > 0.1
+    assert summary["memory_gb"] > 0.1 and summary["minutes"] == minutes > 0
 
 
 @pytest.mark.parametrize("stage", train.STAGES)
