@@ -43,18 +43,13 @@ def gather_with_grad(x):
 
 # ---------------------------------------------------------------- InfoNCE, Eq. (1)
 
-def info_nce(query, positive, negatives=None, *, temperature, query_ids=None, positive_ids=None,
-             negative_ids=None, known_ids=None):
+def info_nce(query, positive, negatives=None, wrong=None, *, temperature):
     """Return (loss, negative_scores): InfoNCE over all positives and hard negatives of the batch.
 
     PAPER Eq. 1: x_i -> query, y_i+ -> positive, y_j -> every candidate, on every rank.
     query, positive: (B, D), negatives: (B, N, D) or None, of any norm and float dtype.
+    wrong: (B, M) bool or None, the candidates that leave a query's sum (see false_negatives).
     negative_scores: (B, N) detached cosines of each query with its own hard negatives, for DHNM.
-
-    query_ids, positive_ids: (B,), negative_ids: (B, N), known_ids: (B, P), int64 and not negative;
-    equal ids are equal texts. A candidate is no negative of a query, and leaves its denominator, if
-    it equals the query's positive, is in its known_ids, or is the positive of an equal query.
-    -1 marks an empty place in negative_ids and known_ids.
     Raises ValueError for a temperature that is not positive or shapes that do not fit.
     """
     b, d = query.shape
@@ -68,29 +63,34 @@ def info_nce(query, positive, negatives=None, *, temperature, query_ids=None, po
         q, p, h = (F.normalize(x.float(), dim=-1) for x in (query, positive, negatives))
         candidates = torch.cat([gather_with_grad(p), gather_with_grad(h.flatten(0, 1))])    # (M, D)
         logits = q @ candidates.T / temperature                             # (B, M)
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        own = rank * b + torch.arange(b, device=q.device)                   # (B,) own positive
-        # an absent id equals nothing: numbers below -1, all different for queries and positives
-        query_ids = -3 - own if query_ids is None else query_ids
-        positive_ids = -3 - own if positive_ids is None else positive_ids
-        negative_ids = own.new_full((b, h.shape[1]), -2) if negative_ids is None else negative_ids
-        known_ids = own.new_zeros(b, 0) if known_ids is None else known_ids
-        wrong = false_negatives(query_ids, positive_ids, negative_ids, known_ids)
-        wrong = wrong.scatter(1, own[:, None], False)       # the positive itself always counts
-        loss = F.cross_entropy(logits.masked_fill(wrong, -torch.inf), own)
+        if wrong is not None:
+            logits = logits.masked_fill(wrong, -torch.inf)
+        loss = F.cross_entropy(logits, own_positives(b, q.device))
         return loss, torch.einsum("bd,bnd->bn", q, h).detach()
 
 
-def false_negatives(query_ids, positive_ids, negative_ids, known_ids):
-    """Return (B, M) bool: candidates that answer the row's query, and empty places."""
+def own_positives(b, device):
+    """Return (B,): which of the M candidates is each query's own positive."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return rank * b + torch.arange(b, device=device)
+
+
+def false_negatives(query_ids, positive_ids, negative_ids=None, known_ids=None):
+    """Return (B, M) bool: candidates that answer the query of the row, and empty places.
+
+    query_ids, positive_ids: (B,), negative_ids: (B, N), known_ids: (B, P), int64; equal ids are
+    equal texts, and -1 marks an empty place. A candidate is no negative of a query if it equals the
+    query's positive, is in its known_ids, or is the positive of an equal query.
+    """
     others = gather_with_grad(query_ids)                                    # (W * B,)
-    candidates = torch.cat([gather_with_grad(positive_ids),
-                            gather_with_grad(negative_ids.flatten())])      # (M,)
+    placed = positive_ids[:0] if negative_ids is None else negative_ids.flatten()
+    candidates = torch.cat([gather_with_grad(positive_ids), gather_with_grad(placed)])      # (M,)
     wrong = (candidates == positive_ids[:, None]) | (candidates == -1)
     wrong[:, :len(others)] |= others == query_ids[:, None]
-    for known in known_ids.T:                                               # (B,)
+    for known in [] if known_ids is None else known_ids.T:                  # (B,)
         wrong |= candidates == known[:, None]
-    return wrong
+    own = own_positives(len(query_ids), wrong.device)
+    return wrong.scatter(1, own[:, None], False)           # the positive itself always counts
 
 
 # ---------------------------------------------------------------- CoSENT, Eq. (2)

@@ -42,7 +42,7 @@ from engine.microbatch import two_pass
 from engine.order import shuffled, task_of_step
 from eval import evaluate_stage, lexical_scores, validation_loss
 from lora import add_lora, merged_state_dict
-from losses import cosent_loss, info_nce, matryoshka
+from losses import cosent_loss, false_negatives, info_nce, matryoshka
 from mask import CAUSAL, FULL, MaskSpec, alpha
 from model import Conan, ConanConfig
 from sample import generate
@@ -168,9 +168,9 @@ def embedding_loss(x, batch, temperature, dims):
     if batch.negative_ids is not None:                     # empty places stay zero, and unused
         negatives = x.new_zeros(*batch.negative_ids.shape, x.shape[1])      # (B, N, D)
         negatives[batch.negative_ids >= 0] = present
-    nce = partial(info_nce, temperature=temperature, query_ids=batch.query_ids,
-                  positive_ids=batch.positive_ids, negative_ids=batch.negative_ids,
-                  known_ids=batch.known_ids)
+    wrong = false_negatives(batch.query_ids, batch.positive_ids, batch.negative_ids,
+                            batch.known_ids)                                # (B, M)
+    nce = partial(info_nce, wrong=wrong, temperature=temperature)
     return matryoshka(nce, (query, positive, negatives), dims)              # Eq. 1
 
 

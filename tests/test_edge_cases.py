@@ -19,6 +19,7 @@ from losses import cosent_loss, info_nce, matryoshka
 from mask import FULL, MaskSpec
 from model import Conan
 from ranks import ROOT, tiny_config, write_lines
+from tiny import nce
 
 
 @pytest.fixture
@@ -76,14 +77,14 @@ def test_duplicate_positives_are_no_negatives_of_each_other():
     query = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     positive = torch.tensor([[0.8, 0.6], [0.8, 0.6], [0.0, 1.0]])
     ids = torch.tensor([5, 5, 6])
-    loss, _ = info_nce(query, positive, temperature=1.0, positive_ids=ids)
+    loss, _ = nce(query, positive, temperature=1.0, positive_ids=ids)
     cosines = (query @ positive.T).tolist()
     by_hand = [math.log(1 + math.exp(cosines[0][2] - cosines[0][0])),
                math.log(1 + math.exp(cosines[1][2] - cosines[1][1])),
                math.log(1 + math.exp(cosines[2][0] - cosines[2][2])
                       + math.exp(cosines[2][1] - cosines[2][2]))]
     assert loss.item() == pytest.approx(np.mean(by_hand), abs=1e-6)
-    everything_equal, _ = info_nce(query, positive, temperature=1.0, positive_ids=torch.zeros(3))
+    everything_equal, _ = nce(query, positive, temperature=1.0, positive_ids=torch.zeros(3))
     assert everything_equal.item() == 0
 
 

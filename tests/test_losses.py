@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import losses
 from losses import cosent_loss, info_nce, matryoshka
+from tiny import nce
 
 # two queries along the axes; p1 lies on q1, p2 is at cosine 0.6 to q1 and 0.8 to q2
 QUERY = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -96,35 +97,34 @@ def test_scores_are_the_detached_cosines_of_ones_own_negatives():
 
 def test_equal_positives_are_no_negatives_of_each_other():
     ids = torch.tensor([7, 7])
-    loss, _ = info_nce(QUERY, POSITIVE, temperature=1.0, positive_ids=ids)
+    loss, _ = nce(QUERY, POSITIVE, temperature=1.0, positive_ids=ids)
     assert loss == 0                                        # nothing else is left
-    loss, _ = info_nce(QUERY, POSITIVE, temperature=1.0, positive_ids=torch.tensor([7, 8]))
+    loss, _ = nce(QUERY, POSITIVE, temperature=1.0, positive_ids=torch.tensor([7, 8]))
     assert loss > 0.3
 
 
-@pytest.mark.parametrize("positive_ids", [None, torch.tensor([1, 2])])
-def test_the_positive_of_an_equal_query_is_no_negative(positive_ids):
-    loss, _ = info_nce(QUERY, POSITIVE, temperature=1.0, query_ids=torch.tensor([5, 5]),
-                       positive_ids=positive_ids)
+@pytest.mark.parametrize("ids", [{}, {"positive_ids": torch.tensor([1, 2])}])
+def test_the_positive_of_an_equal_query_is_no_negative(ids):
+    loss, _ = nce(QUERY, POSITIVE, temperature=1.0, query_ids=torch.tensor([5, 5]), **ids)
     assert loss == 0
 
 
 def test_a_negative_equal_to_a_positive_counts_for_the_others_only():
     negatives = torch.tensor([[[0.0, 1.0]], [[-1.0, 0.0]]])
-    loss, _ = info_nce(QUERY, POSITIVE, negatives, temperature=1.0,
-                       positive_ids=torch.tensor([1, 2]), negative_ids=torch.tensor([[2], [3]]))
+    loss, _ = nce(QUERY, POSITIVE, negatives, temperature=1.0,
+                  positive_ids=torch.tensor([1, 2]), negative_ids=torch.tensor([[2], [3]]))
     one = softmax_loss(1.0, 0.6, 0.0, -1.0)                 # 2 is a negative for query 1 ...
     two = softmax_loss(0.8, 0.0, 0.0)                       # ... and not for query 2
     assert loss.item() == pytest.approx((one + two) / 2, abs=1e-6)
 
 
-@pytest.mark.parametrize("positive_ids", [None, torch.tensor([1, 2])])
-def test_an_empty_place_is_not_there(positive_ids):
+@pytest.mark.parametrize("ids", [{}, {"positive_ids": torch.tensor([1, 2])}])
+def test_an_empty_place_is_not_there(ids):
     q, p, h = (QUERY.clone().requires_grad_(), POSITIVE, torch.zeros(2, 2, 2))
     h[:, 0] = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
     h.requires_grad_()
-    loss, scores = info_nce(q, p, h, temperature=1.0, positive_ids=positive_ids,
-                            negative_ids=torch.tensor([[3, -1], [4, -1]]))
+    loss, scores = nce(q, p, h, temperature=1.0,
+                       negative_ids=torch.tensor([[3, -1], [4, -1]]), **ids)
     assert loss.item() == pytest.approx(info_nce(q, p, h[:, :1], temperature=1.0)[0].item())
     loss.backward()
     assert torch.isfinite(h.grad).all() and (h.grad[:, 1] == 0).all()
@@ -134,8 +134,8 @@ def test_an_empty_place_is_not_there(positive_ids):
 def test_masking_equals_leaving_the_candidate_out():
     q, p, h = random_batch(b=4, n=2)
     negative_ids = torch.tensor([[20, 21], [11, 22], [23, 12], [24, 25]])
-    loss, _ = info_nce(q, p, h, temperature=0.2, query_ids=torch.tensor([1, 2, 1, 3]),
-                       positive_ids=torch.tensor([10, 11, 12, 11]), negative_ids=negative_ids)
+    loss, _ = nce(q, p, h, temperature=0.2, query_ids=torch.tensor([1, 2, 1, 3]),
+                  positive_ids=torch.tensor([10, 11, 12, 11]), negative_ids=negative_ids)
     cos = F.cosine_similarity(q[:, None], torch.cat([p, h.reshape(8, 6)])[None], dim=-1) / 0.2
     # candidates 0..3 are the positives; 4 + 2 i + k is negative k of query i
     out = {0: [2], 1: [3, 6], 2: [0, 9], 3: [1, 6]}
@@ -149,13 +149,13 @@ def test_no_known_positive_of_a_query_counts_against_it():
     negatives = torch.tensor([[[0.0, 1.0], [0.8, 0.6]], [[-1.0, 0.0], [0.0, 0.0]]])
     ids = {"positive_ids": torch.tensor([1, 3]), "negative_ids": torch.tensor([[5, 3], [2, -1]]),
            "known_ids": torch.tensor([[1, 2], [3, -1]])}
-    loss, _ = info_nce(QUERY, POSITIVE, negatives, temperature=1.0, **ids)
+    loss, _ = nce(QUERY, POSITIVE, negatives, temperature=1.0, **ids)
     one = softmax_loss(1.0, 0.6, 0.0, 0.8)         # 2 is a hard negative of query 2 alone
     two = softmax_loss(0.8, 0.0, 1.0, 0.0)         # not 3, the second negative of query 1
     assert loss.item() == pytest.approx((one + two) / 2, abs=1e-6)
     # in the batch: what was drawn for query 2 is known to query 1 as well
     ids["known_ids"] = torch.tensor([[1, 3], [3, -1]])
-    loss, _ = info_nce(QUERY, POSITIVE, negatives, temperature=1.0, **ids)
+    loss, _ = nce(QUERY, POSITIVE, negatives, temperature=1.0, **ids)
     one = softmax_loss(1.0, 0.0, -1.0)             # neither 3 in the batch nor 3 as a negative
     assert loss.item() == pytest.approx((one + two) / 2, abs=1e-6)
 
@@ -165,20 +165,20 @@ def test_known_ids_that_name_no_candidate_change_nothing():
     want = info_nce(q, p, h, temperature=0.1)[0]
     known = torch.tensor([[90, 91]] * 4 + [[-1, -1]])
     ids = {"positive_ids": torch.arange(5), "negative_ids": 10 + torch.arange(15).view(5, 3)}
-    assert info_nce(q, p, h, temperature=0.1, known_ids=known, **ids)[0] == want
-    assert info_nce(q, p, h, temperature=0.1, known_ids=torch.arange(5)[:, None])[0] == want
+    assert nce(q, p, h, temperature=0.1, known_ids=known, **ids)[0] == want
+    assert nce(q, p, h, temperature=0.1, known_ids=torch.arange(5)[:, None])[0] == want
 
 
 def test_gradients_agree_with_finite_differences():
     batch = [x.requires_grad_() for x in random_batch()]
     ids = {"positive_ids": torch.tensor([1, 2, 1, 3, 4])}
-    loss, _ = info_nce(*batch, temperature=0.5, **ids)
+    loss, _ = nce(*batch, temperature=0.5, **ids)
     grads = torch.autograd.grad(loss, batch)
     for i, (x, grad) in enumerate(zip(batch, grads)):
         direction = torch.randn_like(x)
 
         def f(x):
-            return info_nce(*batch[:i], x, *batch[i + 1:], temperature=0.5, **ids)[0]
+            return nce(*batch[:i], x, *batch[i + 1:], temperature=0.5, **ids)[0]
         with torch.no_grad():
             assert slope(f, x, direction) == pytest.approx(float((grad * direction).sum()),
                                                            abs=2e-3)
@@ -327,7 +327,7 @@ def share_of(rows):
 def step(rows):
     """Return (InfoNCE + CoSENT, negative scores, gradients) of these rows on this rank."""
     batch, ids, score = share_of(rows)
-    loss, scores = info_nce(*batch, temperature=0.5, **ids)
+    loss, scores = nce(*batch, temperature=0.5, **ids)
     cosine = F.cosine_similarity(*batch[:2])
     loss = loss + cosent_loss(cosine, score, temperature=0.5)
     loss.backward()

@@ -4,6 +4,7 @@ import dataclasses
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from losses import false_negatives, info_nce, own_positives
 from mask import CAUSAL, FULL, MaskSpec
 from model import Conan, ConanConfig
 
@@ -32,6 +33,15 @@ def texts_of(*lengths):
 def relative(a, b):
     """Return the size of a - b in units of b."""
     return float((a - b).detach().norm() / b.detach().norm().clamp_min(1e-30))
+
+
+def nce(query, positive, negatives=None, *, temperature, **ids):
+    """InfoNCE without the false negatives of some ids; an id that is left out equals nothing."""
+    absent = -3 - own_positives(len(query), query.device)
+    ids = {"query_ids": absent, "positive_ids": absent} | ids
+    if negatives is not None:
+        ids = {"negative_ids": torch.full(negatives.shape[:2], -2)} | ids
+    return info_nce(query, positive, negatives, false_negatives(**ids), temperature=temperature)
 
 
 class Largest(TorchDispatchMode):

@@ -16,9 +16,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from engine import distributed
 from engine.distributed import World
 from engine.microbatch import two_pass
-from losses import cosent_loss, gather_with_grad, info_nce, matryoshka
+from losses import cosent_loss, gather_with_grad, matryoshka
 from mask import FULL, MaskSpec
 from ranks import on_ranks, tiny_model
+from tiny import nce
 
 RANKS, B, N = 2, 8, 2              # processes, queries on all of them, hard negatives of each
 CASES = ("hard negatives", "false negatives", "known positives", "matryoshka", "in-batch only",
@@ -60,9 +61,9 @@ def share(case, rows):
 
     def loss_fn(x):
         query, positive, rest = x.split([b, b, b * n])
-        nce = partial(info_nce, temperature=0.1, **ids)
         dims = [8, 32] if case == "matryoshka" else [32]
-        return matryoshka(nce, (query, positive, rest.view(b, n, x.shape[1])), dims)
+        return matryoshka(partial(nce, temperature=0.1, **ids),
+                          (query, positive, rest.view(b, n, x.shape[1])), dims)
     return chosen, loss_fn
 
 

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from engine.microbatch import two_pass
 from losses import info_nce, matryoshka
-from tiny import relative
+from tiny import nce, relative
 
 
 def small_encoder():
@@ -21,7 +21,7 @@ def contrastive(x):
     """6 queries, 6 positives, 2 negatives each, at two widths."""
     q, p, h = x.split([6, 6, 12])
     ids = torch.tensor([0, 1, 2, 3, 1, 4])
-    return matryoshka(partial(info_nce, temperature=0.1, positive_ids=ids),
+    return matryoshka(partial(nce, temperature=0.1, positive_ids=ids),
                       (q, p, h.view(6, 2, -1)), [3, 6])
 
 
