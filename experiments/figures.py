@@ -82,6 +82,20 @@ def draw_soft_mask(cfg, n=64):
     return figure
 
 
+def held_out(rows, scores):
+    """Return [(step, loss on held-out text)] of an LM stage: at its start, now and then, its end.
+
+    A row of the log has the newest value, which stands there until the next one.
+    """
+    if not rows[0].get("validation"):
+        return []
+    points = [(0, rows[0]["validation_before"])]
+    for row in rows:
+        if row["validation"] != points[-1][1]:
+            points.append((row["step"], row["validation"]))
+    return [*points, (rows[-1]["step"], score_of(scores, "lm/", "/loss"))]
+
+
 def draw_loss(cfg):
     """Draw each stage's loss; stage 4 a curve for each task, as they differ in scale.
 
@@ -92,12 +106,8 @@ def draw_loss(cfg):
         rows, scores = (read(Path(cfg.out[0]) / stage) for read in (read_log, read_scores))
         for task, curve in by_task(rows, "loss").items():
             plot.plot(*curve, marker=".", markersize=3, linewidth=1, label=task)
-        seen = {row["validation"]: row["step"] for row in reversed(rows) if row.get("validation")}
-        if seen:                                   # a value stands in the log until the next one
-            seen |= {rows[0]["validation_before"]: 0,
-                     score_of(scores, "lm/", "/loss"): rows[-1]["step"]}
-            plot.plot(*zip(*sorted((step, loss) for loss, step in seen.items())), "k.--",
-                      linewidth=1, label="held-out")
+        if measured := held_out(rows, scores):
+            plot.plot(*zip(*measured), "k.--", linewidth=1, label="held-out")
             plot.legend(frameon=False, fontsize="small")
         plot.set(title=stage, xlabel="step")
     plots[-1].set_yscale("log")
