@@ -232,7 +232,7 @@ def draw_curve(cfg):
     plots[0].legend(frameon=False)
     for plot, title in zip(plots, ("nDCG@10 after stage 3, percent", "soft minus hard")):
         plot.set_xscale("symlog", linthresh=2e5)
-        plot.set(xlabel="LM tokens before stage 3", title=title)
+        plot.set(xlabel="LM tokens before stage 3", title=title, xlim=(-3e4, 2 * tokens[-1]))
     return figure
 
 
