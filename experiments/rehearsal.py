@@ -181,10 +181,10 @@ def worker(folder):
     torch.set_num_threads(1)
     world = distributed.start("cpu")
     torch.set_num_threads(1)
-    told = rehearse(Path(folder), world)
+    measured = rehearse(Path(folder), world)
     if world.is_main:
         with atomic(Path(folder) / f"{world.size}.json") as file:
-            json.dump(told, file)
+            json.dump(measured, file)
     distributed.stop()
 
 

@@ -20,9 +20,9 @@ def small_parts():
 
 def rehearse_on(world, folder):
     small_parts()
-    told = rehearsal.rehearse(folder, world)
+    measured = rehearsal.rehearse(folder, world)
     if world.is_main:
-        (folder / f"{world.size}.json").write_text(json.dumps(told))
+        (folder / f"{world.size}.json").write_text(json.dumps(measured))
 
 
 @pytest.fixture(scope="module")
