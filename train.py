@@ -440,7 +440,7 @@ def main(argv=None):
                 done, trained = train(stage, world, before), True
         if world.is_main:
             bm25 = {"BM25": lexical_scores(cfg)} if data.uses_folder(cfg) else {}
-            report.summarise(cfg, STAGES, bm25, began if trained else None)
+            report.summarise(cfg, STAGES, bm25, (time.perf_counter() - began) / 60, trained)
     except run.Interrupted as stopped:
         if world.is_main:
             print(f"stopped by a signal and saved in {cfg.out}; the same command resumes")

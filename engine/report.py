@@ -151,36 +151,6 @@ def print_languages(label, results):
         print("  ".join(f"{pair} {value:.2f}" for pair, value in cells.items()))
 
 
-def summarise(cfg, stages, scores, began):
-    """Print all stages beside `scores` of baselines; write the same numbers to OUT/summary.json.
-
-    scores: {label: flat results}. began: when training did (time.perf_counter); None if no stage
-    was trained now, which leaves the minutes and the memory of the summary before.
-    """
-    scores, path = dict(scores), Path(cfg.out) / "summary.json"
-    for stage in stages:
-        written = Path(cfg.out) / stage / "eval.json"
-        if written.is_file():
-            scores[stage] = json.loads(written.read_text())
-    print_summary(scores, cfg.dims)
-    if began is None and path.is_file():
-        cost = json.loads(path.read_text())
-    else:
-        minutes = (time.perf_counter() - (began or time.perf_counter())) / 60
-        cost = {"minutes": minutes, "memory_gb": memory.peak(), "cores": os.cpu_count(),
-                "versions": run.versions()}
-    with atomic(path) as file:
-        file.write(json.dumps(cost | scores, indent=1) + "\n")
-    spent = f"{cost['minutes']:.1f} minutes"
-    if cost["memory_gb"]:
-        spent += f", {cost['memory_gb']:.1f} GB"
-    print(f"\ncheckpoint: {checkpoint.latest(cfg.run_dir)}   ({spent})")
-    if cfg.stage.startswith("embed"):
-        where = "" if cfg.run_dir == Path("out/embed_sup") else f" --checkpoint={cfg.run_dir}"
-        print(f"search:     python embed.py{where} --query \"how do I compute the determinant of a "
-              "matrix\"")
-
-
 def print_summary(scores, dims):
     """Print all that stages and baselines scored; scores: {label: flat results}."""
     names = dict.fromkeys(key.rpartition("/")[0] for results in scores.values() for key in results
@@ -189,3 +159,31 @@ def print_summary(scores, dims):
         print_table(name, scores, dims)
     for label, results in scores.items():
         print_languages(label, results)
+
+
+def summarise(cfg, stages, scores, minutes, trained):
+    """Print all stages beside `scores` of baselines; write the same numbers to OUT/summary.json.
+
+    scores: {label: flat results}. trained: whether any stage was trained now; if not, minutes,
+    memory and versions stay those of the run before.
+    """
+    scores, path = dict(scores), Path(cfg.out) / "summary.json"
+    for stage in stages:
+        written = Path(cfg.out) / stage / "eval.json"
+        if written.is_file():
+            scores[stage] = json.loads(written.read_text())
+    print_summary(scores, cfg.dims)
+    cost = {"minutes": minutes, "memory_gb": memory.peak(), "cores": os.cpu_count(),
+            "versions": run.versions()}
+    if not trained and path.is_file():
+        cost |= json.loads(path.read_text())
+    with atomic(path) as file:
+        file.write(json.dumps(cost | scores, indent=1) + "\n")
+    spent = f"{cost['minutes']:.1f} minutes"
+    if cost["memory_gb"]:                          # 0 where the system does not tell
+        spent += f", {cost['memory_gb']:.1f} GB"
+    print(f"\ncheckpoint: {checkpoint.latest(cfg.run_dir)}   ({spent})")
+    if cfg.stage.startswith("embed"):
+        where = "" if cfg.run_dir == Path("out/embed_sup") else f" --checkpoint={cfg.run_dir}"
+        print(f"search:     python embed.py{where} --query \"how do I compute the determinant of a "
+              "matrix\"")
