@@ -21,7 +21,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from dhnm import HardNegativePool, should_replace
+from dhnm import should_replace
 from engine.batch import Batch, end_text  # noqa: F401
 from engine.collection import (Collection, document_text, find_packed,  # noqa: F401
                                load_collection, read_with_ids)
@@ -31,6 +31,7 @@ from engine.jsonl import is_json
 from engine.mining import Miner
 from engine.order import choice, shuffled
 from engine.passages import Passages
+from engine.pools import pool_of
 from engine.tokens import TokenStream
 
 PROMPTS = {                        # a query's instruction by task, unless its row has one
@@ -205,8 +206,7 @@ class Task:
 
     def load_pool(self, state):
         """Set the pool of a resumed run from what `HardNegativePool.state_dict` gave."""
-        self.pool = HardNegativePool(state["candidates"], self.cfg.n_negatives,
-                                     policy=self.cfg.dhnm)
+        self.pool = pool_of(state["candidates"], self.world, self.cfg.n_negatives, self.cfg.dhnm)
         self.pool.load_state_dict(state)
 
     def pairs_of(self, indices, epoch):
@@ -352,9 +352,7 @@ def fill_pools(tasks, embedder):
                 queries = miner.queries(kind, rows, task.prompt)
             pools, _ = miner.pools(kind, passages, queries, search,
                                    (cfg.pool_size, cfg.n_negatives), keep)
-        width = int((pools >= 0).sum(1).max())
-        task.pool = HardNegativePool(torch.from_numpy(np.array(pools[:, :width])),
-                                     cfg.n_negatives, policy=cfg.dhnm)
+        task.pool = pool_of(pools, task.world, cfg.n_negatives, cfg.dhnm)
     miner.clear()
 
 

@@ -130,7 +130,7 @@ def start_minutes(law, stage, amount, world, shape=None):
 
 
 def start_bytes(law, stage, amount, cfg):
-    """Return {what: bytes}: files on disk, and the pools of DHNM that each rank holds."""
+    """Return {what: bytes}: files on disk, and DHNM's pools in the memory of all ranks together."""
     disk = law["disk"]
     if stage == "pretrain":
         return {"disk": amount * disk["a token"]}
@@ -157,7 +157,7 @@ def start_report(cfg, shape):
     sizes = start_bytes(law, cfg.stage, amount, cfg)
     lines.append(f"    on disk {sizes['disk'] / GB:,.1f} GB")
     if "pools" in sizes:
-        lines += [f"    DHNM's pools {sizes['pools'] / GB:,.1f} GB on each rank",
+        lines += [f"    DHNM's pools {sizes['pools'] / GB:,.1f} GB, shared out among the ranks",
                   f"    embedding ({TEXT} tokens a text) and search fall away where rows bring "
                   "cosines (tools/mine.py); both at 300 TFLOP/s a card"]
     return lines

@@ -96,6 +96,14 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_to_main(self, value):
+        """Return the list of every rank's `value` on the main rank, None on the others."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values)
+        return values
+
     def barrier(self):
         """Wait for every rank."""
         if self.size > 1:

@@ -174,10 +174,11 @@ def save(state, step):
     cfg, world, began = state.cfg, state.world, time.perf_counter()
     weights = distributed.gather_state(state.model.state_dict(), world)
     optimizer = distributed.optimizer_state(state.optimizer, world)
+    pools = {t.kind: t.pool.state_dict() for t, _ in state.tasks if t.pool}
 
     def write():
         trainer = {"step": step, "optimizer": optimizer, "counters": state.counters,
-                   "pools": {t.kind: t.pool.state_dict() for t, _ in state.tasks if t.pool}}
+                   "pools": pools}
         model = weights
         if state.merge:
             trainer["unmerged"], model = weights, state.merge(state.model)

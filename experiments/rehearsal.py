@@ -29,12 +29,12 @@ import torch
 
 import data
 from configurator import load_config
-from dhnm import HardNegativePool
 from engine import budget, distributed, run
 from engine.index import together
 from engine.jsonl import atomic
 from engine.mining import CHUNK, Exact, Miner, Shared, mine
 from engine.passages import Passages
+from engine.pools import pool_of
 from engine.tokens import TokenStream
 from experiments.results import ROOT, fill, markdown
 from tokenizer import Tokenizer
@@ -139,7 +139,7 @@ def rehearse(folder, world):
     def fill():
         pools, _ = Miner(cache / "mining", Vectors, world).of_rows(
             "retrieval", passages, 50, partial(data.hard_enough, n=7))
-        return HardNegativePool(torch.from_numpy(np.array(pools)))
+        return pool_of(pools, world, 7, "v2")
     meter("pools of mined rows", fill)
 
     def draw(first, end):
@@ -261,7 +261,8 @@ def projection(law):
             rows.append({"stage": cfg.stage, "amount": f"{amount:.3g}", "part": part,
                          **{f"min, {n} ranks": alone / n for n in (1, 16, 64)},
                          "GB on disk": sizes["disk"] / 1e9 if part == "index" else None,
-                         "GB a rank, DHNM": sizes["pools"] / 1e9 if part == "pools" else None})
+                         "GB of all ranks, DHNM": sizes["pools"] / 1e9 if part == "pools"
+                         else None})
     return rows
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+from dhnm import HardNegativePool
 from embed import Embedder
 from engine import mining
 from engine.distributed import World
@@ -130,7 +131,7 @@ def test_a_contrastive_batch_holds_queries_positives_and_present_negatives(token
     rows = [{"query": "the", "pos": ["fox"], "neg": ["dog"]},
             {"query": "lazy", "pos": ["dog"], "neg": [], "prompt": "over"}]
     t = task(tokenizer, rows, n_negatives=2)
-    t.pool = data.HardNegativePool([[1], []], 2)
+    t.pool = HardNegativePool([[1], []], 2)
     order = data.shuffled(np.arange(2), 2, 0).tolist()
     batch = t.batch(0)
     texts = ["over\nthe", "over\nlazy"] if order == [0, 1] else ["over\nlazy", "over\nthe"]
