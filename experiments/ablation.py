@@ -3,12 +3,12 @@
     python -m experiments.ablation table12 --seeds=0,1,2,3,4 --pawsx=FILE --sts=FILE
     python -m experiments.ablation tune                      # learning rates, before two lanes
     python -m experiments.ablation table12 --seeds=0,2,4     # one lane of two: an LM seed each
-    python -m experiments.ablation table12 --seeds=1,3       # the other; then all five, to write
+    python -m experiments.ablation table12 --seeds=1,3       # the other
     python -m experiments.ablation table12 --cells=linear,hard       # some rows of it
 
 All cells of a language-model seed start from one stage-2 checkpoint. Learning rates are tuned once,
 on dev, for the cell with nothing on and the cell with all on. Test is read by the tables alone.
-Every command is resumable, writes results/NAME.json after each seed, and prints its table.
+Every command is resumable, adds each seed to results/NAME.json, and prints its table.
 Beside nDCG@10 stand measures that can see a mask (experiments/probes.py).
 
 A data folder needs dev/, test/, clr_dev/ and clr_test/.
@@ -20,6 +20,7 @@ import itertools
 import json
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -77,32 +78,59 @@ class AblationConfig:
 def make_table(lab, name, cells, *, stage=WEAK, measure=None, **more):
     """Train `cells` {label: Cell}, seed after seed; write RESULTS/NAME.json and print it.
 
+    Rows and seeds that the file has already stay in it, if their settings are the same.
     measure(seed, cell, folder) -> {column: number}; None: `Lab.measure`. more: title, differences
     {name: (labels, labels)}, paper {label: {column: number}}, notes, transpose (results.py).
     """
     measure = measure or (lambda seed, cell, folder: lab.measure(folder))
     if unknown := set(lab.cfg.cells) - cells.keys():
         raise ValueError(f"{name} has no row {min(unknown)!r}; its rows are {', '.join(cells)}")
-    cells = {label: cell for label, cell in cells.items() if label in (lab.cfg.cells or cells)}
-    more["differences"] = {key: sides for key, sides in more.get("differences", {}).items()
-                           if set(sum(map(list, sides), [])) <= cells.keys()}
-    table = {**more, "command": f"python -m experiments.ablation {name}", "seeds": [],
-             "cells": {label: {} for label in cells}, "language_models": {},
+    table = {**more, "command": f"python -m experiments.ablation {name}", "seeds": [], "cells": {},
+             "language_models": {},
              "settings": {label: dataclasses.asdict(cell) for label, cell in cells.items()},
              "steps": {s: cfg.steps for s, cfg in lab.base.items()},
-             "learning_rates": lab.tuned, "versions": versions()}
+             "learning_rates": lab.tuned, "versions": [versions()]}
+    path = Path(lab.cfg.results) / f"{name}.json"
+    stages = (WEAK, SUP)[:1 + (stage == SUP)]          # whose learning rates count
+    add_earlier(table, path, stages)                   # a mistake would show at the very end
+    if stay := set(table["seeds"]) - set(lab.cfg.seeds):
+        print(f"{path}: seeds {', '.join(map(str, sorted(stay)))} stay as they are")
     for seed in lab.cfg.seeds:
-        for label, cell in cells.items():
-            folder = lab.train(seed, stage, cell)
-            table["cells"][label][seed] = measure(seed, cell, folder)
+        for label in lab.cfg.cells or cells:
+            cell, folder = cells[label], lab.train(seed, stage, cells[label])
+            table["cells"].setdefault(label, {})[str(seed)] = measure(seed, cell, folder)
             if cell.lm_steps != 0:
                 lm = lab.lm_folder(seed, cell)
                 if lm.name not in table["language_models"]:
                     table["language_models"][lm.name] = language_model(lab, lm)
-        table["seeds"].append(seed)
-        path = write_result(lab.cfg.results, name, table)
+        add_earlier(table, path, stages)               # again: another lane may have written
+        write_result(lab.cfg.results, name, table | {
+            "differences": {key: sides for key, sides in more.get("differences", {}).items()
+                            if set(sum(map(list, sides), [])) <= table["cells"].keys()}})
     print("\n".join(cells_lines(json.loads(path.read_text("utf-8")))))
     return path
+
+
+def add_earlier(table, path, stages):
+    """Add to a table what its file has of other seeds and rows; other settings are an error."""
+    before, cells = {"cells": {}, "language_models": {}, "versions": []}, table["cells"]
+    if path.is_file():
+        before = json.loads(path.read_text("utf-8"))
+        rates = [[file["learning_rates"]["rates"].get(s) for s in stages]
+                 for file in (before, table)]
+        if before["steps"] != table["steps"] or rates[0] != rates[1]:
+            raise ValueError(f"{path} has other steps or learning rates; choose another --results")
+    for label, rows in before["cells"].items():
+        if before["settings"][label] != table["settings"].get(label):
+            raise ValueError(f"{path}: {label} had other settings; choose another --results")
+        cells[label] = rows | cells.get(label, {})
+    order = {label: i for i, label in enumerate(table["settings"])}
+    table["cells"] = {label: dict(sorted(cells[label].items(), key=lambda item: int(item[0])))
+                      for label in sorted(cells, key=order.get)}
+    table["seeds"] = sorted({int(seed) for rows in cells.values() for seed in rows})
+    table["language_models"] = before["language_models"] | table["language_models"]
+    table["versions"] = [v for v in before["versions"] if v not in table["versions"]] + \
+        table["versions"]
 
 
 def language_model(lab, folder):

@@ -111,10 +111,16 @@ def mean_of(table, labels, column):
 
 def differences(table, columns):
     """Return [{"": name, column: paired difference}] of a table of cells."""
-    return [{"": name, **{c: difference(paired(ours, other)) for c in columns
-                          if (ours := mean_of(table, plus, c))
-                          and (other := mean_of(table, minus, c))}}
+    return [{"": counted(table, name, [*plus, *minus]),
+             **{c: difference(paired(ours, other)) for c in columns
+                if (ours := mean_of(table, plus, c)) and (other := mean_of(table, minus, c))}}
             for name, (plus, minus) in table.get("differences", {}).items()]
+
+
+def counted(table, name, labels):
+    """Return a name, and how many seeds there are of its cells if not all of the table's."""
+    n = len(set.intersection(*(set(table["cells"][label]) for label in labels)))
+    return name if n == len(table["seeds"]) else f"{name} ({n} seed{'s' * (n > 1)})"
 
 
 def cells_lines(table):
@@ -122,8 +128,9 @@ def cells_lines(table):
     labels = [label for label, seeds in table["cells"].items() if seeds]
     columns = list(dict.fromkeys(c for label in labels for row in table["cells"][label].values()
                                  for c in row))
-    rows = [{"": label, **{c: interval(values.values()) for c in columns
-                           if (values := mean_of(table, [label], c))},
+    rows = [{"": counted(table, label, [label]),
+             **{c: interval(values.values()) for c in columns
+                if (values := mean_of(table, [label], c))},
              **{f"paper {c}": v for c, v in table.get("paper", {}).get(label, {}).items()}}
             for label in labels]
     changes = differences(table, columns)

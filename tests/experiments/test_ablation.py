@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from experiments.ablation import (PAPER_4, PAPER_6, PAPER_12, RANKS, TABLE_4, TA
                                   AblationConfig)
 from experiments.cells import (EVERYTHING, NOTHING, PRETRAIN, SFT, SUP, TUNING_SEED, WEAK, Cell,
                                Lab, columns, table4_cell)
+from experiments.results import cells_lines
 from experiments.runs import read_scores, seconds
 
 
@@ -142,10 +144,38 @@ def test_table_4_from_the_command_line_is_trained_once(cfg, monkeypatch, tmp_pat
     assert set(table["language_models"]) == {"lm1-4"}
     monkeypatch.setattr(train, "train", None)          # another training would raise TypeError
     assert command(cfg, "table4") == table
-    part = command(cfg, "table4", "--cells=SM,nothing")
+    assert command(cfg, "table4", "--cells=SM,nothing") == table       # the other rows stay
+    part = command(cfg, "table4", "--cells=SM,nothing", f"--results={tmp_path / 'part'}")
     assert list(part["cells"]) == ["nothing", "SM"] and not part["differences"]
     with pytest.raises(ValueError, match="table4 has no row 'odd'; its rows are nothing, SM"):
         command(cfg, "table4", "--cells=odd")
+
+
+def test_seeds_are_added_to_a_table_and_other_settings_refused(cfg, tmp_path, monkeypatch):
+    lab = Lab(cfg)
+    monkeypatch.setattr(lab, "train", lambda seed, stage, cell: Path(f"{seed}"))
+    monkeypatch.setattr(ablation, "language_model", lambda lab, lm: {"tokens": 1, "loss": 1.0})
+
+    def table(seeds, cells=("a", "b"), **changed):
+        lab.cfg = dataclasses.replace(cfg, seeds=seeds, cells=cells)
+        grid = {"a": Cell(), "b": Cell("hard"), "c": Cell("causal", **changed)}
+        return json.loads(ablation.make_table(
+            lab, "t", grid, measure=lambda seed, cell, folder: {"x": seed + len(cell.schedule)},
+            differences={"b - a": (["b"], ["a"]), "c - a": (["c"], ["a"])}).read_text("utf-8"))
+
+    table((2, 10))
+    both = table((1,), ("c", "a"))
+    assert both["cells"] == {"a": {str(s): {"x": s + 6} for s in (1, 2, 10)},
+                             "b": {str(s): {"x": s + 4} for s in (2, 10)}, "c": {"1": {"x": 7}}}
+    assert both["seeds"] == [1, 2, 10] and set(both["differences"]) == {"b - a", "c - a"}
+    assert set(both["language_models"]) == {"lm0-4", "lm1-4"} and len(both["versions"]) == 1
+    lines = "\n".join(cells_lines(both))
+    assert "| b (2 seeds) |" in lines and "| a |" in lines and "| c - a (1 seed) |" in lines
+    with pytest.raises(ValueError, match="t.json: c had other settings; choose another --results"):
+        table((1,), clr=True)
+    lab.tuned["rates"][WEAK] = 0.5
+    with pytest.raises(ValueError, match="t.json has other steps or learning rates"):
+        table((1,))
 
 
 def test_an_interrupted_cell_resumes_to_the_same_numbers(cfg, tmp_path, monkeypatch):

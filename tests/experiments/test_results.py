@@ -72,8 +72,9 @@ def test_cells_have_means_intervals_differences_and_the_papers_numbers():
 def test_a_seed_that_one_side_lacks_is_in_no_difference():
     cells = {"a": {"0": {"x": 1.0}, "1": {"x": 5.0}}, "b": {"1": {"x": 4.0}, "2": {"x": 9.0}}}
     assert results.mean_of({"cells": cells}, ["a", "b"], "x") == {"1": 4.5}
-    row, = results.differences({"cells": cells, "differences": {"d": (["a"], ["b"])}}, ("x", "y"))
-    assert row == {"": "d", "x": "+1.00"}
+    row, = results.differences({"seeds": [0, 1, 2], "cells": cells,
+                                "differences": {"d": (["a"], ["b"])}}, ("x", "y"))
+    assert row == {"": "d (1 seed)", "x": "+1.00"}
 
 
 def test_record_makes_a_row_of_each_stage_and_a_seed_of_each_run(tmp_path):
