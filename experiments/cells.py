@@ -35,7 +35,7 @@ PRETRAIN, SFT, WEAK, SUP = STAGES
 ROWS = 800                         # supervised questions: few enough to be visited six times
 TUNING_SEED = 1000                 # its runs choose the learning rates, on the dev questions
 RATES = (0.5, 1.0, 2.0)            # multiples of the config's learning rate that are tried
-LORA_RATES = (1.0, 3.0, 10.0)      # multiples of the chosen rate, for LoRA of rank 32
+LORA_RATES = (0.3, 1.0, 3.0)       # multiples of the chosen rate, for LoRA of rank 32
 
 
 # ---------------------------------------------------------------- cells

@@ -206,7 +206,7 @@ def test_rates_are_the_best_by_the_mean_of_two_cells(cfg, monkeypatch):
         asked.append((stage, cell.lora_rank))
         factor = lab.rate(stage, cell) / lab.base[stage].learning_rate
         if cell.lora_rank:
-            return {1: 3, 3: 7, 10: 2}[round(2 * factor)]      # multiples of the chosen 0.5
+            return {3: 3, 10: 2, 30: 7}[round(20 * factor)]    # 0.3, 1 and 3 times the chosen 0.5
         return scores[factor][cell.schedule == "linear"]
 
     monkeypatch.setattr(lab, "score_on_dev", score)
