@@ -229,6 +229,7 @@ def table_of(runs):
     """Return the rows of the table: what a unit costs, by size and ranks, and memory.
 
     power of rows: the exponent x of seconds = c * rows ** x between the smallest and largest files.
+    Of milliseconds there is neither a power nor a share.
     """
     small, large = min(runs), max(runs)
     first = min(runs[large])
@@ -239,13 +240,12 @@ def table_of(runs):
             said = runs[n][first]["parts"][part]
             row[f"s a unit, {n:,} rows"] = said["seconds"] / said["amount"]
         ends = [runs[n][first]["parts"][part] for n in (small, large)]
-        if ends[1]["amount"] > ends[0]["amount"]:
+        is_long = ends[1]["seconds"] > 0.05
+        if is_long and ends[1]["amount"] > ends[0]["amount"]:
             row["power of rows"] = math.log(ends[1]["seconds"] / ends[0]["seconds"]) / math.log(
                 ends[1]["amount"] / ends[0]["amount"])
-        for ranks in runs[large]:
-            if ranks > first:
-                row[f"{ranks} ranks, share of it"] = runs[large][ranks]["parts"][part]["seconds"] \
-                    / runs[large][first]["parts"][part]["seconds"]
+        row |= {f"{ranks} ranks, share of it": runs[large][ranks]["parts"][part]["seconds"]
+                / ends[1]["seconds"] for ranks in runs[large] if ranks > first and is_long}
         row |= {f"MB a rank, {n:,}": runs[n][first]["parts"][part]["MB"] for n in (small, large)}
         rows.append(row)
     return rows

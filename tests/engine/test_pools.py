@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from dhnm import HardNegativePool
+from engine.distributed import ALONE
 from engine.pools import pool_of
 from ranks import assert_equal, on_ranks
 
-Q, N, BATCH = 25, 3, 12
-STEPS = 12
+Q, N, BATCH, STEPS = 25, 3, 12, 12
 
 
 def candidates():
@@ -62,10 +62,8 @@ def assert_same(seen, wanted):
 
 
 def test_ranks_answer_as_one_pool_and_resume_on_another_number(tmp_path):
-    class Alone:
-        rank, size, gather = 0, 1, staticmethod(lambda tensor: tensor)
     one = HardNegativePool(torch.from_numpy(candidates()), N)
-    wanted = drive(one, Alone, range(STEPS))
+    wanted = drive(one, ALONE, range(STEPS))
     state = one.state_dict()
     assert one.changes.sum() > 20 and one.exhausted.any()
     for size in (1, 2, 4):
@@ -74,7 +72,7 @@ def test_ranks_answer_as_one_pool_and_resume_on_another_number(tmp_path):
         assert_same(seen, wanted)
         assert_equal(found, state)
     on_ranks(3, resumed, tmp_path)
-    assert_same(torch.load(tmp_path / "resumed.pt"), drive(one, Alone, range(STEPS, 2 * STEPS)))
+    assert_same(torch.load(tmp_path / "resumed.pt"), drive(one, ALONE, range(STEPS, 2 * STEPS)))
 
 
 def more_ranks_than_rows(world):
