@@ -28,7 +28,7 @@ from data import document_text, load_collection
 from embed import Embedder
 from engine.bm25 import BM25, split_words
 from engine.collection import HELD_OUT, choose_split, languages_in, read_groups, set_name
-from engine.jsonl import atomic, read_jsonl
+from engine.jsonl import atomic, read_jsonl, read_object
 from engine.metrics import (average_precision, hit_at_k, mean_average_precision,
                             mrr_at_k, ndcg_at_k, recall_at_k, spearman)
 from engine.mining import top
@@ -443,10 +443,7 @@ def run(config):
         encoder = SentenceTransformerBaseline(config.sentence_transformer)
     before, results, path = {}, {}, config.place
     if path.is_file() and not config.out:              # its other scores stay
-        try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: no JSON object, delete it or give --out: {error}") from None
+        before = read_object(path)
     jobs = [(task, name) for task in ("retrieval", "mkqa", *ROW_TASKS)
             for name in getattr(config, task)]
     jobs += [("mteb", name) for name in join_names(config.mteb)]

@@ -14,9 +14,9 @@ V vocabulary, N parameters, W ranks.
 What comes before the first step follows the law in results/rehearsal.json, which
 experiments/rehearsal.py has measured: seconds of a rank for a unit of data, divided by the ranks.
 """
-import json
 from pathlib import Path
 
+from engine.jsonl import read_object
 from engine.kernels import logits_chunk
 
 LAW = Path(__file__).resolve().parent.parent / "results" / "rehearsal.json"
@@ -144,7 +144,7 @@ def start_report(cfg, shape):
     """Return the lines of `--dry_run` about what comes before the first step."""
     if not LAW.is_file():
         return ["", "the start: run `python -m experiments.rehearsal`, which measures its law"]
-    law = json.loads(LAW.read_text("utf-8"))["law"]
+    law = read_object(LAW)["law"]
     lm = cfg.stage == "pretrain"
     amount = cfg.steps * cfg.batch_size * (cfg.passage_len if lm else 1)
     minutes = {w: start_minutes(law, cfg.stage, amount, w, shape) for w in WORLDS}

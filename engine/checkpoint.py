@@ -130,8 +130,10 @@ def verify(path):
 def load(path, name):
     """Return the contents of file `name` of the checkpoint `path`: tensors on the CPU, or bytes.
 
-    Only this file is read and verified. Raises: CorruptCheckpoint if it is damaged or holds more
-    than tensors and plain Python values, ValueError if the checkpoint has no such file.
+    Tensors are mapped: the ranks of a host share one copy. Clone what is to be kept, so that the
+    file goes when its checkpoint is deleted. Only this file is read and verified. Raises:
+    CorruptCheckpoint if it is damaged or holds more than tensors and plain Python values,
+    ValueError if the checkpoint has no such file.
     """
     entries = _read_manifest(path)
     if name not in entries:
@@ -159,17 +161,17 @@ def _write(path, value):
                 raise error.__context__ or error
         file.flush()
         os.fsync(file.fileno())
-    if path.suffix == ".pt":  # mmap: tensors stay on disk, so this costs next to nothing
+    if path.suffix == ".pt":
         try:
-            _unpickle(path, mmap=True)
+            _unpickle(path)
         except TypeError as error:
             raise TypeError(f"{path.name} could not be read back: {error}") from None
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _unpickle(file, **options):
+def _unpickle(file):
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, **options)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:  # its text recommends weights_only=False: not shown
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = named[1] if named else "no file of torch.save"

@@ -318,15 +318,18 @@ def optimizer_state(optimizer, world):
 
 
 def load_optimizer_state(optimizer, state):
-    """Take over what `optimizer_state` gave, in any mode and on any number of ranks."""
+    """Take over what `optimizer_state` gave, in any mode and on any number of ranks.
+
+    Values are copied: those of a checkpoint are mapped.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
 
     def own(value, p):
         if not value.dim() or not hasattr(p, "full_tensor"):
-            return value
+            return value.clone()
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(value.to(p.device), p.device_mesh, p.placements,
-                                 src_data_rank=None)           # every rank has read the file
+                                 src_data_rank=None).clone()   # every rank has read the file
 
     optimizer.load_state_dict(state | {"state": {
         i: {key: own(value, params[i]) for key, value in entry.items()}

@@ -180,6 +180,14 @@ def read_jsonl(path, required=None):
         yield row
 
 
+def read_object(path):
+    """Return the JSON object that a whole file is; ValueError by its name if it is none."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: no JSON object: {error}") from None
+
+
 def read_texts(path):
     """Return the texts of a file: its {"text"} rows if its name says JSON, else its lines.
 

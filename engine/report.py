@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine import budget, checkpoint, distributed, memory, run
-from engine.jsonl import atomic
+from engine.jsonl import atomic, read_object
 
 LANGUAGE_PAIR = re.compile(r"[a-z]{2,3}([-_]\w+)?-[a-z]{2,3}([-_]\w+)?")      # zh-Hant-en
 
@@ -171,12 +171,12 @@ def summarise(cfg, stages, scores, minutes, trained):
     for stage in stages:
         written = Path(cfg.out) / stage / "eval.json"
         if written.is_file():
-            scores[stage] = json.loads(written.read_text())
+            scores[stage] = read_object(written)
     print_summary(scores, cfg.dims)
     cost = {"minutes": minutes, "memory_gb": memory.peak(), "cores": os.cpu_count(),
             "versions": run.versions()}
     if not trained and path.is_file():
-        cost |= json.loads(path.read_text())
+        cost |= read_object(path)
     with atomic(path) as file:
         file.write(json.dumps(cost | scores, indent=1) + "\n")
     spent = f"{cost['minutes']:.1f} minutes"

@@ -17,7 +17,6 @@ alone binds languages to English.
 """
 import dataclasses
 import itertools
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from configurator import load_config
 from data import document_text, load_collection
 from embed import Embedder
 from engine import checkpoint
+from engine.jsonl import read_object
 from engine.run import versions
 from experiments import probes
 from experiments.cells import NOTHING, PRETRAIN, SFT, SUP, WEAK, Cell, Lab, columns, table4_cell
@@ -107,7 +107,7 @@ def make_table(lab, name, cells, *, stage=WEAK, measure=None, **more):
         write_result(lab.cfg.results, name, table | {
             "differences": {key: sides for key, sides in more.get("differences", {}).items()
                             if set(sum(map(list, sides), [])) <= table["cells"].keys()}})
-    print("\n".join(cells_lines(json.loads(path.read_text("utf-8")))))
+    print("\n".join(cells_lines(read_object(path))))
     return path
 
 
@@ -115,7 +115,7 @@ def add_earlier(table, path, stages):
     """Add to a table what its file has of other seeds and rows; other settings are an error."""
     before, cells = {"cells": {}, "language_models": {}, "versions": []}, table["cells"]
     if path.is_file():
-        before = json.loads(path.read_text("utf-8"))
+        before = read_object(path)
         rates = [[file["learning_rates"]["rates"].get(s) for s in stages]
                  for file in (before, table)]
         if before["steps"] != table["steps"] or rates[0] != rates[1]:

@@ -10,7 +10,6 @@ results/bench_cpu.json or bench_gpu.json. Rows that need a missing optional pack
 The minutes of a whole run are not here: `python -m experiments.results record` has them by stage.
 """
 import dataclasses
-import json
 import os
 import platform
 import re
@@ -32,6 +31,7 @@ from configurator import load_config
 from dhnm import HardNegativePool
 from embed import Embedder
 from engine import distributed, kernels, run
+from engine.jsonl import read_object
 from experiments.runs import run_command, write_result
 from mask import FULL, MaskSpec
 from model import Conan, ConanConfig, next_token_loss, rope, rope_angles
@@ -428,7 +428,7 @@ class Rows:
         self.machine = (f"{chip}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
                         f"torch {torch.__version__}")
         path = Path(cfg.results) / f"{self.name}.json"
-        self.tables = json.loads(path.read_text("utf-8"))["tables"] if path.is_file() else {}
+        self.tables = read_object(path)["tables"] if path.is_file() else {}
 
     def compare(self, name, above, below, amount=None):
         """Measure two callables in turn, and keep the ratio of their seconds."""

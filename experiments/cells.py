@@ -14,7 +14,6 @@ DEVIATES: nDCG@10 of retrieval instead of MTEB's averages.
 """
 import contextlib
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import numpy as np
 import train
 from data import load_collection, parse_pair, sources
 from embed import Embedder
-from engine.jsonl import atomic, read_jsonl, write_jsonl
+from engine.jsonl import atomic, read_jsonl, read_object, write_jsonl
 from engine.run import chain
 from eval import evaluate
 from experiments import probes
@@ -137,7 +136,7 @@ class Lab:
                 steps=steps.get(stage.stage) or stage.steps, **files,
                 **changes.get(stage.stage, {}))
         path = self.work / "rates.json"
-        self.tuned = json.loads(path.read_text("utf-8")) if path.is_file() else {
+        self.tuned = read_object(path) if path.is_file() else {
             "rates": {}, "tried": {}}
 
     def lm_folder(self, seed, cell):
@@ -201,7 +200,7 @@ class Lab:
         "Rank" (effective rank of the dev documents' embeddings).
         """
         path, scores = Path(folder) / "measures.json", read_scores(folder)
-        values = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        values = read_object(path) if path.is_file() else {}
         embedder = None
         for name, work in self.probes().items():
             if name not in values:

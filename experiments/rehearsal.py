@@ -31,7 +31,7 @@ import data
 from configurator import load_config
 from engine import budget, distributed, run
 from engine.index import together
-from engine.jsonl import atomic
+from engine.jsonl import atomic, read_object
 from engine.mining import CHUNK, Exact, Miner, Shared, mine
 from engine.passages import Passages
 from engine.pools import pool_of
@@ -204,7 +204,7 @@ def launch(folder, ranks):
                  for rank in range(ranks)]
     if any([process.wait() for process in processes]):
         raise ValueError(f"{folder}: a rank of {ranks} failed")
-    return json.loads((folder / f"{ranks}.json").read_text())
+    return read_object(folder / f"{ranks}.json")
 
 
 def fit(runs):

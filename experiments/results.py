@@ -10,7 +10,6 @@ sentences, written by hand after the tables are recorded. No other number or tab
 A file has cells with seeds, {label: {seed: {column: number}}}, or named tables of rows. `record`
 makes such cells of whole runs, a row for each stage.
 """
-import json
 import math
 import re
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import load_config
-from engine.jsonl import atomic
+from engine.jsonl import atomic, read_object
 from experiments.runs import (ndcg_by_dims, read_json, read_log, run_command, score_of, seconds,
                               write_result)
 
@@ -164,7 +163,7 @@ def lines_of(table):
 
 def read_results(folder):
     """Return {name: content} of the results files that exist, in the order of `ORDER`."""
-    return {name: json.loads(path.read_text("utf-8")) for name in ORDER
+    return {name: read_object(path) for name in ORDER
             if (path := Path(folder) / f"{name}.json").is_file()}
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from engine import checkpoint
-from engine.jsonl import atomic
+from engine.jsonl import atomic, read_object
 
 
 class Missing(ValueError):
@@ -19,7 +19,7 @@ def read_json(path, writer):
     """Return the content of a JSON file. Raises Missing, which names its writer, without it."""
     if not Path(path).is_file():
         raise Missing(f"{path} is missing; {writer} writes it")
-    return json.loads(Path(path).read_text("utf-8"))
+    return read_object(path)
 
 
 def read_log(folder):

@@ -18,7 +18,7 @@ import random
 from pathlib import Path
 
 from clr import LANGUAGES, Gates, build_clr, copy_gate, script_gate
-from engine.jsonl import atomic, read_jsonl, write_jsonl
+from engine.jsonl import atomic, read_jsonl, read_object, write_jsonl
 from toy import corpus, lexicon
 from toy.lexicon import LexiconTranslator, Phrasing
 
@@ -80,7 +80,7 @@ def ensure(folder):
     tables = b"".join(path.read_bytes() for path in sorted(lexicon.HERE.glob("*.tsv")))
     made_of = {"toy": VERSION, "tables": hashlib.sha256(tables).hexdigest(), **corpus.versions()}
     if place.is_file():
-        manifest = json.loads(place.read_text(encoding="utf-8"))
+        manifest = read_object(place)
         if manifest["versions"] == made_of:
             return manifest
         place.unlink()

@@ -9,6 +9,7 @@ import torch
 from engine import distributed, report
 from engine.report import Log, StopSignal
 from model import ConanConfig
+from train import STAGES
 
 WORLD = SimpleNamespace(is_main=True, size=1, mean=lambda numbers: numbers,
                         device=torch.device("cpu"))
@@ -108,3 +109,13 @@ def test_the_summary_shows_stages_dims_and_languages(capsys):
                         ["embed_sup,", "first", "8", "dims", *["0.375"] * 3]]
     assert rows[4:6] == [["sts/set/test", "spearman"], ["embed_sup", "0.625"]]
     assert rows[6][-2:] == ["mean", "0.500"] and rows[7] == ["de-en", "0.75", "zh-Hant-en", "0.25"]
+
+
+@pytest.mark.parametrize("name", ["embed_weak/eval.json", "summary.json"])
+def test_a_damaged_file_of_scores_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"minutes": 1')
+    with pytest.raises(ValueError, match=f"{name}: no JSON object: "):
+        report.summarise(SimpleNamespace(out=str(tmp_path), dims=()), STAGES, {}, 1.0, False)
+    assert path.read_text() == '{"minutes": 1'
