@@ -8,8 +8,8 @@ One example a line, JSONL or JSONL.gz, UTF-8, in the formats that users already 
     sts             {"sentence1", "sentence2", "score"}
     a collection    corpus.jsonl, queries.jsonl, qrels.tsv (the BEIR form)
 
-PAPER Sec. 3.1, App. A, Table 11. The examples of a step depend only on the seed and the step
-number (engine/order.py). That is why resuming needs no reader state.
+PAPER Sec. 3.1, App. A, Table 11. The rows of a step depend only on the seed and the step number
+(engine/order.py), their hard negatives on DHNM's pools. So resuming needs no reader state.
 UNSPECIFIED: the instruction template; `format_query` is the one place that knows it.
 """
 from collections import Counter
@@ -217,9 +217,10 @@ class Task:
                 for i, row in zip(indices, rows)]
 
     def batch(self, k):
-        """Return this rank's share of the task's k-th batch, a pure function of (seed, k).
+        """Return this rank's share of the task's k-th batch.
 
-        Batches do not straddle epochs, so no query comes twice in one.
+        Its rows are a pure function of (seed, k); hard negatives are those in use now. Batches do
+        not straddle epochs, so no row comes twice in one.
         """
         cfg, world, n = self.cfg, self.world, len(self.rows)
         share = self.size // world.size
@@ -331,9 +332,9 @@ def fill_pools(tasks, embedder):
     """Give the tasks their pools of hard negatives, ranked by the model at hand; all ranks call.
 
     A row's own negatives come first; others are mined where it has fewer than `n_negatives`: the
-    passages nearest to the query by cosine. A model that has seen English only ranks nothing for a
-    translated query, so CLR mines around the query's positive. Rows of tools/mine.py bring their
-    cosines: nothing is embedded for them. Ranks share the work (engine/mining.py).
+    passages nearest to the query by cosine. UNSPECIFIED: for CLR those nearest to the query's
+    positive, as a model after stage 3 hardly reads a translated query. Rows of tools/mine.py bring
+    their cosines: nothing is embedded for them. Ranks share the work (engine/mining.py).
     """
     tasks = [task for task in tasks if task.passages]
     if not tasks:
@@ -359,7 +360,8 @@ def fill_pools(tasks, embedder):
 def hard_enough(pool, scores, n):
     """Return the pools (Q, P) without what Eq. 6 would discard at its first step, -1 padded.
 
-    PAPER Sec. 3.4: the same model has just scored it. The n hardest stay, so no query is without.
+    PAPER Sec. 3.4. The scores are those of mining: for CLR with the positive, not with the query,
+    and for rows of tools/mine.py by its model. The first n stay, so no query is without.
     """
     easy = should_replace(torch.from_numpy(scores), torch.from_numpy(scores)).numpy()
     easy[:, :n] = False

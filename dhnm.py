@@ -10,8 +10,8 @@ the cosine at a negative's first use. The next candidate of the pool takes its p
 The replacement is in use at the query's next visit. A single pass over the data visits no query
 twice, so DHNM needs several epochs to do anything.
 
-UNSPECIFIED: S_0 of a negative that was swapped in (here its own first score) and what an exhausted
-pool does (here the hardest candidate seen so far comes back, and the query is counted).
+UNSPECIFIED: S_0 of a negative that was swapped in (here its first score since then) and what an
+exhausted pool does (here the hardest candidate seen so far comes back, and the query is counted).
 DEVIATES: Eq. (6) prints no absolute values; the prose has them, at 0.4 and at 0.7.
 """
 import torch

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import (PROMPTS, document_text, end_text, find_packed, format_query, prompt_length,
                   read_with_ids)
 from engine import kernels
-from engine.distributed import accelerator
+from engine.distributed import accelerator, matmul_dtype
 from engine.jsonl import atomic, read_texts
 from engine.model_folder import EXPORTED, read_model
 from mask import MaskSpec
@@ -35,6 +35,7 @@ from tokenizer import Tokenizer
 INDEX_VERSION = 2                  # of the way that texts are embedded; raise it when that changes
 TEXTS_AT_A_TIME = 20_000           # tokenised and sorted together: memory stays bounded
 TOKENS_AT_A_TIME = 4096            # short texts fill a batch up to this
+MOST_TOKENS = 131_072              # of a batch of long texts
 
 
 class Embedder:
@@ -42,9 +43,9 @@ class Embedder:
 
     path: a folder of train.py (its newest good checkpoint is taken), one checkpoint in it, or a
     folder that tools/export.py wrote. device: "cpu", "cuda", "npu"; None takes the best one here.
-    dtype: float32 or bfloat16, by name or as torch has it; None is float32 on a CPU and bfloat16
-    elsewhere. Raises FileNotFoundError or ValueError with the path if there is no checkpoint or it
-    is damaged.
+    dtype: float32 or bfloat16, by name or as torch has it; None is float32 on a CPU, and elsewhere
+    bfloat16 where its matmuls are in hardware. Raises FileNotFoundError or ValueError with the path
+    if there is no checkpoint or it is damaged.
     """
     checkpoint = meta = None       # of a model in memory
 
@@ -80,7 +81,7 @@ class Embedder:
         self.model, self.tokenizer, self.mask, self.prompts = model, tokenizer, mask, dict(prompts)
         self.max_len = min(max_len, model.config.block_size)
         self.device = next(model.parameters()).device
-        default = "float32" if self.device.type == "cpu" else "bfloat16"
+        default = "float32" if self.device.type == "cpu" else matmul_dtype("auto", self.device)
         self.dtype = str(dtype or default).removeprefix("torch.")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {dtype!r} is unknown; choose float32 or bfloat16")
@@ -101,9 +102,9 @@ class Embedder:
 
         prompt: the bare instruction of queries ("Find"); passages carry none. truncate_dim: the
         first dims only, normalised again. A text ends with the end-of-text token, and one longer
-        than the model was trained for is cut before it. batch_size: texts in a pass, more while
-        they are short (an embedding does not depend on its batch). Raises TypeError for what is no
-        string.
+        than the model was trained for is cut before it. batch_size: texts in a pass, more if they
+        are short and fewer if they are very long; an embedding does not depend on its batch. Raises
+        TypeError for what is no string.
         """
         if isinstance(texts, str):
             return self.encode([texts], batch_size, prompt, truncate_dim, normalize)[0]
@@ -139,7 +140,8 @@ def _batches(ids, batch_size):
     """Yield lists of indices, texts of like lengths together, longest first."""
     order, start = sorted(range(len(ids)), key=lambda i: -len(ids[i])), 0
     while start < len(order):
-        n = max(1, batch_size, TOKENS_AT_A_TIME // len(ids[order[start]]))
+        longest = len(ids[order[start]])
+        n = max(1, min(max(batch_size, TOKENS_AT_A_TIME // longest), MOST_TOKENS // longest))
         yield order[start:start + n]
         start += n
 

@@ -435,7 +435,14 @@ def table(results):
 
 
 def run(config):
-    """Score every set of the config, print the scores; each set is added to the JSON file."""
+    """Score every set of the config, print the scores; each set is added to the JSON file.
+
+    Raises ValueError if train.py has begun the model's stage and not yet scored it.
+    """
+    if config.checkpoint and not config.out and not config.place.is_file() \
+            and (config.place.parent / ".lock").is_file():
+        raise ValueError(f"{config.place} is train.py's to begin: run its stage to the end, or "
+                         "give --out")
     encoder = LexicalBaseline()
     if config.checkpoint:
         encoder = Embedder(config.checkpoint)

@@ -34,8 +34,9 @@ class _Gather(torch.autograd.Function):
 def gather_with_grad(x):
     """Concatenate (B, ...) of every rank to (W * B, ...), keeping the gradient; x itself if W = 1.
 
-    B must be equal on all ranks. Documents are gathered, queries stay local. A gather without
-    gradient gives a wrong direction; gathering both sides scales the gradient by 1/W.
+    B must be equal on all ranks. InfoNCE gathers documents, and each rank scores its own queries.
+    CoSENT gathers both sides. A gather without gradient would lose what other ranks' queries say
+    of these documents.
     """
     alone = not dist.is_initialized() or dist.get_world_size() == 1
     return x if alone else _Gather.apply(x)
@@ -124,8 +125,8 @@ def matryoshka(loss_fn, embeddings, dims):
     """Return (loss, rest): the mean loss over prefixes of the embeddings, each renormalised.
 
     PAPER Sec. 3.1.2, App. A. UNSPECIFIED: the weights; equal here. embeddings: tensors (..., D).
-    loss_fn(*prefixes) returns (loss, rest); the rest of the largest dim is handed through, since
-    DHNM reads the full embedding. Raises ValueError for a dim outside 1 .. D.
+    loss_fn(*prefixes) returns (loss, rest); the rest of the largest dim is handed through, which is
+    the full width in training: DHNM reads it. Raises ValueError for a dim outside 1 .. D.
     """
     width = min(x.shape[-1] for x in embeddings)
     if not dims or min(dims) < 1 or max(dims) > width:

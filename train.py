@@ -90,7 +90,7 @@ class TrainConfig:
     pool_prompt: bool = False      # whether an instruction's tokens are part of the mean
     # --- losses
     temperature: float = 0.05      # of InfoNCE and CoSENT; 1.0 is the printed Eq. 1
-    dims: tuple[int, ...] = ()     # MRL dims of embed_sup; empty: the full width only
+    dims: tuple[int, ...] = ()     # MRL dims of embed_sup, besides the full width
     task_weights: dict[str, float] = dataclasses.field(default_factory=lambda: {
         "retrieval": 3.0, "clr": 3.0, "classification": 2.8, "sts": 1.8})  # Table 11, million rows
     # --- soft mask (embed_weak)
@@ -142,7 +142,8 @@ class TrainConfig:
 def stage_mask(cfg, step):
     """Return the mask of a step: causal, soft (PAPER Sec. 3.2, weak stage only), bidirectional.
 
-    The first weak step has alpha 0, the last one exactly 1. For comparison: "hard" is 1 from the
+    DEVIATES: tau is the last step's number, as steps count from 0. So the first weak step has alpha
+    0 and the last one exactly 1. For comparison: "hard" is 1 from the
     first step on, "causal" stays at 0 in stages 3 and 4.
     """
     if cfg.stage in ("pretrain", "sft") or cfg.schedule == "causal":
@@ -183,7 +184,7 @@ def step_loss(model, batch, cfg, step):
     mask, chunks = stage_mask(cfg, step), list(batch.chunks(cfg.micro_batch_size))
     no_sync = getattr(model, "no_sync", contextlib.nullcontext)        # ddp: ranks meet once a step
     if batch.targets is None:                              # stages 3 and 4
-        dims = cfg.dims if cfg.stage == "embed_sup" and cfg.dims else (cfg.n_embd,)
+        dims = {cfg.n_embd, *(cfg.dims if cfg.stage == "embed_sup" else ())}
         return two_pass(lambda c: model(c[0], c[1], mask, skip=c[3]), chunks,
                         lambda x: embedding_loss(x, batch, cfg.temperature, dims), no_sync)
     total, count = 0.0, distributed.mean_over_ranks((batch.targets != -100).sum())
@@ -292,8 +293,9 @@ def start(cfg, world, where, before):
         run.check_data(hashes, where)
     if source:
         meta = run.read_meta(source)
-        shape, pooling = dataclasses.asdict(cfg.model_config()), ("pooling", "pool_prompt")
-        if meta["model"] | {name: shape[name] for name in pooling} != shape:     # no weights
+        shape = dataclasses.asdict(cfg.model_config())
+        own = {name: shape[name] for name in ("pooling", "pool_prompt")}   # a stage may change them
+        if meta["model"] | own != shape:
             raise ValueError(f"{source}: its model is {meta['model']}, this stage asks for {shape}")
         weights, prompts = run.load_weights(cfg, world, source), meta["prompts"]
         tokenizer = Tokenizer.load(source / "tokenizer.tiktoken")
@@ -316,6 +318,8 @@ def start(cfg, world, where, before):
         run.restore(state, checkpoint.load(where, "trainer.pt"))
     elif cfg.stage == "embed_sup":
         data.fill_pools([task for task, _ in state.tasks], whole_embedder(state))
+        if any(task.pool for task, _ in state.tasks):
+            run.save(state, 0)                     # mining may have taken longer than many steps
     elif (loss := validation_loss(state)) is not None:
         state.counters |= {"validation_before": loss, "validation": loss}
     return state
@@ -367,6 +371,7 @@ def run_steps(state):
             group["lr"] = lr_at(step, cfg)
         with world.autocast(state.dtype):
             loss, scores = step_loss(state.wrapped, batch, cfg, step)
+        state.embedder.mask = stage_mask(cfg, step)        # a checkpoint carries its own
         norm = distributed.clip_grad_norm(state.wrapped, GRAD_CLIP)
         agreed = world.mean({"bad": not math.isfinite(float(loss) + float(norm)),
                              "stop": stop.raised,      # the same flags on every rank
@@ -377,7 +382,7 @@ def run_steps(state):
         else:
             state.optimizer.step()
             counters["in_a_row"] = 0
-            if task.pool and scores is not None:
+            if task.pool:
                 task.pool.update(world.gather(torch.from_numpy(batch.rows)),
                                  world.gather(scores.cpu()))
                 stats = task.pool.stats()

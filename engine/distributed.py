@@ -7,6 +7,7 @@ comes with torch_npu, which registers `torch.npu` when it is imported.
 import gc
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from engine import memory
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "910B": 376e12}   # dense bfloat16
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
+PATIENCE = timedelta(hours=12)     # one rank may train a tokenizer or unpack a file meanwhile
 
 
 def accelerator():
@@ -55,7 +57,8 @@ def matmul_dtype(name, device):
         flags = torch.cpu.get_capabilities()
         is_fast = any(flags.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
     else:
-        is_fast = device.type != "cuda" or torch.cuda.is_bf16_supported()
+        is_fast = device.type != "cuda" or \
+            torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if is_fast else "float32"
 
 
@@ -154,7 +157,7 @@ def start(device="auto"):
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if size > 1 and not dist.is_initialized():
         from torch.distributed.nn import functional  # noqa: F401  before the group: see `stop`
-        dist.init_process_group(BACKENDS[kind], **_fresh_store(rank, size))
+        dist.init_process_group(BACKENDS[kind], timeout=PATIENCE, **_fresh_store(rank, size))
     return World(rank, size, torch.device(kind, local) if module else torch.device("cpu"))
 
 
@@ -168,6 +171,7 @@ def _fresh_store(rank, size):
     if attempt == "0":
         return {}
     store, rank, size = next(dist.rendezvous("env://", rank, size))
+    store.set_timeout(PATIENCE)
     return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank,
             "world_size": size}
 

@@ -243,6 +243,10 @@ class JsonlFiles:
 
     def __init__(self, paths, parse, cache_dir="out/cache", skip_bad=False, ids=False, world=ALONE):
         self.files = [JsonlFile(path, parse, cache_dir, skip_bad, ids) for path in paths]
+        names = world.gather_objects([file.index for file in self.files])
+        if any(other != names[0] for other in names):
+            raise ValueError(f"{paths[0]} and others: not the same files on all ranks; put them on "
+                             "a file system that all nodes see")
         different = list({file.index: file for file in self.files}.values())
         todo = sum(together(world, lambda: [
             i for i in range(world.rank, len(different), world.size)

@@ -63,6 +63,16 @@ def in_memory(tokenizer, **options):
 
 # ---------------------------------------------------------------- encode
 
+def test_a_pass_has_a_bounded_number_of_tokens(tokenizer, monkeypatch):
+    monkeypatch.setattr(embed, "MOST_TOKENS", 70)
+    monkeypatch.setattr(embed, "TOKENS_AT_A_TIME", 10)
+    embedder = in_memory(tokenizer)
+    embedder.encode(["words " * 40] * 5 + ["word"] * 9, batch_size=4)
+    lengths = [call[1] for call in embedder.model.calls]
+    assert lengths[:2] == [[32, 32]] * 2 and lengths[2][0] == 32           # of 70 two have room
+    assert {len(texts) for texts in lengths[3:-1]} == {4}
+
+
 def test_order_shape_and_prefixes(run):
     embedder = Embedder(run, device="cpu")
     texts = ["words", "the rank of a matrix " * 9, "", "lists"]

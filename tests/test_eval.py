@@ -536,6 +536,13 @@ def test_each_model_has_a_file_of_its_own(tmp_path):
     assert config(bm25=True, out="x.json").place == Path("x.json")
 
 
+def test_the_file_of_a_stage_that_is_not_scored_yet_is_left_to_train(tmp_path):
+    """A stage with an eval.json is finished: train.py would never score it."""
+    (tmp_path / ".lock").touch()
+    with pytest.raises(ValueError, match="eval.json is train.py's to begin"):
+        evaluation.run(evaluation.EvalConfig(checkpoint=str(tmp_path)))
+
+
 def test_what_was_measured_before_stays_in_the_runs_file(tmp_path, monkeypatch, capsys):
     """The run's own numbers, DHNM's too, outlive a later evaluation; --out begins afresh."""
     monkeypatch.chdir(tmp_path)

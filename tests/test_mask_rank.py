@@ -93,12 +93,6 @@ def test_every_text_of_a_block_has_its_own_length():
 
 # ---------------------------------------------------------------- M in the softmax
 
-def test_weights_scale_the_exponentials():
-    # softmax(x + log M) = M e^x / sum M e^x: with equal logits, the normalised row of M
-    m = soft_mask(4, 0.25)
-    assert torch.allclose(torch.softmax(m.log(), dim=-1), m / m.sum(1, keepdim=True))
-
-
 def test_multiplied_logits_are_not_causal_at_alpha_0():
     n = 64
     x = torch.randn(200, n, n, dtype=torch.float64)

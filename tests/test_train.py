@@ -110,6 +110,23 @@ def test_the_mask_opens_in_the_weak_stage_only(whole):
     assert meta_of(whole, "embed_weak")["mask"]["alpha"] == 1.0
 
 
+def test_a_checkpoint_on_the_way_carries_the_mask_of_its_step(rows, whole, tmp_path):
+    out = stages_before("embed_weak", whole, tmp_path)
+    argv = chain_arguments(rows, "embed_weak", out, "--save_every=2")
+    die_at(3, lambda: train.main(argv))            # after the checkpoint of step 2
+    assert meta_of(out, "embed_weak")["mask"]["alpha"] == 1 / 5
+
+
+def test_a_run_killed_before_its_first_save_keeps_what_it_mined(rows, whole, tmp_path, monkeypatch):
+    out = stages_before("embed_sup", whole, tmp_path)
+    argv = chain_arguments(rows, "embed_sup", out)
+    die_at(0, lambda: train.main(argv))
+    assert checkpoint.latest(out / "embed_sup").name == "step_000000"
+    monkeypatch.setattr(data, "fill_pools", lambda *_: pytest.fail("mined a second time"))
+    train.main(argv)
+    assert_same_run(out, whole, "embed_sup")
+
+
 @pytest.mark.parametrize("stage", train.STAGES)
 def test_a_run_killed_and_resumed_equals_the_undisturbed_one(rows, whole, tmp_path, stage):
     """The field's bugs: replayed data, fresh optimizer state, a forgotten pool."""

@@ -7,8 +7,8 @@
 
 PAPER Sec. 3.1.2: pairs that gte-Qwen2-7B-instruct scores below 0.4 are dropped before stage 3. A
 scorer is any sentence-transformers model, also one of tools.export, with its own query prompt. Each
-filter is a generator (rows, counts) -> rows that counts why it leaves rows out. Memory: 16 bytes a
-row for duplicates. Length, script and near duplicates are Data-Juicer's job (docs/data.md).
+filter is a generator (rows, counts) -> rows that counts why it leaves rows out. Memory: some 110
+bytes a row for duplicates. Length, script and near duplicates are Data-Juicer's job (docs/data.md).
 UNSPECIFIED: everything but the 0.4. OUT.report.json says what ran and what it dropped.
 """
 import hashlib
@@ -135,8 +135,11 @@ def mteb_rows(name):
     Of retrieval the queries only, as of a collection. Raises ValueError for an unknown name,
     ImportError without mteb.
     """
-    for task in tqdm(mteb_tasks(name)[0], desc=name, unit="task", disable=None):
+    parts = [part for task in mteb_tasks(name)[0] for part in getattr(task, "tasks", [task])]
+    for task in tqdm(parts, desc=name, unit="task", disable=None):
         task.load_data()
+        if task.dataset is None:                   # of mteb 1's form
+            task.convert_v1_dataset_format_to_v2(num_proc=None)
         yield from _held_out(task.dataset, set(task.metadata.eval_splits))
         task.unload_data()
 

@@ -48,9 +48,10 @@ def test_ranks_take_their_card_and_meet_by_hccl(npu, monkeypatch, device):
     for name, value in (("RANK", 11), ("WORLD_SIZE", 16), ("LOCAL_RANK", 3)):
         monkeypatch.setenv(name, str(value))
     met, threads = [], torch.get_num_threads()
-    monkeypatch.setattr(dist, "init_process_group", met.append)
+    monkeypatch.setattr(dist, "init_process_group",
+                        lambda backend, timeout: met.append((backend, timeout)))
     world = distributed.start(device)
-    assert met == ["hccl"] and npu.asked == [("device", 3)]
+    assert met == [("hccl", distributed.PATIENCE)] and npu.asked == [("device", 3)]
     assert (world.rank, world.size, world.device) == (11, 16, torch.device("npu", 3))
     assert torch.get_num_threads() == threads              # the CPU's business, not a card's
 

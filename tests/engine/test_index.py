@@ -75,6 +75,18 @@ def fail_on(world, folder):
         JsonlFiles([folder / "rows.jsonl"], parse_text, folder / "cache", world=world)
 
 
+def apart(world, folder):
+    own = folder / f"node{world.rank}"
+    own.mkdir()
+    path = write_lines(own / "rows.jsonl", PAIRS[:9])
+    with pytest.raises(ValueError, match="rows.jsonl and others: not the same files on all ranks"):
+        JsonlFiles([path], parse_pair, folder / "cache", world=world)
+
+
+def test_each_node_with_files_of_its_own_is_an_error(tmp_path):
+    on_ranks(2, apart, tmp_path)
+
+
 def test_all_ranks_raise_the_error_of_one(tmp_path):
     lines = [*LINES[:149], b"{", *LINES[149:]]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))

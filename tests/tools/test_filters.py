@@ -181,12 +181,22 @@ def test_mtebs_own_tasks_are_read(monkeypatch):
         "ClassificationTask", "SummarizationTask", "PairClassificationTask", "RerankingTask",
         "BitextMiningTask", "MultilingualParallelBitextMiningTask")]
     monkeypatch.setattr(filters, "mteb_tasks", lambda name: ([tasks[int(name)]], False))
-    for number, task in enumerate(tasks):
+    whole = SimpleNamespace(tasks=[mock_tasks.MockRetrievalTask()])        # as CQADupstack
+    tasks.append(whole)
+    for number, task in enumerate(tasks[:-1]):
         rows = list(mteb_rows(str(number)))
         texts = list(filters._strings(rows))
         assert rows and any(len(text.split()) >= 3 for text in texts), task.metadata.name
     assert {row["text"] for row in mteb_rows("0")} == {"This is a test sentence",
                                                        "This is another test sentence"}
+    assert list(mteb_rows(str(tasks.index(whole)))) == list(mteb_rows("0"))
+
+    old = mock_tasks.MockRetrievalTask()                   # as LEMBNarrativeQARetrieval
+    monkeypatch.setattr(old, "load_data", lambda: None)
+    old.queries, old.corpus, old.relevant_docs = ({"test": rows} for rows in (
+        {"q": "what is asked"}, {"d": "what is read"}, {"q": {"d": 1}}))
+    tasks.append(old)
+    assert {row["text"] for row in mteb_rows(str(len(tasks) - 1))} == {"what is asked"}
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
