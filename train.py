@@ -142,9 +142,9 @@ class TrainConfig:
 def stage_mask(cfg, step):
     """Return the mask of a step: causal, soft (PAPER Sec. 3.2, weak stage only), bidirectional.
 
-    DEVIATES: tau is the last step's number, as steps count from 0. So the first weak step has alpha
-    0 and the last one exactly 1. For comparison: "hard" is 1 from the
-    first step on, "causal" stays at 0 in stages 3 and 4.
+    DEVIATES: tau is the number of the last step, as steps count from 0. So the first weak step has
+    alpha 0 and the last one exactly 1. For comparison: "hard" is 1 from the first step on, "causal"
+    stays at 0 in stages 3 and 4.
     """
     if cfg.stage in ("pretrain", "sft") or cfg.schedule == "causal":
         return CAUSAL
@@ -392,7 +392,7 @@ def run_steps(state):
         for name in ("tokens", "truncated"):
             counters[name] += round(agreed[name] * world.size)
         log.step(step, batch, {"loss": float(loss), **stats}, data_seconds,
-                 {"alpha": stage_mask(cfg, step).alpha, "lr": lr_at(step, cfg),
+                 {"alpha": state.embedder.mask.alpha, "lr": lr_at(step, cfg),
                   "grad_norm": float(norm), **counters})
         if world.device.type == "cpu":
             memory.release_memory()
