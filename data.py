@@ -188,10 +188,8 @@ class Task:
         self.rows = Rows(files, kind, skip_bad=cfg.skip_bad_lines, world=world)
         self.size = cfg.batch_sizes.get(kind, cfg.batch_size)
         self.pool = self.passages = self.stream = None
-        own = self.rows.prompts                # instructions that rows name; "" is one, too
-        default = PROMPTS.get("retrieval" if kind == "pairs" else kind, "")
-        self.prompt = max(own, key=own.get) if own else default    # of rows that name none
-        self.prompts = own + Counter({self.prompt: len(self.rows) - own.total()})
+        self.prompt = PROMPTS.get("retrieval" if kind == "pairs" else kind, "")  # of rows without
+        self.prompts = self.rows.prompts + Counter({self.prompt: self.rows.bare})
         if self.rows.bad and world.is_main:
             tqdm.write(f"{kind}: {self.rows.bad:,} bad lines left out, {len(self.rows):,} taken")
         if cfg.stage == "embed_sup" and kind in MINED:

@@ -23,7 +23,7 @@ from engine.distributed import ALONE, together
 from engine.jsonl import atomic, is_whole, lines_of, parse_line, seal
 
 RANGE = 1 << 26                    # bytes of a file that one rank checks at a time
-PROMPTS = 100                      # different instructions that are counted
+PROMPTS = 100                      # instructions that are kept where rows carry very many
 
 
 def text_id(text):
@@ -102,7 +102,8 @@ class JsonlFile:
     """One file of `JsonlFiles`: its index, and its rows by number.
 
     `sha256` is the hash of the content: of more than 64 MB, that of the hashes of its parts. `bad`
-    is the number of lines that were left out, `prompts` a Counter of the rows' own prompts.
+    is the number of lines that were left out, `prompts` a Counter of the rows' own prompts, `bare`
+    the number of rows without one.
     """
 
     def __init__(self, path, parse, cache_dir, skip_bad, ids):
@@ -110,7 +111,7 @@ class JsonlFile:
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         stat = self.path.stat()
-        state = (f"5 {self.path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} "
+        state = (f"6 {self.path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} "
                  f"{parse.__name__} {skip_bad} {ids}")
         key = hashlib.sha256(os.fsencode(state)).hexdigest()[:24]
         self.index = Path(cache_dir) / f"{key}.idx"
@@ -137,7 +138,7 @@ class JsonlFile:
         """Check the lines that begin in range k -> columns, and what there is to say of them."""
         begin, end = k * RANGE, min((k + 1) * RANGE, self.plain.stat().st_size)
         columns = [array("q") for _ in range(5 if self.with_ids else 1)]
-        said, sha256 = {"bad": 0, "scored": 0, "prompts": Counter()}, hashlib.sha256()
+        said, sha256 = {"bad": 0, "scored": 0, "bare": 0, "prompts": Counter()}, hashlib.sha256()
         with open(self.plain, "rb") as file:
             end_of_text = _end_of_text(file)
             start = file.seek(max(begin - 1, 0))
@@ -172,29 +173,33 @@ class JsonlFile:
             columns[4].extend(text_id(text) for text in row["pos"] + row["neg"])
         if isinstance(row, dict):
             said["scored"] += "cosines" in row
-            _count(said["prompts"], row.get("prompt"), 1)
+            prompt = row.get("prompt")
+            said["bare"] += prompt is None
+            if prompt is not None:
+                _count(said["prompts"], prompt, 1)
 
     def _join(self, parts):
         """Return what to add to the columns of each part, and what to say of the file."""
         add, prompts, rows, ids = [], Counter(), 0, 0
-        bad, scored = (sum(said[key] for _, said in parts) for key in ("bad", "scored"))
+        sums = {key: sum(said[key] for _, said in parts) for key in ("bad", "scored", "bare")}
         for lengths, said in parts:
             add.append([0, 0, ids, 0, 0])
             rows, ids = rows + lengths[0], ids + sum(lengths[4:])
             for prompt, count in said["prompts"].items():
                 _count(prompts, prompt, count)
         if not rows:
-            raise ValueError(f"{self.path}: no usable line ({bad} bad ones)")
+            raise ValueError(f"{self.path}: no usable line ({sums['bad']} bad ones)")
         digests = [said["sha256"] for _, said in parts]
         whole = digests[0] if len(digests) == 1 else \
             hashlib.sha256("".join(digests).encode()).hexdigest()
-        return add, {"bad": bad, "scored": scored, "prompts": prompts, "sha256": whole,
+        return add, {**sums, "prompts": prompts, "sha256": whole,
                      "size": self.plain.stat().st_size}
 
     def open(self):
         """Map the index."""
         about, columns = read(self.index)
-        self.sha256, self.bad, self.scored = about["sha256"], about["bad"], about["scored"]
+        self.sha256, self.bad, self.scored, self.bare = (
+            about[key] for key in ("sha256", "bad", "scored", "bare"))
         self.prompts, self.offsets = Counter(about["prompts"]), columns[0]          # (rows,)
         if self.with_ids:          # of a row's texts: the first one's place, positives; all ids
             self.query_ids, self.first, self.n_pos, self.ids = columns[1:]
@@ -226,8 +231,12 @@ def _end_of_text(file):
 
 
 def _count(prompts, prompt, count):
-    if prompt is not None and (prompt in prompts or len(prompts) < PROMPTS):
-        prompts[prompt] += count
+    """Count an instruction; whenever there are very many, all but the most frequent go."""
+    prompts[prompt] += count
+    if len(prompts) > 10 * PROMPTS:
+        frequent = prompts.most_common(PROMPTS)
+        prompts.clear()
+        prompts.update(dict(frequent))
 
 
 # ---------------------------------------------------------------- several files
@@ -263,7 +272,7 @@ class JsonlFiles:
         for file in self.files:
             file.open()
         self.ends = np.cumsum([len(file) for file in self.files])
-        self.bad = sum(file.bad for file in self.files)
+        self.bad, self.bare = (sum(getattr(f, key) for f in self.files) for key in ("bad", "bare"))
         self.is_scored = sum(file.scored for file in self.files) == len(self)
         self.prompts = sum((file.prompts for file in self.files), Counter())
 

@@ -134,13 +134,15 @@ def test_a_contrastive_batch_holds_queries_positives_and_present_negatives(token
     t.pool = HardNegativePool([[1], []], 2)
     order = data.shuffled(np.arange(2), 2, 0).tolist()
     batch = t.batch(0)
-    texts = ["over\nthe", "over\nlazy"] if order == [0, 1] else ["over\nlazy", "over\nthe"]
+    texts = ["Find\nthe", "over\nlazy"][::1 if order == [0, 1] else -1]    # "Find": no own prompt
     positives = ["fox", "dog"] if order == [0, 1] else ["dog", "fox"]
     assert texts_of(batch, tokenizer) == texts + positives + ["dog"]
     assert batch.positive_ids.tolist() == [data.text_id(text) for text in positives]
     assert batch.negative_ids[order.index(0)].tolist() == [data.text_id("dog"), -1]
     assert batch.negative_ids[order.index(1)].tolist() == [-1, -1]
-    assert batch.skip == [len(tokenizer.encode("over\n"))] * 2 + [0] * 3
+    skip = [len(tokenizer.encode(text)) for text in ("Find\n", "over\n")]
+    assert batch.skip == [skip[i] for i in order] + [0] * 3
+    assert t.prompts == {"Find": 1, "over": 1}
     assert batch.rows.tolist() == order
 
 
