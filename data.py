@@ -254,9 +254,13 @@ class Task:
             texts = texts + [self.passages.text(p) for p in present]
             ids = torch.full(negatives.shape, -1, dtype=torch.int64)
             ids[negatives >= 0] = torch.from_numpy(self.passages.ids(present))
-        limits = [self.cfg.query_len] * len(queries)
-        limits += [self.cfg.passage_len] * (len(texts) - len(queries))
+        cfg = self.cfg
+        limits = [cfg.query_len] * len(queries) + [cfg.passage_len] * (len(texts) - len(queries))
         skip = [prompt_length(self.tokenizer, prompt) for prompt, *_ in triples]
+        if max(skip) > cfg.query_len - 2:
+            raise ValueError(f"the instruction {triples[int(np.argmax(skip))][0]!r} takes "
+                             f"{max(skip)} tokens and leaves a query none; query_len is "
+                             f"{cfg.query_len}")
         known = [self.passages.positive_ids(int(i)) if self.passages else
                  [text_id(pos) for pos in self.rows[int(i)]["pos"]] for i in indices]
         return Batch.of(self.kind, texts, limits, self.tokenizer, indices, negative_ids=ids,

@@ -136,7 +136,7 @@ class HardNegativePool:
         return {name: getattr(self, name).clone() for name in self.STATE}
 
     def load_state_dict(self, state):
-        """Take over a state. Raises ValueError if it belongs to another pool."""
+        """Take over a state. Raises ValueError if its shape is another pool's."""
         if state["slots"].shape != self.slots.shape:
             raise ValueError(f"the pool's state has {tuple(state['slots'].shape)} (queries, "
                              f"negatives), this pool {tuple(self.slots.shape)}")

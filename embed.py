@@ -14,6 +14,7 @@ an embedding is an embedding (MRL), once it is normalised again.
 import argparse
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -152,18 +153,19 @@ def load_index(embedder, corpus):
     """Return (rows, vectors) of a collection's documents; the vectors are cached.
 
     The cache lies beside the checkpoint (of an export: in its folder). Its name carries the hashes
-    of model and corpus: when either changes, it is built anew.
+    of the file's place, and of model and content: when either changes, it is built anew.
     """
     path = Path(corpus) if Path(corpus).is_file() else find_packed(Path(corpus) / "corpus.jsonl")
     rows, where = list(read_with_ids(path)), embedder.checkpoint
-    settings = f"{INDEX_VERSION} {embedder.dtype} {embedder.max_len}"
-    content = hashlib.sha256(settings.encode() + path.read_bytes())
+    settings = f"{INDEX_VERSION} {embedder.dtype} {embedder.max_len} {embedder.fingerprint()}"
+    place, content = (hashlib.sha256(x).hexdigest()[:16] for x in (
+        os.fsencode(path.resolve()), settings.encode() + path.read_bytes()))
     folder = where if (where / EXPORTED).is_file() else where.parent
-    cache = folder / f"index-{embedder.fingerprint()}-{content.hexdigest()[:16]}.npy"
+    cache = folder / f"index-{place}-{content}.npy"
     if not cache.is_file():
         print(f"embedding {len(rows):,} documents of {path} once", file=sys.stderr)
         vectors = embedder.encode([document_text(row) for row in rows], show_progress_bar=True)
-        for old in folder.glob("index-*.npy"):
+        for old in folder.glob(f"index-{place}-*.npy"):
             old.unlink()
         with atomic(cache, "wb") as file:
             np.save(file, vectors)

@@ -376,8 +376,9 @@ def validation_loss(state):
     else:
         dev = load_collection(folder / "dev")
         body = {row["id"]: document_text(row) for row in dev.corpus}
-        rows = [(state.prompts["retrieval"], query["text"], body[max(dev.qrels[query["id"]])])
-                for query in dev.queries[:VALIDATION_TEXTS]]
+        best = {query: max(judged, key=judged.get) for query, judged in dev.qrels.items()}
+        rows = [(state.prompts["retrieval"], query["text"], body[best[query["id"]]])
+                for query in dev.queries if query["id"] in best][:VALIDATION_TEXTS]
     total = count = 0
     for i in range(0, len(rows), 50):
         batch = data.sft_batch(rows[i:i + 50], range(i, i + 50), state.tokenizer, cfg.passage_len)

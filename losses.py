@@ -80,14 +80,17 @@ def false_negatives(query_ids, positive_ids, negative_ids=None, known_ids=None):
     """Return (B, M) bool: candidates that answer the query of the row, and empty places.
 
     query_ids, positive_ids: (B,), negative_ids: (B, N), known_ids: (B, P), int64; equal ids are
-    equal texts, and -1 marks an empty place. A candidate is no negative of a query if it equals the
-    query's positive, is in its known_ids, or is the positive of an equal query.
+    equal texts, and -1 marks an empty place. A candidate is no negative of a query if it is in its
+    known_ids, or equals the positive of an equal query, its own among them.
     """
-    others = gather_with_grad(query_ids)                                    # (W * B,)
+    def pair(query, text):                         # int64 wraps around: one number for both
+        return query * 0x5851F42D4C957F2D + text
+
+    others, answers = gather_with_grad(query_ids), gather_with_grad(positive_ids)       # (W * B,)
     placed = positive_ids[:0] if negative_ids is None else negative_ids.flatten()
-    candidates = torch.cat([gather_with_grad(positive_ids), gather_with_grad(placed)])      # (M,)
-    wrong = (candidates == positive_ids[:, None]) | (candidates == -1)
-    wrong[:, :len(others)] |= others == query_ids[:, None]
+    candidates = torch.cat([answers, gather_with_grad(placed)])             # (M,)
+    wrong = torch.isin(pair(query_ids[:, None], candidates), pair(others, answers))     # (B, M)
+    wrong |= candidates == -1
     for known in [] if known_ids is None else known_ids.T:                  # (B,)
         wrong |= candidates == known[:, None]
     own = own_positives(len(query_ids), wrong.device)

@@ -18,6 +18,7 @@ An interrupted stage resumes exactly where it stopped.
 import contextlib
 import copy
 import dataclasses
+import gc
 import importlib.util
 import json
 import math
@@ -38,7 +39,7 @@ from configurator import ConfigError
 from embed import Embedder
 from engine import budget, checkpoint, distributed, kernels, memory, report, run
 from engine.jsonl import atomic
-from engine.microbatch import two_pass
+from engine.microbatch import backward, two_pass
 from engine.order import shuffled, task_of_step
 from eval import evaluate_stage, lexical_scores, validation_loss
 from lora import add_lora, merged_state_dict
@@ -192,7 +193,7 @@ def step_loss(model, batch, cfg, step):
         with no_sync() if i < len(chunks) - 1 else contextlib.nullcontext():
             share = int((targets != -100).sum()) / max(count, 1)
             loss = model(ids, lengths, mask, targets) * share
-            loss.backward()
+            backward(loss)
         total += loss.detach()
     return total, None
 
@@ -226,11 +227,12 @@ def prepare(cfg):
         raise ValueError(f"data: there is no folder {cfg.data}; `python -m tools.sets` makes one")
 
 
-def finished(cfg, world):
-    """Return the checkpoint of a finished stage, else None; refuse other settings, other data."""
+def finished(cfg, world, before):
+    """Return the checkpoint of a finished stage, else None; refuse other settings, data or base."""
     where = run.finished(cfg) if cfg.resume else None
     if where:
         run.check_data(data.hashes(cfg, world), where)
+        run.check_before(before, where)
     return where
 
 
@@ -291,6 +293,7 @@ def start(cfg, world, where, before):
     hashes = data.hashes(cfg, world)
     if where:
         run.check_data(hashes, where)
+        run.check_before(before, where)
     if source:
         meta = run.read_meta(source)
         shape = dataclasses.asdict(cfg.model_config())
@@ -306,7 +309,7 @@ def start(cfg, world, where, before):
                          f"{cfg.vocab_size}")
     torch.manual_seed(cfg.seed)
     state = run.State(cfg, world, tokenizer, distributed.matmul_dtype(cfg.dtype, world.device),
-                      hashes)
+                      hashes, run.weights_hash(before))
     build_model(state, weights)
     state.tasks = data.build_tasks(cfg, tokenizer, world)
     state.prompts = prompts | data.prompts_of(state.tasks)
@@ -440,9 +443,10 @@ def main(argv=None):
         world.on_main(lambda: prepare(cfg))
         done, trained = None, False
         for stage in configs:
-            before, done = done, finished(stage, world)
+            before, done = done, finished(stage, world, done)
             if not done:
                 done, trained = train(stage, world, before), True
+                gc.collect()                       # else a card may hold two stages at a time
         if world.is_main:
             bm25 = {"BM25": lexical_scores(cfg)} if data.uses_folder(cfg) else {}
             report.summarise(cfg, STAGES, bm25, (time.perf_counter() - began) / 60, trained)

@@ -121,10 +121,10 @@ def verify(path):
 
     Raises: CorruptCheckpoint naming the file and what is wrong with it.
     """
-    entries = _read_manifest(path)
-    for name, entry in entries.items():
+    listed = entries(path)
+    for name, entry in listed.items():
         _check(Path(path) / name, entry)
-    return entries
+    return listed
 
 
 def load(path, name):
@@ -135,11 +135,11 @@ def load(path, name):
     CorruptCheckpoint if it is damaged or holds more than tensors and plain Python values,
     ValueError if the checkpoint has no such file.
     """
-    entries = _read_manifest(path)
-    if name not in entries:
-        raise ValueError(f"{path} has no {name}, only {', '.join(entries)}")
+    listed = entries(path)
+    if name not in listed:
+        raise ValueError(f"{path} has no {name}, only {', '.join(listed)}")
     file = Path(path) / name
-    _check(file, entries[name])
+    _check(file, listed[name])
     if not name.endswith(".pt"):
         return file.read_bytes()
     try:
@@ -202,19 +202,20 @@ def _manifest_text(entries):
     return json.dumps({"format": 1, "files": entries}, indent=1, sort_keys=True) + "\n"
 
 
-def _read_manifest(path):
+def entries(path):
+    """Return {file: {"size", "sha256"}} of a checkpoint's manifest, unverified."""
     file = Path(path) / MANIFEST
     try:
         text = file.read_bytes().decode()
-        entries = json.loads(text)["files"]
-        if text != _manifest_text(entries):  # so that no flipped byte of it goes unseen
+        listed = json.loads(text)["files"]
+        if text != _manifest_text(listed):  # so that no flipped byte of it goes unseen
             raise ValueError("not as it was written")
-        for name, entry in entries.items():
+        for name, entry in listed.items():
             if not FILE_NAME.fullmatch(name) or entry.keys() != {"size", "sha256"}:
                 raise ValueError(f"refused entry {name!r}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpoint(f"{file}: no valid manifest: {error}") from error
-    return entries
+    return listed
 
 
 def _check(path, entry):

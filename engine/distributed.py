@@ -236,8 +236,9 @@ def compile_blocks(model, backend="inductor"):
     """Compile the blocks of a model in place, for any number of tokens; weights keep their names.
 
     All blocks share one piece of machine code. The kernels keep attention out of it, since its
-    shapes change with every batch.
+    shapes change with every batch. A block is small enough for DDP: it is not cut further.
     """
+    torch._dynamo.config.optimize_ddp = False
     for block in model.layers:
         block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
 

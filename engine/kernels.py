@@ -145,9 +145,10 @@ def prepare(lengths, mask, x):
 
 
 def takes_packed_texts(device, dtype, mask):
-    """Tell whether flash attention can do it: 16 bits on CUDA, and no logits * M."""
+    """Tell whether flash attention can do it: 16 bits, Ampere or newer, and no logits * M."""
     return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-            and (mask.is_full or mask.apply == "weights"))
+            and (mask.is_full or mask.apply == "weights")
+            and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def attention(q, k, v, texts):
@@ -176,8 +177,11 @@ def block_attention(q, k, v, group, mask):
         and q.numel() > SMALL
     if group.weights is not None or plain:
         return explicit_attention(q, k, v, group.bias, mask.is_causal, group.weights)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=group.bias, enable_gqa=True,
-                                          is_causal=mask.is_causal and q.shape[2] > 1)
+    if q.is_cuda and q.dtype == torch.float32:     # SDPA's kernels take no groups in float32
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=group.bias, enable_gqa=k.shape[1] < q.shape[1],
+        is_causal=mask.is_causal and q.shape[2] > 1)
 
 
 def explicit_attention(q, k, v, bias=None, is_causal=False, weights=None):

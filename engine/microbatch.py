@@ -13,6 +13,12 @@ import contextlib
 import torch
 
 
+def backward(loss):
+    """Call loss.backward() outside of autocast: what ran in float32 has its gradient in float32."""
+    with torch.autocast(loss.device.type, enabled=False):
+        loss.backward()
+
+
 def two_pass(encode, chunks, loss_fn, no_sync=contextlib.nullcontext):
     """Backpropagate a loss over the embeddings of all chunks; return (loss detached, rest).
 
@@ -22,14 +28,15 @@ def two_pass(encode, chunks, loss_fn, no_sync=contextlib.nullcontext):
     """
     if len(chunks) == 1:
         loss, rest = loss_fn(encode(chunks[0]).float())
-        loss.backward()
+        backward(loss)
         return loss.detach(), rest
     with torch.no_grad():
         parts = [encode(chunk) for chunk in chunks]
     whole = torch.cat(parts).float().requires_grad_()
     loss, rest = loss_fn(whole)
-    grads = torch.autograd.grad(loss, whole)[0].split([len(part) for part in parts])
+    backward(loss)
+    grads = whole.grad.split([len(part) for part in parts])
     for i, (chunk, grad) in enumerate(zip(chunks, grads)):
         with no_sync() if i < len(chunks) - 1 else contextlib.nullcontext():
-            (encode(chunk).float() * grad).sum().backward()
+            backward((encode(chunk).float() * grad).sum())
     return loss.detach(), rest

@@ -64,9 +64,9 @@ class Exact:
 
     def _product(self, queries, block):
         """Return the float32 cosines (chunk, b) of some queries and a loaded block of passages."""
-        queries = self._load(queries)
+        queries = self._load(queries).to(block.dtype)      # either may lie in 16 bits, alone
         if block.is_cuda and block.dtype == torch.float16:
-            return torch.mm(queries.to(block.dtype), block.T, out_dtype=torch.float32)
+            return torch.mm(queries, block.T, out_dtype=torch.float32)
         return queries @ block.T
 
     def cosines(self, queries, numbers):

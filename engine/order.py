@@ -15,6 +15,11 @@ def mix(x, key):
         return x ^ (x >> np.uint64(31))
 
 
+def key_of(seed):
+    """Return a seed's key for `mix`. Near seeds have far keys: epoch 1 of seed 0 is no other's."""
+    return seed * 0xD1342543DE82EF95 % 2 ** 64
+
+
 def shuffled(positions, n, seed):
     """Map endless positions (int64 array) to example indices: each epoch is a permutation of n.
 
@@ -25,7 +30,7 @@ def shuffled(positions, n, seed):
     epoch, x = positions // np.uint64(n), positions % np.uint64(n)
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     low = np.uint64((1 << half) - 1)
-    key = mix(epoch, seed)
+    key = mix(epoch, key_of(seed))
     beyond = np.ones(x.shape, dtype=bool)
     while beyond.any():
         left, right = x >> np.uint64(half), x & low
@@ -46,5 +51,5 @@ def task_of_step(steps, weights, seed):
 
 def choice(n, seed, epoch, row):
     """Return one of 0 .. n - 1 for a row, drawn anew in each epoch."""
-    key = int(mix([epoch], seed)[0])
+    key = int(mix([epoch], key_of(seed))[0])
     return int(mix([row], key)[0] % np.uint64(n))

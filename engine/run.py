@@ -51,6 +51,7 @@ class State:
     tokenizer: object
     dtype: str
     hashes: dict                   # {kind: {data file: SHA-256}}
+    before: str = ""               # SHA-256 of the weights that the first step started from
     model: object = None           # the model itself
     wrapped: object = None         # the model as its ranks train it
     optimizer: object = None
@@ -71,6 +72,9 @@ def check_values(cfg, tasks):
     if max(cfg.query_len, cfg.passage_len) > cfg.block_size:
         raise ValueError(f"query_len {cfg.query_len} and passage_len {cfg.passage_len} must not "
                          f"exceed block_size {cfg.block_size}")
+    if cfg.query_len > cfg.passage_len:
+        raise ValueError(f"query_len {cfg.query_len} exceeds passage_len {cfg.passage_len}, to "
+                         "which search and evaluation cut every text")
     if cfg.lora_rank and cfg.parallel == "fsdp":
         raise ValueError(f"lora_rank {cfg.lora_rank} needs parallel ddp or zero1: fsdp's bfloat16 "
                          "shards would round what adapters add to a weight away")
@@ -93,10 +97,12 @@ def chain(cls, argv):
     that an earlier stage's file makes holds for the later ones: the model's shape is written once.
     Flags, and config files after the first, are handed to the earlier stages where they are shared.
     """
-    files, flags = split_args(argv)
+    files, _ = split_args(argv)
     stages = [read_settings(cls, argv)]
-    handed = read_settings(cls, [*files[1:], *flags.values()])
-    seen = files[:1]
+    rest, seen = list(argv), files[:1]
+    if files:
+        rest.remove(files[0])                      # of this stage alone
+    handed = read_settings(cls, rest)
     while path := stages[0].get("previous", ""):
         if path in seen:
             raise ConfigError(f"{path}: previous leads back to it")
@@ -164,6 +170,19 @@ def check_data(hashes, where):
                          "--resume=false")
 
 
+def weights_hash(where):
+    """Return the SHA-256 of a checkpoint's weights, "" for random ones (None)."""
+    return checkpoint.entries(where)["model.pt"]["sha256"] if where else ""
+
+
+def check_before(before, where):
+    """Raise ValueError if the stage before was trained anew since a checkpoint started from it."""
+    if read_meta(where).get("before", "") not in ("", weights_hash(before)):
+        raise ValueError(f"{where} started from other weights than {before or 'random ones'} has "
+                         "now. Choose another --out, or start this stage afresh with "
+                         "--resume=false")
+
+
 # ---------------------------------------------------------------- saving and resuming
 
 def save(state, step):
@@ -201,7 +220,7 @@ def meta_of(state, step):
     return {"model": dataclasses.asdict(cfg.model_config()), "train": dataclasses.asdict(cfg),
             "mask": dataclasses.asdict(state.embedder.mask), "passage_len": cfg.passage_len,
             "step": step, "prompts": state.prompts, "data": state.hashes,
-            "versions": versions()}
+            "before": state.before, "versions": versions()}
 
 
 def restore(state, saved):
@@ -236,7 +255,7 @@ def skip_step(state, step, batch, loss, norm, most=10):
     state.counters["skipped"] += 1
     state.counters["in_a_row"] += 1
     path = state.cfg.run_dir / f"nonfinite_step{step}_rank{state.world.rank}.pt"
-    torch.save(dataclasses.asdict(batch) | {"rows": batch.rows.tolist()}, path)
+    torch.save(dataclasses.asdict(batch.to("cpu")) | {"rows": batch.rows.tolist()}, path)
     text = (f"step {step}, task {batch.task}: loss {loss}, gradient norm {norm}; skipped, the "
             f"batch is in {path}")
     if state.counters["in_a_row"] >= most:

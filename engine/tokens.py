@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.distributed import ALONE, together
 from engine.jsonl import atomic, is_whole, seal
-from engine.order import mix, shuffled
+from engine.order import key_of, mix, shuffled
 
 DOCUMENTS = 65_536                 # of a shard
 OPEN = 256                         # shards that a rank maps at a time, each an open file
@@ -52,7 +52,8 @@ class TokenStream:
         if n < 1:
             raise ValueError(f"{len(self)} tokens of text are too few for blocks of {block}")
         place = shuffled(positions, n, self.seed)
-        shift = mix(np.asarray(positions, dtype=np.uint64) // np.uint64(n), self.seed + 1)
+        shift = mix(np.asarray(positions, dtype=np.uint64) // np.uint64(n),
+                    key_of(self.seed) + 1)
         starts = place * block + (shift % np.uint64(block)).astype(np.int64)
         return np.stack([self.read(s, s + block + 1) for s in starts.tolist()])
 

@@ -143,8 +143,12 @@ def cells_lines(table):
     lines = [head, "", *markdown(rows), ""]
     if changes:
         lines += [*markdown(changes), ""]
-    for name, lm in table.get("language_models", {}).items():
-        lines += [f"- {name}: {lm['tokens'] / 1e6:.1f}M tokens, loss {lm['loss']:.2f} on dev."]
+    models = table.get("language_models", {})
+    numbers = {name: int(name.partition("-")[0].removeprefix("lm")) for name in models}
+    for name, lm in models.items():
+        own = [str(s) for s in table["seeds"] if s % len(set(numbers.values())) == numbers[name]]
+        lines += [f"- {name}, of seeds {', '.join(own)}: {lm['tokens'] / 1e6:.1f}M tokens, loss "
+                  f"{lm['loss']:.2f} on dev."]
     return lines
 
 
@@ -196,7 +200,9 @@ def results_page(tables, folder):
     path = Path(folder) / "conclusions.md"
     lines = ["# Results", "", path.read_text("utf-8").strip() if path.is_file() else
              "*No conclusion recorded yet.*", "",
-             "`python -m experiments.results` generates this page from `results/`.", ""]
+             "`python -m experiments.results` generates this page from `results/`.",
+             "Intervals take seeds for independent, also where some share a language model.",
+             "Where nothing differs, one difference in twenty is bold all the same.", ""]
     for name, table in tables.items():
         lines += [f"## {table.get('title', name.replace('_', ' ').capitalize())}", ""]
         lines += [*lines_of(table), ""]

@@ -10,6 +10,7 @@ import random
 import socket
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -216,8 +217,15 @@ def free_port():
         return free.getsockname()[1]
 
 
+def needs_no_gpu():
+    """Skip a test of forks where a GPU is seen: there torch refuses backward passes in a fork."""
+    if torch.cuda.is_available():
+        pytest.skip("forks: run CUDA_VISIBLE_DEVICES= pytest")
+
+
 def on_ranks(size, work, *args):
     """Call `work(world, *args)` on `size` ranks, forks of this process; an error there raises."""
+    needs_no_gpu()
     mp.start_processes(_rank, (size, free_port(), work, args), nprocs=size, start_method="fork")
 
 

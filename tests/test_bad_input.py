@@ -215,7 +215,8 @@ BAD_SETTINGS = {
     "--resume=perhaps": "resume takes bool", "--pooling=max": "pooling takes",
     "--n_head=7": "n_embd 128 must be n_head 7 times", "--n_kv_head=3": "multiple of n_kv_head 3",
     "--dims=0": "dims (0,) must lie in", "--dims=769": "dims (769,) must lie in",
-    "--query_len=2000": "must not exceed block_size", "--block_size=0": "block_size 0",
+    "--query_len=2000": "must not exceed block_size",
+    "--query_len=65": "query_len 65 exceeds passage_len 64", "--block_size=0": "block_size 0",
     "--task_weights=sts:-1": "values must be at least 0", "--task_weights=nli:1": "tasks are",
     "--batch_sizes=sts:0": "values must be at least 1", "--task_weights=sts:inf": "and finite",
     "--batchsize=3": "nearest is 'batch_size'", "steps=3": "neither", "no.py": "no such config"}

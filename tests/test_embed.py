@@ -194,6 +194,8 @@ def test_the_index_is_built_anew_when_model_or_corpus_changes(
     monkeypatch.setattr(embed, "INDEX_VERSION", embed.INDEX_VERSION + 1)
     load_index(Embedder(other, "cpu"), corpus)
     assert len(list(other.glob("index-*"))) == 1                    # and the old one is gone
+    load_index(Embedder(other, "cpu"), write_corpus(tmp_path / "more"))
+    assert len(list(other.glob("index-*"))) == 2                    # each corpus has its own
 
 
 def command(monkeypatch, *argv):

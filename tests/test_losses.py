@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import losses
 from losses import cosent_loss, info_nce, matryoshka
+from ranks import needs_no_gpu
 from tiny import nce
 
 # two queries along the axes; p1 lies on q1, p2 is at cosine 0.6 to q1 and 0.8 to q2
@@ -138,7 +139,7 @@ def test_masking_equals_leaving_the_candidate_out():
                   positive_ids=torch.tensor([10, 11, 12, 11]), negative_ids=negative_ids)
     cos = F.cosine_similarity(q[:, None], torch.cat([p, h.reshape(8, 6)])[None], dim=-1) / 0.2
     # candidates 0..3 are the positives; 4 + 2 i + k is negative k of query i
-    out = {0: [2], 1: [3, 6], 2: [0, 9], 3: [1, 6]}
+    out = {0: [2, 9], 1: [3, 6], 2: [0, 9], 3: [1, 6]}    # 9 is an answer of query 0's twin
     want = [softmax_loss(float(cos[i, i]), *(float(cos[i, m]) for m in range(12)
                                              if m != i and m not in out[i])) for i in range(4)]
     assert loss.item() == pytest.approx(sum(want) / 4, abs=1e-5)
@@ -343,6 +344,7 @@ def worker(rank, folder):
 
 def test_two_ranks_are_one_batch(tmp_path):
     """DDP averages the gradients of the ranks: each must be twice that of the one big batch."""
+    needs_no_gpu()
     mp.start_processes(worker, (tmp_path,), nprocs=2, start_method="fork")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     loss, scores, grads = step(slice(0, 6))

@@ -391,6 +391,19 @@ def test_the_same_data_elsewhere_is_the_same_data(interrupted, tmp_path):
     assert sorted(log(tmp_path / "moved/out", "embed_weak")) == list(range(1, STEPS + 1))
 
 
+def test_a_stage_whose_base_was_trained_anew_is_refused(rows, whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    where = checkpoint.latest(out / "pretrain")
+    files = {name: checkpoint.load(where, name) for name in checkpoint.entries(where)}
+    files["model.pt"] = {name: 2 * p for name, p in files["model.pt"].items()}
+    checkpoint.save(out / "pretrain", STEPS, files)
+    for stage in ("sft", "embed_sup"):
+        with pytest.raises(SystemExit, match="sft/step_000006 started from other weights than "
+                                             ".*pretrain/step_000006 has now"):
+            train.main(chain_arguments(rows, stage, out))
+
+
 def test_a_finished_stage_whose_data_changed_is_not_taken_for_the_next(rows, whole, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole, out)

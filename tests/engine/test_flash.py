@@ -194,7 +194,8 @@ def test_a_model_on_packed_texts_is_the_model_on_groups(plain_kernels, monkeypat
         assert relative(a, b) < 1e-6                           # pooling is in float32
 
 
-def test_16_bits_on_cuda_are_packed_and_nothing_else():
+def test_16_bits_on_cuda_are_packed_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)     # Ampere or newer
     multiplied = MaskSpec(0.3, apply="logits")
     for kind, dtype, mask, packed in (
             ("cuda", torch.bfloat16, FULL, True), ("cuda", torch.float16, CAUSAL, True),
@@ -202,6 +203,8 @@ def test_16_bits_on_cuda_are_packed_and_nothing_else():
             ("cpu", torch.bfloat16, FULL, False), ("cuda", torch.bfloat16, multiplied, False),
             ("cuda", torch.bfloat16, MaskSpec(1.0, apply="logits"), True)):
         assert kernels.takes_packed_texts(torch.device(kind), dtype, mask) is packed
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert not kernels.takes_packed_texts(torch.device("cuda"), torch.bfloat16, FULL)
 
 
 # ---------------------------------------------------------------- the kernels themselves

@@ -21,7 +21,8 @@ import torch
 
 import train
 from engine import checkpoint
-from ranks import (ROOT, STEPS, assert_same_run, chain_arguments, free_port, log, stages_before)
+from ranks import (ROOT, STEPS, assert_same_run, chain_arguments, free_port, log,
+                   needs_no_gpu, stages_before)
 
 KILLS = 20                             # of each stage, by the slow group
 EVERY = "--save_every=1"
@@ -75,6 +76,7 @@ def start(rows, stage, out, *more, ranks=1, dies=None, launcher=()):
 
 def live(rows, stage, out, *more, dies=0, rank=0, size=1, port=0):
     """Start a fork that trains a stage, perhaps as one of many ranks; return its process id."""
+    needs_no_gpu()
     pid = os.fork()
     if pid:
         return pid

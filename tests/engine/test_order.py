@@ -20,6 +20,16 @@ def test_order_is_a_pure_function_of_position():
     assert (shuffled(np.arange(500), 120, seed=4) != whole).any()
 
 
+def test_near_seeds_share_no_epoch():
+    """A key of seed + epoch would make epoch 1 of seed 0 epoch 0 of seed 1."""
+    epochs = {tuple(epoch) for seed in range(5)
+              for epoch in shuffled(np.arange(600), 60, seed).reshape(10, 60).tolist()}
+    assert len(epochs) == 50
+    draws = {tuple(choice(5, seed, epoch, row) for row in range(20))
+             for seed in range(5) for epoch in range(5)}
+    assert len(draws) == 25
+
+
 def test_a_billion_rows_need_no_list_of_them():
     far = shuffled([0, 1, 10 ** 12, 10 ** 12 + 1], 10 ** 9 + 7, seed=0)
     assert len(set(far.tolist())) == 4 and (far >= 0).all() and (far < 10 ** 9 + 7).all()

@@ -66,6 +66,18 @@ def trained(kind, dtype):
     return losses, torch.nn.functional.normalize(vectors, dim=1)
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_gradient_of_a_loss_is_float32(parts):
+    """Backward under autocast would round what the loss computed in float32."""
+    grads = []
+    for enabled in (False, True):
+        x = torch.randn(12, 40, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            two_pass(lambda part: 1.0 * part, x.split(12 // parts), nce)
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize("kind", ["text", "pairs"])
 def test_bfloat16_ends_where_float32_does(kind):
     (exact, vectors), (rough, near) = (trained(kind, dtype) for dtype in ("float32", "bfloat16"))

@@ -69,6 +69,14 @@ def test_each_family_of_configs_writes_its_shape_once(family):
         assert not [key for key in runs.MODEL if f"\n{key} =" in text]
 
 
+def test_the_later_word_wins_for_earlier_stages_too(tmp_path):
+    (tmp_path / "x.py").write_text("seed = 2\n")
+    for argv, seed in (([str(tmp_path / "x.py"), "--seed=1"], 1),
+                       (["--seed=1", str(tmp_path / "x.py")], 2)):
+        configs = runs.chain(train.TrainConfig, ["config/embed_sup.py", *argv])
+        assert [cfg.seed for cfg in configs] == [seed] * 4
+
+
 def test_settings_are_classified_by_names_that_exist():
     names = {field.name for field in dataclasses.fields(train.TrainConfig)}
     for group in (runs.MODEL, runs.DATA, runs.PATHS, runs.MACHINE, runs.SHARED_BY_STAGES,

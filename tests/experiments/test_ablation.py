@@ -237,10 +237,10 @@ def test_the_claims_are_read_from_the_same_cells(cfg, monkeypatch):
     assert [row["Rank of M, start"] for row in (hard, soft, causal)] == [1, 32, 32]
     assert soft["Rank of M, end"] == 1 < soft["Rank of M, half"] < 32
     assert hard["LM loss before"] == soft["LM loss before"]
-    monkeypatch.setattr(ablation, "VISITS", 2)
+    monkeypatch.setattr(ablation, "PARTS", 2)
     fixed, _, _, last = (row["0"] for row in command(cfg, "sec34")["cells"].values())
     assert fixed["Replaced in a step"] == 0 and "CLR: Replaced in a step" not in fixed
-    assert "S, visit 2" in last and "CLR: S, visit 2" in last
+    assert "S, part 2" in last and "CLR: S, part 2" in last
 
 
 @pytest.mark.slow
