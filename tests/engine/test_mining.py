@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine import mining
-from engine.mining import mine
+from engine.mining import Exact, mine
 from ranks import on_ranks
 
 EYE = np.eye(4, dtype=np.float32)
@@ -50,10 +50,15 @@ def test_mining_where_every_passage_is_a_positive():
     assert mine(np.ones((0, 1), np.float32), one, [], 3)[0].shape == (0, 3)
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("block", [7, 65_536])
 @pytest.mark.parametrize("seed", range(4))
-def test_blocks_give_the_plain_search_ties_by_number(monkeypatch, block, seed):
-    """Small whole numbers as vectors: sums are exact, and many scores are equal."""
+def test_blocks_give_the_plain_search_ties_by_number(monkeypatch, device, block, seed):
+    """Small whole numbers as vectors: sums are exact in 16 bits too, and many scores are equal."""
     monkeypatch.setattr(mining, "BLOCK", block)
     monkeypatch.setattr(mining, "CHUNK", 8)
     rng = np.random.default_rng(seed)
@@ -67,9 +72,10 @@ def test_blocks_give_the_plain_search_ties_by_number(monkeypatch, block, seed):
         assert np.array_equal(pool, plain(queries, passages, positives, depth, given, n_given))
         exact = np.take_along_axis(queries @ passages.T, pool.clip(min=0), 1)
         assert np.array_equal(scores, np.where(pool < 0, 0, exact))
-        half = mine(queries, passages.astype(np.float16), positives, depth, given=given,
-                    n_given=n_given)[0]
-        assert np.array_equal(half, pool)          # such numbers are exact in 16 bits, too
+        for left, right in (("f4", "f2"), ("f2", "f4"), ("f2", "f2")):     # either may be large
+            half = mine(queries.astype(left), Exact(passages.astype(right), device), positives,
+                        depth, given=given, n_given=n_given)[0]
+            assert np.array_equal(half, pool)
 
 
 def test_of_equal_scores_the_lower_column_is_taken():
