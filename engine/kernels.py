@@ -65,7 +65,12 @@ class Layout:
     MIN_FILL = 0.85                # shortest / longest text of a group, apart from two tokens
 
     def __init__(self, lengths, mask, device, dtype):
-        lengths = torch.tensor(lengths)
+        lengths, self.is_dense = torch.tensor(lengths), len(lengths) == 1
+        if self.is_dense:                              # a single query has little time to lose
+            is_token = torch.ones(1, int(lengths), dtype=torch.bool)
+            formed = form_mask(mask, lengths, is_token, device, dtype)
+            self.mask, self.groups = mask, [Group(tuple(is_token.shape), *formed)]
+            return
         starts = lengths.cumsum(0) - lengths                                # (B,)
         order = torch.argsort(lengths, descending=True, stable=True)
         self.mask, self.groups, tokens, real = mask, [], [], []
@@ -216,7 +221,18 @@ def fused_rms_norm(x, weight, eps):
 
 def rms_norm(x, weight, eps):
     """Return `fused_rms_norm`; on a CPU the gradient of torch's own takes ten times as long."""
-    return _RMSNorm.apply(x.float(), weight.float(), eps).to(matmul_dtype(x))
+    return called(_RMSNorm, x.float(), weight.float(), eps).to(matmul_dtype(x))
+
+
+FORGETFUL = SimpleNamespace(save_for_backward=lambda *_: None)
+
+
+def called(function, *args):
+    """Return `function.apply(*args)`, without a gradient by its forward pass alone.
+
+    The way through autograd would be a tenth of a short query's time.
+    """
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(FORGETFUL, *args)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -238,7 +254,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rope(x, cos, sin):
     """Return `model.rope`, computed in the dtype of x; the gradient is the rotation back."""
-    return _Rope.apply(x, cos, sin)
+    return called(_Rope, x, cos, sin)
 
 
 class _Rope(torch.autograd.Function):
@@ -260,7 +276,7 @@ class _Rope(torch.autograd.Function):
 
 def swiglu(gate, up):
     """Return `model.swiglu`; autograd would also keep silu(gate), (S, F)."""
-    return _SwiGLU.apply(gate, up)
+    return called(_SwiGLU, gate, up)
 
 
 class _SwiGLU(torch.autograd.Function):
