@@ -83,14 +83,11 @@ def false_negatives(query_ids, positive_ids, negative_ids=None, known_ids=None):
     equal texts, and -1 marks an empty place. A candidate is no negative of a query if it is in its
     known_ids, or equals the positive of an equal query, its own among them.
     """
-    def pair(query, text):                         # int64 wraps around: one number for both
-        return query * 0x5851F42D4C957F2D + text
-
     others, answers = gather_with_grad(query_ids), gather_with_grad(positive_ids)       # (W * B,)
     placed = positive_ids[:0] if negative_ids is None else negative_ids.flatten()
     candidates = torch.cat([answers, gather_with_grad(placed)])             # (M,)
-    wrong = torch.isin(pair(query_ids[:, None], candidates), pair(others, answers))     # (B, M)
-    wrong |= candidates == -1
+    is_equal, is_answer = others == query_ids[:, None], candidates == answers[:, None]
+    wrong = (is_equal.float() @ is_answer.float() > 0) | (candidates == -1)             # (B, M)
     for known in [] if known_ids is None else known_ids.T:                  # (B,)
         wrong |= candidates == known[:, None]
     own = own_positives(len(query_ids), wrong.device)

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from data import PROMPTS, Collection
 from engine import collection, metrics, mteb_bridge
 from eval import (CachedEncoder, LexicalBaseline, average_precision, evaluate, hit_at_k,
                   mean_average_precision, mrr_at_k, ndcg_at_k, recall_at_k, spearman)
+from train import TrainConfig
 
 
 class Vectors:
@@ -582,3 +584,18 @@ def test_scores_are_shown_by_subset_and_dim():
     shown = evaluation.table({"sts/a/en/spearman": 0.25, "sts/a/en/spearman:64": 0.125})
     assert shown.split("\n") == ["sts/a/en           spearman 0.2500",
                                  "sts/a/en, 64 dims  spearman 0.1250"]
+
+
+def test_sft_is_validated_on_the_document_that_answers_best(tmp_path, monkeypatch):
+    write_rows(tmp_path / "dev/corpus.jsonl", [{"id": i, "text": i} for i in ("best", "worse")])
+    write_rows(tmp_path / "dev/queries.jsonl", [{"id": "q", "text": "asked"}])
+    (tmp_path / "dev/qrels.tsv").write_text("q\tbest\t2\nq\tworse\t1\n")
+    state = SimpleNamespace(cfg=TrainConfig(stage="sft", data=str(tmp_path)), tokenizer=None,
+                            prompts={"retrieval": "Find"})
+
+    def noted(examples, *_):
+        assert examples == [("Find", "asked", "best")]
+        raise StopIteration
+    monkeypatch.setattr(data, "sft_batch", noted)
+    with pytest.raises(StopIteration):
+        evaluation.validation_loss(state)
