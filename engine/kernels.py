@@ -60,7 +60,8 @@ class Layout:
     """Where each token of the flat list lies among the padded slots of all groups.
 
     token_of_slot: (P,) the token that a slot holds; a pad repeats one. slot_of_token: (S,).
-    is_token: (P,) bool. is_dense: the slots are the flat list itself, nothing needs to move.
+    is_token: (P,) bool. is_dense: the slots are the flat list itself, nothing needs to move; a text
+    by itself has none of the three above.
     """
     MIN_FILL = 0.85                # shortest / longest text of a group, apart from two tokens
 
