@@ -5,6 +5,7 @@
     probes.py     measures that can see a mask: word order, late answers, ranks
     baselines.py  what the method has to beat, and public sets, scored by the same code
     bench.py      speed and memory
+    rehearsal.py  what comes before the first step: seconds, memory, disk
     tables.py     natural questions, and the exercises of docs/exercises.md
     figures.py    the figures
     results.py    intervals over seeds, docs/results.md, the tables of README and docs

@@ -60,7 +60,7 @@ PAPER_12 = {"linear": (61.73, 70.41, 70.99), "accelerating": (61.50, 70.51, 70.8
             "decelerating": (61.43, 70.01, 70.37)}
 RANKS = (16, 32, 64, 0)            # of Table 6's adapters; 0: all weights
 PARTS = 6                          # of stage 4, which Sec. 3.4 looks at one by one
-EQUAL_TIME = 3e6                   # LM tokens whose time a stage 3 without LM gets as well
+EQUAL_TIME = 3e6                   # LM tokens, and more, whose time a stage 3 without LM gets too
 
 
 @dataclass(frozen=True)
@@ -299,9 +299,9 @@ def sec34(lab):
 def curve(lab):
     """Write soft minus hard, and what pretraining buys, against LM tokens before stage 3.
 
-    A shorter stage 1 is the beginning of the longest. The last cell has no language model, and
-    its stage 3 gets the time of stages 1 and 2 as well. The rate of stage 3 was tuned after the
-    longest stage 1; after a shorter one it is half of that, which is better there (docs/log.md).
+    A shorter stage 1 is the beginning of the longest. The last cells have no language model, and
+    their stage 3 gets the time of stages 1 and 2 as well. The rate of stage 3 was tuned after the
+    longest stage 1; in all other cells it is half of that, which is better there (docs/log.md).
     """
     base = lab.base[PRETRAIN]
     window = base.batch_size * base.passage_len    # tokens of a step
@@ -311,16 +311,17 @@ def curve(lab):
                                           weak_rate=0.0 if steps is None else half)
              for n, steps in points.items()
              for mask, schedule in (("hard", "hard"), ("soft", "linear"))}
-    n = min(points, key=lambda n: abs(n - EQUAL_TIME))
-    last = f"no LM but time of {n / 1e6:g}M"
-    cells[last] = Cell("hard", lm_steps=0, weak_rate=half, weak_steps=steps_of_equal_time(
-        lab, cells[f"{n / 1e6:g}M hard"]))
-    names = [f"{n / 1e6:g}M" for n in points]
+    names, differences = [f"{n / 1e6:g}M" for n in points], {}
+    for name in (name for n, name in zip(points, names) if n >= EQUAL_TIME):
+        cells[f"no LM but time of {name}"] = Cell(
+            "hard", lm_steps=0, weak_rate=half,
+            weak_steps=steps_of_equal_time(lab, cells[f"{name} hard"]))
+        differences[f"{name}: LM minus its time"] = [f"{name} hard"], [f"no LM but time of {name}"]
     return make_table(
         lab, "curve", cells, points=dict(zip(names, points)),
         title="When does the mask pay? Stage 3 against LM tokens seen before it",
-        differences={f"{m}: soft minus hard": ([f"{m} soft"], [f"{m} hard"]) for m in names}
-        | {"LM minus its time": ([f"{n / 1e6:g}M hard"], [last])},
+        differences={f"{name}: soft minus hard": ([f"{name} soft"], [f"{name} hard"])
+                     for name in names} | differences,
         notes=["0M has no stages 1 and 2. All others have the same short stage 2."])
 
 

@@ -244,11 +244,15 @@ def test_the_claims_are_read_from_the_same_cells(cfg, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_curve_has_a_point_for_each_amount_of_text(cfg):
+def test_the_curve_has_a_point_for_each_amount_of_text(cfg, monkeypatch):
     cfg = dataclasses.replace(cfg, seeds=(0,), lm_tokens=(0, 320))     # 160 tokens a step
+    monkeypatch.setattr(ablation, "EQUAL_TIME", 320)
     table = command(cfg, "curve")
     assert list(table["cells"]) == ["0M hard", "0M soft", "0.00032M hard", "0.00032M soft",
-                                    "0.00064M hard", "0.00064M soft", "no LM but time of 0.00064M"]
+                                    "0.00064M hard", "0.00064M soft",
+                                    "no LM but time of 0.00032M", "no LM but time of 0.00064M"]
+    assert list(table["differences"])[-2:] == ["0.00032M: LM minus its time",
+                                               "0.00064M: LM minus its time"]
     short, longest = (table["settings"][f"{n}M soft"] for n in ("0.00032", "0.00064"))
     assert short["lm_steps"] == 2 and longest["lm_steps"] is None
     assert short["weak_rate"] == Lab(cfg).base[WEAK].learning_rate / 2 and not longest["weak_rate"]
