@@ -7,7 +7,7 @@
 PAPER Sec. 3.4. A row gets "neg", its own first, then the passages nearest to its query, and
 "cosines", one for each. Stage 4 takes them as they are and embeds nothing; a cap on the cosines can
 be applied later, beside "pos_cosines". A run that broke off continues. --lexical adds BM25's best,
-for small sets: about 0.1 microseconds of one core a query and passage, 9 days for 3M rows.
+for small sets: about 0.1 microseconds of one core a query and passage.
 """
 import hashlib
 import shutil

@@ -1,7 +1,6 @@
 """Stage 4 at full size: retrieval, CLR, classes, STS; DHNM and MRL (PAPER Sec. 3.1.2 to 3.4).
 
-    torchrun --nproc_per_node=8 --nnodes=2 train.py config/full/embed_sup.py \\
-        --retrieval=r.jsonl --clr=clr.jsonl --classification=c.jsonl --sts=s.jsonl
+    torchrun --nproc_per_node=8 --nnodes=2 train.py config/full/embed_sup.py --data=FOLDER
 
 The paper: 16 x Ascend 910B, 13 hours. UNSPECIFIED: App. A's batches of 4 and 32 are read as each
 rank's: with 16 ranks 64 and 512 in all. UNSPECIFIED: the number of epochs; with a single one no

@@ -1,9 +1,9 @@
 """Stage 3 at full size: weakly supervised contrastive training, soft mask (PAPER Sec. 3.2).
 
-    torchrun --nproc_per_node=8 --nnodes=2 train.py config/full/embed_weak.py --pairs=pairs.jsonl
+    torchrun --nproc_per_node=8 --nnodes=2 train.py config/full/embed_weak.py --data=FOLDER
 
 The paper: the pairs of stage 2 without those scored below 0.4; 16 x Ascend 910B, 97 hours.
-Drop those first: python -m tools.filters --min_score=0.4 --scorer=MODEL (Sec. 3.1.2).
+Drop those before stage 2: python -m tools.filters --min_score=0.4 --scorer=MODEL (Sec. 3.1.2).
 """
 stage = "embed_weak"
 previous = "config/full/sft.py"

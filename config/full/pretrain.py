@@ -1,6 +1,6 @@
 """Stage 1 at full size: LLM pretraining (PAPER Sec. 3.1.1, App. A).
 
-    torchrun --nproc_per_node=8 --nnodes=8 train.py config/full/pretrain.py --text=a.jsonl,b.jsonl
+    torchrun --nproc_per_node=8 --nnodes=8 train.py config/full/pretrain.py --data=FOLDER
 
 The paper: ~3T tokens, 64 x Ascend 910B, 219 hours (more than those chips can do: docs/paper.md).
 The shape of the model is written here; the later stages take it over.

@@ -1,6 +1,6 @@
 """Stage 2 at full size: supervised fine-tuning on query-positive pairs (PAPER Sec. 3.1.1, App. A).
 
-    torchrun --nproc_per_node=8 --nnodes=2 train.py config/full/sft.py --pairs=pairs.jsonl
+    torchrun --nproc_per_node=8 --nnodes=2 train.py config/full/sft.py --data=FOLDER
 
 The paper: ~600M pairs as instruction, input, output; 16 x Ascend 910B, 38 hours.
 """
