@@ -122,7 +122,8 @@ def test_sft_predicts_the_output_and_nothing_of_the_prompt(tokenizer):
     assert learnt == tokenizer.encode("brown fox") + [tokenizer.eos_id]
     assert tokenizer.decode(batch.ids.tolist()) == "jumps\nthe quick\n\nbrown fox"
     cut = data.sft_batch([example], [0], tokenizer, 8)
-    assert cut.lengths == [8] and cut.truncated == 1 and (cut.targets != -100).any()
+    assert cut.lengths == [8] and cut.truncated == 1
+    assert (cut.targets != -100).sum() == 5                # a prompt takes half of the room
 
 
 # ---------------------------------------------------------------- contrastive batches
@@ -255,6 +256,18 @@ def test_candidates_below_the_floor_are_left_out_but_for_the_hardest(tokenizer, 
     monkeypatch.setattr(mining, "mine", mine)
     data.fill_pools([t], embedder)
     assert t.pool.candidates.tolist() == [[0, 1, 3]] * 10      # 0.3 stays: every query has two
+
+
+def test_fixed_negatives_stay_and_dynamic_ones_do_not_also_after_a_resume(tokenizer, embedder):
+    rows = [{"query": f"the {i}", "pos": [f"fox {i}"]} for i in range(10)]
+    for policy in ("fixed", "v2"):
+        t = task(tokenizer, rows, pool_size=8, dhnm=policy)
+        data.fill_pools([t], embedder)
+        for _ in range(2):
+            before = t.pool.negatives([0]).tolist()
+            t.pool.update([0], torch.full((1, 2), 0.1))        # far below the floor of 0.4
+            assert (t.pool.negatives([0]).tolist() == before) == (policy == "fixed")
+            t.load_pool(t.pool.state_dict())
 
 
 def test_translated_queries_are_mined_around_their_positive(tokenizer, embedder, monkeypatch):

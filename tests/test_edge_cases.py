@@ -16,7 +16,7 @@ from dhnm import HardNegativePool
 from engine import distributed
 from engine.order import shuffled
 from losses import cosent_loss, info_nce, matryoshka
-from mask import FULL, MaskSpec
+from mask import CAUSAL, FULL, MaskSpec
 from model import Conan
 from ranks import ROOT, tiny_config, write_lines
 from tiny import nce
@@ -95,6 +95,31 @@ def test_a_zero_vector_gives_finite_losses_and_gradients():
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(query.grad).all()
     assert torch.isfinite(positive.grad).all()
+
+
+# ---------------------------------------------------------------- what the settings of a step do
+
+@pytest.mark.parametrize("stage", ["embed_weak", "embed_sup"])
+def test_matryoshka_is_a_part_of_stage_4_alone(model, tokenizer, stage):
+    """PAPER App. A: the dims belong to the supervised stage."""
+    batch = batch_of(tokenizer, "retrieval", CONTRASTIVE)
+    plain, nested = (train.step_loss(model, batch, tiny_config(stage, dims=dims), 0)[0].item()
+                     for dims in ((), (4,)))
+    assert (plain != nested) == (stage == "embed_sup")
+
+
+@pytest.mark.parametrize("stage, step, settings, mask", [
+    ("pretrain", 4, {"schedule": "hard"}, CAUSAL), ("sft", 4, {}, CAUSAL),
+    ("embed_weak", 0, {}, CAUSAL), ("embed_weak", 1, {}, MaskSpec(0.25)),
+    ("embed_weak", 4, {}, FULL), ("embed_sup", 0, {}, FULL),
+    ("embed_weak", 2, {"schedule": "accelerating"}, MaskSpec(0.25)),
+    ("embed_weak", 2, {"schedule": "decelerating", "mask_axis": "col"}, MaskSpec(0.75, "col")),
+    ("embed_weak", 2, {"mask_apply": "logits"}, MaskSpec(0.5, apply="logits")),
+    ("embed_weak", 0, {"schedule": "hard"}, FULL), ("embed_weak", 4, {"schedule": "causal"}, CAUSAL),
+    ("embed_sup", 4, {"schedule": "causal"}, CAUSAL)])
+def test_the_mask_of_a_step(stage, step, settings, mask):
+    """Five steps: alpha = step / 4."""
+    assert train.stage_mask(tiny_config(stage, steps=5, **settings), step) == mask
 
 
 # ---------------------------------------------------------------- queries without negatives

@@ -12,9 +12,9 @@ import embed
 from data import Batch
 from embed import Embedder, load_index, search
 from engine import checkpoint
-from mask import FULL
+from mask import FULL, MaskSpec
 from model import Conan, ConanConfig
-from tokenizer import EOS, Tokenizer
+from tokenizer import Tokenizer
 
 TRAINED = {"retrieval": "Represent this question for search", "sts": ""}
 
@@ -53,12 +53,12 @@ class Noting(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(1))            # it has the device
 
     def forward(self, ids, lengths, mask, skip=None):
-        self.calls.append((ids.tolist(), lengths, skip))
+        self.calls.append((ids.tolist(), lengths, skip, mask))
         return torch.tensor([[length, 1.0] for length in lengths])
 
 
-def in_memory(tokenizer, **options):
-    return Embedder.of(Noting(), tokenizer, FULL, 32, **options)
+def in_memory(tokenizer, mask=FULL, **options):
+    return Embedder.of(Noting(), tokenizer, mask, 32, **options)
 
 
 # ---------------------------------------------------------------- encode
@@ -73,7 +73,9 @@ def test_a_pass_has_a_bounded_number_of_tokens(tokenizer, monkeypatch):
     assert {len(texts) for texts in lengths[3:-1]} == {4}
 
 
-def test_order_shape_and_prefixes(run):
+@pytest.mark.parametrize("at_a_time", [3, 20_000])
+def test_order_shape_and_prefixes(run, monkeypatch, at_a_time):
+    monkeypatch.setattr(embed, "TEXTS_AT_A_TIME", at_a_time)
     embedder = Embedder(run, device="cpu")
     texts = ["words", "the rank of a matrix " * 9, "", "lists"]
     vectors = embedder.encode(texts, batch_size=2)
@@ -82,6 +84,9 @@ def test_order_shape_and_prefixes(run):
         assert embedder.encode(text) == pytest.approx(vector, abs=1e-6)
     cut = vectors[:, :4] / np.linalg.norm(vectors[:, :4], axis=1, keepdims=True)
     assert embedder.encode(texts, truncate_dim=4) == pytest.approx(cut, abs=1e-6)
+    raw = embedder.encode(texts, normalize=False)
+    assert raw / np.linalg.norm(raw, axis=1, keepdims=True) == pytest.approx(vectors, abs=1e-6)
+    assert (abs(np.linalg.norm(raw, axis=1) - 1) > 0.01).all()
     assert embedder.encode([]).shape == (0, 16)
     with pytest.raises(ValueError, match="truncate_dim 17 must lie in 1 .. 16"):
         embedder.encode(texts, truncate_dim=17)
@@ -89,10 +94,11 @@ def test_order_shape_and_prefixes(run):
         embedder.encode(["a", 1])
 
 
-def test_the_instructions_tokens_are_skipped(tokenizer):
-    embedder = in_memory(tokenizer)
+def test_the_instructions_tokens_are_skipped_and_the_mask_is_the_checkpoints(tokenizer):
+    embedder = in_memory(tokenizer, MaskSpec(0.5, "col"))
     embedder.encode(["words", "lists"], prompt="Find")
-    ids, lengths, skip = embedder.model.calls[0]
+    ids, lengths, skip, mask = embedder.model.calls[0]
+    assert mask == MaskSpec(0.5, "col")
     start = tokenizer.encode("Find\n")
     assert skip == [len(start)] * 2 and ids[:len(start)] == start
     whole = [len(tokenizer.encode(f"Find\n{text}")) + 1 for text in ("words", "lists")]
@@ -106,17 +112,10 @@ def test_every_text_ends_with_the_end_of_text(tokenizer, text):
     """As in training; a cut text keeps its end."""
     embedder = in_memory(tokenizer)
     embedder.encode([text])
-    ids, lengths, _ = embedder.model.calls[0]
+    ids, lengths, *_ = embedder.model.calls[0]
     assert ids == tokenizer.encode(text)[:31] + [tokenizer.eos_id] and lengths == [len(ids)]
     batch = Batch.of("sts", [text], [32], tokenizer, np.arange(1))
     assert batch.ids.tolist() == ids
-
-
-def test_a_prompt_with_a_colon_is_an_instruction_like_any_other(tokenizer):
-    """What stands between it and the text is the template's, once."""
-    embedder = in_memory(tokenizer)
-    embedder.encode(["words"], prompt="query: ")
-    assert tokenizer.decode(embedder.model.calls[0][0]) == "query: \nwords" + EOS
 
 
 @pytest.mark.parametrize("dtype, name", [
@@ -148,11 +147,6 @@ def test_the_trained_prompts_travel(run, tmp_path, tokenizer):
             Embedder(bad, "cpu")
 
 
-def test_a_folder_without_a_checkpoint_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing: no checkpoint here; train one with"):
-        Embedder(tmp_path / "nothing")
-
-
 # ---------------------------------------------------------------- search
 
 def write_corpus(folder, key="id"):
@@ -168,6 +162,9 @@ def test_search_asks_with_the_trained_prompt(run, tmp_path):
     assert vectors == pytest.approx(embedder.encode(["Rank of a matrix", "words"]), abs=1e-6)
     query = embedder.encode("lists", prompt=TRAINED["retrieval"])
     best = search(embedder, rows, vectors, "lists", k=2)
+    assert [row["id"] for _, row in best] == (["a", "b"] if np.diff(vectors @ query) < 0
+                                              else ["b", "a"])
+    assert search(embedder, rows, vectors, "lists", k=1) == best[:1]
     assert [score for score, _ in best] == pytest.approx(sorted(vectors @ query)[::-1], abs=1e-6)
     bare = search(embedder, rows, vectors, "lists", k=2, prompt="")
     assert [score for score, _ in bare] == pytest.approx(
@@ -204,22 +201,16 @@ def command(monkeypatch, *argv):
 
 
 def test_texts_become_a_file_of_vectors(run, tmp_path, monkeypatch):
-    """A byte order mark is passed over; every JSON suffix is known; other bytes are an error."""
-    clean = Embedder(run, "cpu").encode(["words", "lists"])
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in ("words", "lists"))
-    files = {"plain.txt": b"words\nlists\n", "mark.txt": b"\xef\xbb\xbfwords\nlists\n",
-             "a.jsonl": rows.encode(), "b.JSONL": rows.encode(), "c.ndjson": rows.encode(),
-             "d.json": rows.encode("utf-8-sig")}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-        command(monkeypatch, "--checkpoint", run, "--device=cpu", "--texts", tmp_path / name,
-                "--out", tmp_path / "x.npy")
-        assert np.load(tmp_path / "x.npy") == pytest.approx(clean, abs=1e-6), name
-    for encoding, text in (("latin-1", "fine\nCafé\n"), ("utf-16", "words\n")):
-        (tmp_path / "bad.txt").write_bytes(text.encode(encoding))
-        with pytest.raises(SystemExit, match=r"bad.txt:[12]: "):
-            command(monkeypatch, "--checkpoint", run, "--device=cpu", "--texts",
-                    tmp_path / "bad.txt", "--out", tmp_path / "x.npy")
+    (tmp_path / "texts.txt").write_bytes(b"\xef\xbb\xbfwords\nlists\n")     # a byte order mark
+    (tmp_path / "bad.txt").write_bytes("fine\nCafé\n".encode("latin-1"))
+    argv = ["--checkpoint", run, "--device=cpu", "--out", tmp_path / "x.npy", "--texts"]
+    for more, options in (([], {}), (["--prompt=Find", "--truncate_dim=4"],
+                                     {"prompt": "Find", "truncate_dim": 4})):
+        command(monkeypatch, *argv, tmp_path / "texts.txt", *more)
+        want = Embedder(run, "cpu").encode(["words", "lists"], **options)
+        assert np.load(tmp_path / "x.npy") == pytest.approx(want, abs=1e-6)
+    with pytest.raises(SystemExit, match="bad.txt:2: "):
+        command(monkeypatch, *argv, tmp_path / "bad.txt")
 
 
 def test_the_command_line_searches(run, tmp_path, monkeypatch, capsys):
@@ -227,8 +218,9 @@ def test_the_command_line_searches(run, tmp_path, monkeypatch, capsys):
     argv = ["--checkpoint", run, "--device=cpu", "--corpus", corpus, "--query=lists", "--k=1"]
     for more in ([], ["--prompt="], ["--prompt=Represent this question for search"]):
         command(monkeypatch, *argv, *more)
-    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  1  ")]
-    assert len(shown) == 3 and shown[0] == shown[2] != shown[1]
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line for line in lines if line.startswith("  1  ")]
+    assert len(lines) == 6 and len(shown) == 3 and shown[0] == shown[2] != shown[1]
     with pytest.raises(SystemExit, match="corpus.jsonl: no such file"):
         command(monkeypatch, *argv[:4], tmp_path / "none", "--query=x")
     with pytest.raises(SystemExit, match="--texts needs --out"):

@@ -10,13 +10,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import data
 import eval as evaluation
 from data import PROMPTS, Collection
 from engine import collection, metrics, mteb_bridge
+from engine.distributed import ALONE
 from eval import (CachedEncoder, LexicalBaseline, average_precision, evaluate, hit_at_k,
                   mean_average_precision, mrr_at_k, ndcg_at_k, recall_at_k, spearman)
+from mask import CAUSAL
+from ranks import tiny_model
 from train import TrainConfig
 
 
@@ -518,6 +522,27 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
         evaluation.main()
 
 
+def test_the_command_lines_options_reach_the_scores(tmp_path, monkeypatch):
+    folder, out = write_collection(tmp_path / "docs", COLLECTION), tmp_path / "scores.json"
+    (folder / "qrels").mkdir()
+    (folder / "qrels.tsv").rename(folder / "qrels" / "dev.tsv")
+    asked = {}
+
+    def noted(encoder, collection, *args, **more):
+        asked["ignore"] = collection.without_self
+        return retrieval(encoder, collection, *args, **more)
+    retrieval = evaluation.retrieval
+    monkeypatch.setattr(evaluation, "retrieval", noted)
+    monkeypatch.setattr(evaluation, "Embedder", lambda path: PLANE)
+    monkeypatch.setattr("sys.argv", [
+        "eval.py", "--checkpoint=x", f"--retrieval={folder}", f"--out={out}", "--split=dev",
+        "--dims=1", "--ignore_identical_ids=true"])
+    evaluation.main()
+    results = json.loads(out.read_text())
+    assert {"retrieval/docs/dev/ndcg@10", "retrieval/docs/dev/ndcg@10:1"} < set(results)
+    assert asked["ignore"] is True
+
+
 def test_scores_are_saved_after_each_set(tmp_path, monkeypatch):
     """A set that cannot be scored must not cost the sets before it."""
     folder, out = write_collection(tmp_path / "docs", COLLECTION), tmp_path / "scores.json"
@@ -586,16 +611,14 @@ def test_scores_are_shown_by_subset_and_dim():
                                  "sts/a/en, 64 dims  spearman 0.1250"]
 
 
-def test_sft_is_validated_on_the_document_that_answers_best(tmp_path, monkeypatch):
+def test_sft_is_validated_causally_on_the_document_that_answers_best(tmp_path, tokenizer):
     write_rows(tmp_path / "dev/corpus.jsonl", [{"id": i, "text": i} for i in ("best", "worse")])
     write_rows(tmp_path / "dev/queries.jsonl", [{"id": "q", "text": "asked"}])
     (tmp_path / "dev/qrels.tsv").write_text("q\tbest\t2\nq\tworse\t1\n")
-    state = SimpleNamespace(cfg=TrainConfig(stage="sft", data=str(tmp_path)), tokenizer=None,
-                            prompts={"retrieval": "Find"})
-
-    def noted(examples, *_):
-        assert examples == [("Find", "asked", "best")]
-        raise StopIteration
-    monkeypatch.setattr(data, "sft_batch", noted)
-    with pytest.raises(StopIteration):
-        evaluation.validation_loss(state)
+    model = tiny_model(std=0.3, vocab_size=tokenizer.vocab_size)
+    state = SimpleNamespace(cfg=TrainConfig(stage="sft", data=str(tmp_path)), tokenizer=tokenizer,
+                            prompts={"retrieval": "Find"}, wrapped=model, world=ALONE,
+                            dtype=torch.float32)
+    batch = data.sft_batch([("Find", "asked", "best")], [0], tokenizer, state.cfg.passage_len)
+    loss = float(model(batch.ids, batch.lengths, CAUSAL, batch.targets).detach())
+    assert evaluation.validation_loss(state) == pytest.approx(loss, rel=1e-6)

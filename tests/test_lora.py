@@ -79,6 +79,8 @@ def test_all_projections_have_adapters_and_nothing_else_trains():
     names = {name.split(".")[3] for name in trained}
     assert names == {f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")}
     assert len(trained) == 14 * CONFIG.n_layer and all(".lora_" in name for name in trained)
+    q = model.layers[0].self_attn.q_proj                    # A from N(0, 1 / in), alpha = 2 r
+    assert q.lora_alpha == 8 and q.lora_a.std().item() == pytest.approx(32 ** -0.5, rel=0.2)
     grads = gradients(moved())
     assert {name for name, grad in grads.items() if grad is not None} == set(trained)
     assert all(float(grads[name].norm()) > 0 for name in trained)

@@ -43,7 +43,7 @@ def test_it_ends_at_the_end_of_text_and_reads_no_more_than_fits(model, tokenizer
     last = tokenizer.decode([tokenizer.eos_id - 1])            # the next one is end-of-text
     assert tokenizer.encode(last) == [tokenizer.eos_id - 1]
     assert generate(model, tokenizer, last, temperature=0) == ""
-    generate(model, tokenizer, "a" * 100, n_tokens=3, temperature=0)
+    assert generate(model, tokenizer, "c" * 90 + "a" * 10, n_tokens=3, temperature=0) == "bcd"
     assert model.calls[-1][0] == model.config.block_size == 64
 
 

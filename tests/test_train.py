@@ -72,6 +72,26 @@ def test_a_stage_starts_from_the_weights_and_the_tokenizer_before_it(rows, whole
         state_of(whole, "pretrain", "tokenizer.tiktoken")
 
 
+def test_a_stage_may_pool_otherwise_than_the_one_before_it(rows, whole, tmp_path):
+    out, last = stages_before("embed_weak", whole, tmp_path), rows / "last.py"
+    last.write_text((rows / "embed_weak.py").read_text() + 'pooling = "last"\n')
+    argv = chain_arguments(rows, "embed_weak", out, "--steps=1", "--checkpointing=true")
+    seen = []
+
+    def noted(real, model, *args):
+        seen.append((model.config.pooling, model.checkpointing))
+        return real(model, *args)
+    with step_loss_replaced(noted):
+        train.main([str(last), *argv[1:]])
+    assert seen == [("last", True)] and meta_of(out, "embed_weak")["model"]["pooling"] == "last"
+
+
+def test_without_text_the_tokenizer_learns_from_the_pairs(rows, tmp_path):
+    argv = [arg for arg in arguments(rows, "embed_weak", tmp_path) if not arg.startswith("--text")]
+    train.train_tokenizer(config(argv))
+    assert len(list(tmp_path.glob("tokenizer-*"))) == 1
+
+
 def test_the_tokenizer_learns_from_a_seeded_sample_of_the_documents(rows, tmp_path, monkeypatch):
     texts, real = {}, Tokenizer.train
     monkeypatch.setattr(train, "TOKENIZER_TEXTS", 5)

@@ -153,6 +153,12 @@ def gather_calls(rank):
     everyone = gather_with_grad(x)
     weights = torch.tensor([[1.0], [2.0], [3.0], [4.0]]) * (1 + 9 * rank)
     (everyone * weights + everyone).sum().backward()
+    a, b = torch.zeros(2, 2, 1, requires_grad=True).unbind()
+    for leaf in (a, b):
+        leaf.retain_grad()
+    ((gather_with_grad(a) + gather_with_grad(b)) * weights).sum().backward()
+    for leaf in (a, b):                            # the gradient that comes in is one for both
+        assert torch.equal(leaf.grad, x.grad - 2)
     return everyone.detach(), x.grad
 
 

@@ -52,6 +52,8 @@ def write_data(folder):
     write_jsonl(folder / "retrieval.jsonl", ({"query": q, "pos": [p]} for q, p in rows[:60]))
     write_jsonl(folder / "clr.jsonl", ({"query": f"xx {q}", "pos": [p], "lang": "de"}
                                        for q, p in rows[:60]))
+    write_jsonl(folder / "sts_test.jsonl", ({"sentence1": q, "sentence2": rows[i // 2][0],
+                                             "score": i % 3} for i, (q, _) in enumerate(rows)))
     for split, part in (("dev", rows[60:80]), ("test", rows[80:])):
         names = [f"lib.f{i}" for i in range(20)]
         write_collection(folder / split,

@@ -29,6 +29,16 @@ def test_missing_files_are_named(tmp_path, read):
         read(tmp_path)
 
 
+def test_stage_4_is_scored_by_dims_on_sts_and_by_what_dhnm_did(home):
+    scores = read_scores(home.out / "embed_sup")
+    assert any(key.startswith("sts/sts_test/") for key in scores)
+    assert "retrieval/data/test/ndcg@10:8" in scores
+    visited = {key: n for key, n in scores.items() if key.startswith("dhnm/retrieval/queries_")}
+    assert 0 < sum(visited.values()) <= 60
+    assert not any(":" in key or key.startswith("dhnm") for key in read_scores(
+        home.out / "embed_weak"))
+
+
 # ---------------------------------------------------------------- figures
 
 def test_curves_are_divided_by_task():
