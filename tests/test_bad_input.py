@@ -5,7 +5,6 @@ in test_configurator.py. What may come out of a bad file is ValueError or OSErro
 """
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -256,14 +255,3 @@ def test_bad_lines_that_are_skipped_are_counted(tmp_path, monkeypatch, capsys):
     train.main(["--stage=pretrain", "--text=text.jsonl", *SMALL, "--passage_len=16", "--steps=1",
                 "--query_len=8", "--skip_bad_lines", "--batch_size=2"])
     assert "text: 1 bad lines left out, 240 taken" in "".join(capsys.readouterr())
-
-
-def test_a_wrong_collection_is_noticed_before_training(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_lines(tmp_path / "text.jsonl", TEXT)
-    folder = write_collection(tmp_path / "set", ["a"], ["c"])
-    (folder / "qrels.tsv").write_bytes(b"0\tnothing\t1\n")
-    with pytest.raises(SystemExit, match=re.escape(f"{folder / 'qrels.tsv'}:1: unknown document")):
-        train.main(["--stage=pretrain", "--text=text.jsonl", *SMALL, "--passage_len=16",
-                    "--query_len=8", f"--evaluate={folder}"])
-    assert not list((tmp_path / "out/pretrain").glob("step_*"))

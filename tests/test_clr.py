@@ -1,10 +1,8 @@
 """CLR: exact allotment, English no target of English, untouched passages, gates by hand."""
-import doctest
 from collections import Counter
 
 import pytest
 
-import clr
 from clr import (LANGUAGES, TABLE_7, Gates, allot, build_clr, copy_gate, length_gate,
                  script_gate, script_share)
 
@@ -15,10 +13,6 @@ ROWS = [{"id": f"d{i}", "query": f"question {i}", "pos": [f"answer {i}"], "neg":
 def shout(text, lang):
     """A translator that is easy to check."""
     return f"{lang}: {text.upper()}"
-
-
-def test_documentation_examples():
-    assert doctest.testmod(clr).failed == 0
 
 
 # ---------------------------------------------------------------- allotment
@@ -118,12 +112,6 @@ def test_length_and_copies():
     sources = ["Sort the list"] * 3
     assert copy_gate(sources, ["sort list!", "Liste sort", "the list"], ["de"] * 3) == [
         "copy", None, "copy"]
-
-
-def test_a_vowel_sign_makes_another_word():
-    """Hindi: "boy" and "girl" differ in a mark, which is a part of the word."""
-    assert copy_gate(["लड़का"], ["लड़की"], ["hi"]) == [None]
-    assert copy_gate(["लड़का"], ["लड़का"], ["hi"]) == ["copy"]
 
 
 def test_no_gate_sees_an_empty_list():

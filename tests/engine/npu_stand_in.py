@@ -72,17 +72,6 @@ def test_autocast_is_the_cards(npu):
         assert not torch.is_autocast_enabled("npu")
 
 
-def test_data_parallel_takes_the_card_of_the_rank(npu, monkeypatch):
-    given = {}
-
-    def wrap(model, **options):
-        given.update(options)
-        return model
-    monkeypatch.setattr(distributed, "DistributedDataParallel", wrap)
-    distributed.parallelize(torch.nn.Linear(1, 1), World(3, 8, torch.device("npu", 3)))
-    assert given["device_ids"] == [3] and given["broadcast_buffers"] is False
-
-
 def test_without_torch_npu_there_is_no_npu(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_npu", None)    # an import of it fails
     monkeypatch.delattr(torch, "npu", raising=False)

@@ -83,19 +83,6 @@ def test_of_equal_scores_the_lower_column_is_taken():
     assert columns.tolist() == [[1, 0], [3, 2]] and values.tolist() == [[7, 5], [4, 3]]
 
 
-def test_lexical_candidates_ranked_by_cosine_never_entered_a_pool():
-    """Why training no longer asks BM25: the nearest `depth` passages were in the pool already."""
-    rng = np.random.default_rng(0)
-    queries, passages = (rng.standard_normal((n, 8)).astype(np.float32) for n in (20, 200))
-    pool, _ = mine(queries, passages, [[q] for q in range(20)], 10)
-    scores = queries @ passages.T
-    for q in range(20):
-        extra = rng.choice(200, 50, replace=False)
-        both = np.union1d(pool[q], extra[extra != q])
-        best = both[np.argsort(-scores[q, both], kind="stable")][:10]
-        assert best.tolist() == pool[q].tolist()
-
-
 # ---------------------------------------------------------------- files that ranks fill together
 
 def test_a_broken_fill_continues_and_does_nothing_twice(tmp_path):

@@ -64,7 +64,7 @@ def test_words_around_a_preposition_change_places(line, other):
     assert probes.swapped(line) == other
 
 
-def test_a_late_sentence_needs_a_reader_of_the_whole(home):
+def test_a_late_sentence_needs_a_reader_of_the_whole():
     """An encoder of words that reads the first third only finds the first third alone."""
     rng = np.random.default_rng(0)
     corpus = [{"id": str(i), "text": " ".join(

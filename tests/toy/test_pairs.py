@@ -1,9 +1,7 @@
 """Weak pairs: sentences, names and parameters by hand; what is held out is never one of them."""
-import doctest
 
 import pytest
 
-from toy import pairs
 from toy.pairs import key_of, name_rows, parameter_rows, parameters_of, sentence_rows
 
 FIRST = "The sort is stable, so that equal items keep their order."
@@ -36,10 +34,6 @@ Args:
 Returns:
     sum (Tensor): the sum
 """
-
-
-def test_documentation_examples():
-    assert doctest.testmod(pairs).failed == 0
 
 
 def test_a_sentence_asks_for_the_rest_of_its_document():
