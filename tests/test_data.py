@@ -10,12 +10,10 @@ import data
 from dhnm import HardNegativePool
 from embed import Embedder
 from engine import mining
-from engine.distributed import World
+from engine.distributed import ALONE, World
 from mask import FULL
 from model import Conan
 from ranks import tiny_config, write_collection, write_lines
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ def gradients(model):
 def batch_of(tokenizer, kind, rows, stage="embed_sup", pool=None):
     """Return the batch of all rows."""
     cfg = tiny_config(stage, batch_size=len(rows))
-    task = data.Task(kind, cfg, tokenizer, distributed.World(0, 1, torch.device("cpu")),
+    task = data.Task(kind, cfg, tokenizer, distributed.ALONE,
                      [write_lines(data.Path(f"{kind}.jsonl"), rows)])
     task.pool = pool
     return task.batch(0)
@@ -176,7 +176,7 @@ def batches():
                        "pairs": pairs, "sts": [{"sentence1": f"a {i}", "sentence2": f"b {i}",
                                                 "score": i % 3} for i in range(20)]}.items():
         write_lines(data.Path(f"{kind}.jsonl"), rows)
-    world, content = distributed.World(0, 1, torch.device("cpu")), []
+    world, content = distributed.ALONE, []
     for stage in ("pretrain", "sft", "embed_sup"):
         cfg = tiny_config(stage, text=("text.jsonl",), pairs=("pairs.jsonl",), sts=("sts.jsonl",),
                           retrieval=("pairs.jsonl",))

@@ -118,7 +118,7 @@ def assert_same(rows, out, stage="embed_sup", of="one1"):
 @pytest.fixture(scope="module")
 def folder(rows):
     """Run all stages on one process, then everything on two."""
-    alone = distributed.World(0, 1, torch.device("cpu"))
+    alone = distributed.ALONE
     for stage in STAGES:
         train_stage(alone, rows, "one1", stage)
     on_ranks(2, on_each_rank, rows)

@@ -5,7 +5,6 @@ Limits are generous: seconds of CPU, four times the rows, twice the ranks.
 import json
 
 import pytest
-import torch
 
 from engine import budget, index, tokens
 from experiments import rehearsal
@@ -33,7 +32,7 @@ def runs(tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"rows{n}")
         rehearsal.write_rows(folder, n)
         on_ranks(2, rehearse_on, folder)
-        rehearse_on(distributed.World(0, 1, torch.device("cpu")), folder)
+        rehearse_on(distributed.ALONE, folder)
         found[n] = {r: json.loads((folder / f"{r}.json").read_text()) for r in (1, 2)}
     index.RANGE, tokens.DOCUMENTS, rehearsal.SEARCH = before
     return found

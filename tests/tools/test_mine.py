@@ -3,17 +3,15 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 import data
 import train
 from embed import Embedder
 from engine import mining
+from engine.distributed import ALONE
 from engine.jsonl import read_jsonl
 from ranks import arguments, config, on_ranks, write_lines
 from tools import mine
-
-ALONE = train.distributed.World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
