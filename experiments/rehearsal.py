@@ -155,10 +155,10 @@ def rehearse(folder, world):
                *[len(found) / 1e6] * 3, 2 * SEARCH ** 2 * WIDTH / 1e12]
     for part, amount in zip(UNITS, amounts):
         meter.parts[part]["amount"] = amount
-    return {"parts": meter.parts, "disk": disk(folder, cache), "matmul": plain_rate(vectors)}
+    return {"parts": meter.parts, "disk": disk(cache), "matmul": plain_rate(vectors)}
 
 
-def disk(folder, cache):
+def disk(cache):
     """Return {file: bytes} of what the start leaves on disk."""
     sizes = {}
     for path in (path for path in cache.rglob("*") if path.suffix in (".bin", ".tab", ".idx")):

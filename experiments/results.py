@@ -236,7 +236,7 @@ class RecordConfig:
     results: str = "results"
 
 
-def row_of(run, label, scores):
+def row_of(scores):
     """Return {column: number} of a stage of a run, or of a baseline; MRL's dims are columns."""
     row = {name: score_of(scores, *key) for name, key in RUN_COLUMNS.items()}
     row |= {f"{dims} dims": value for dims, value in ndcg_by_dims(scores).items()}
@@ -246,7 +246,7 @@ def row_of(run, label, scores):
 def record(cfg):
     """Join the summary.json of some runs to the cells of RESULTS/NAME.json; return its path."""
     runs = {run: read_json(Path(run) / "summary.json", "train.py") for run in cfg.runs}
-    cells = {label: {str(i): row_of(run, label, summary[label])
+    cells = {label: {str(i): row_of(summary[label])
                      for i, (run, summary) in enumerate(runs.items()) if label in summary}
              for label in RUN_ROWS}
     steps = {run: {stage: sum(seconds(read_log(Path(run) / stage))) / 60 for stage in RUN_ROWS
