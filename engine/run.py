@@ -164,6 +164,7 @@ def check_data(hashes, where):
         gone = {name for name, sha256 in before.items() if sha256 not in now.values()}
         what = [f"{', '.join(sorted(names))} {word}" for names, word in (
             (new & gone, "changed"), (new - gone, "new"), (gone - new, "gone")) if names]
+        what += [] if now else ["where files are named, the folder --data is not read"]
         raise ValueError(f"{where} was trained on other {kind} data: "
                          f"{'; '.join(what) or 'the order of its files changed'}. Bring the old "
                          "files back, choose another --out, or start this stage afresh with "

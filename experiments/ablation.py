@@ -301,7 +301,8 @@ def curve(lab):
 
     A shorter stage 1 is the beginning of the longest. The last cells have no language model, and
     their stage 3 gets the time of stages 1 and 2 as well. The rate of stage 3 was tuned after the
-    longest stage 1; in all other cells it is half of that, which is better there (docs/log.md).
+    longest stage 1; after a shorter one half of it is better (docs/log.md), and without one half of
+    it was taken untuned.
     """
     base = lab.base[PRETRAIN]
     window = base.batch_size * base.passage_len    # tokens of a step

@@ -136,7 +136,7 @@ def test_a_setting_younger_than_a_checkpoint_has_its_default(tmp_path):
     ({"pairs": {"a.jsonl": "1", "b.jsonl": "2", "c.jsonl": "3"}}, "data: c.jsonl new. Bring"),
     ({"pairs": {"a.jsonl": "1"}}, "data: b.jsonl gone. Bring"),
     ({"pairs": {"b.jsonl": "2", "a.jsonl": "1"}}, "data: the order of its files changed. Bring"),
-    ({}, "other pairs data: a.jsonl, b.jsonl gone. Bring"),
+    ({}, "pairs data: a.jsonl, b.jsonl gone; where files are named, the folder --data is not"),
     ({"pairs": {"a.jsonl": "1", "b.jsonl": "2"}, "sts": {"s.jsonl": "4"}},
      "other sts data: s.jsonl new. Bring"),
 ])
