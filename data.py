@@ -354,7 +354,7 @@ def fill_pools(tasks, embedder):
             if kind != "clr":
                 queries = miner.queries(kind, rows, task.prompt)
             pools, _ = miner.pools(kind, passages, queries, search,
-                                   (cfg.pool_size, cfg.n_negatives), keep)
+                                   (cfg.pool_size, cfg.n_negatives), keep=keep)
         task.pool = pool_of(pools, task.world, cfg.n_negatives, cfg.dhnm)
     miner.clear()
 

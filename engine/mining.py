@@ -257,18 +257,21 @@ class Miner:
             return out
         return self._embed(f"{name}.queries", len(rows), encode)
 
-    def pools(self, name, passages, queries, search, sizes, keep=None):
+    def pools(self, name, passages, queries, search, sizes, *, keep=None, given=None):
         """Return (candidates, cosines), (Q, depth) int32 and float32 in a file.
 
         queries: (Q, D); None: the query of a row is its first positive. search: over the vectors of
         `passages`. sizes: (depth, n_given), see `mine`. keep: (candidates, cosines) -> candidates.
+        given: row -> its given negatives; None: its own.
         """
+        given = given or passages.negatives
+
         def work(first, end):
             known = [passages.positives(q) for q in range(first, end)]
-            given = [passages.negatives(q) for q in range(first, end)]
             vectors = queries[first:end] if queries is not None else \
                 search.passages[np.array([p[0] for p in known])]
-            return mine(vectors, search, known, sizes[0], given=given, n_given=sizes[1])
+            return mine(vectors, search, known, sizes[0],
+                        given=[given(q) for q in range(first, end)], n_given=sizes[1])
         return self._units(name, len(passages.rows), sizes[0], work, keep)
 
     def of_rows(self, name, passages, depth, keep=None):

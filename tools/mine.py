@@ -7,7 +7,7 @@
 PAPER Sec. 3.4. A row gets "neg", its own first, then the passages nearest to its query, and
 "cosines", one for each. Stage 4 takes them as they are and embeds nothing; a cap on the cosines can
 be applied later, beside "pos_cosines". A run that broke off continues. --lexical adds BM25's best,
-for small sets: about 0.1 microseconds of one core a query and passage.
+and then all go by cosine: for small sets, about 0.1 microseconds of a core a query and passage.
 """
 import hashlib
 import shutil
@@ -57,21 +57,15 @@ def parse_row(row):
     return {**rest, **parse_pair(rest if "query" in rest else row)}
 
 
-def add_lexical(pool, scores, passages, search, queries):
-    """Put BM25's candidates at the end of pools, and rank by cosine again; return both arrays.
+def with_lexical(rows, passages, n):
+    """Return a function: row q -> its own negatives, and BM25's n best passages beside them."""
+    bm25 = BM25(passages.text(i) for i in range(len(passages)))
 
-    pool (n, depth), whose last places are free. passages: (known, lexical): numbers for each row.
-    """
-    known, lexical = passages
-    extra = [[n for n in words.tolist() if n not in {*row.tolist(), *own}][:int((row < 0).sum())]
-             for row, own, words in zip(pool, known, lexical)]
-    for row, score, numbers, cosines in zip(pool, scores, extra, search.cosines(
-            queries, [np.array(numbers, dtype=np.int64) for numbers in extra])):
-        free = int((row >= 0).sum())
-        row[free:free + len(numbers)], score[free:free + len(numbers)] = numbers, cosines
-        order = np.argsort(np.where(row < 0, np.inf, -score), kind="stable")
-        row[:], score[:] = row[order], score[order]
-    return pool, scores
+    def given(q):
+        own, known = passages.negatives(q).tolist(), passages.positives(q).tolist()
+        (best,), (scores,) = bm25.top_k([rows[q]["query"]], n + len(own) + len(known))
+        return own + [i for i in best[scores > 0].tolist() if i not in {*own, *known}][:n]
+    return given
 
 
 def recall(search, queries, depth, n=256):
@@ -101,30 +95,25 @@ def mine_rows(cfg, world):
             print(f"recall of faiss against exact search: {recall(search, sample, cfg.depth):.3f}")
     if cfg.lexical and world.is_main:
         print(f"BM25: about {1e-7 * len(rows) * len(passages) / world.size / 60:,.1f} minutes")
-    bm25 = BM25(passages.text(i) for i in range(len(passages))) if cfg.lexical else None
-    pools, scores = miner.pools("all", passages, queries, search,
-                                (cfg.depth - cfg.lexical, cfg.n_negatives))
+    pools, scores = miner.pools(
+        "all", passages, queries, search, (cfg.depth, cfg.n_negatives + cfg.lexical),
+        given=with_lexical(rows, passages, cfg.lexical) if cfg.lexical else None)
 
     def write(first):
         path, end = folder / f"{first:012d}.jsonl", min(first + PART, len(rows))
         if path.is_file():
             return
-        part, known = range(first, end), [passages.positives(q) for q in range(first, end)]
+        part = range(first, end)
         vectors = queries[first:end] if queries is not None else \
-            search.passages[np.array([numbers[0] for numbers in known])]
-        pool, score = (np.array(x[first:end]) for x in (pools, scores))
-        if bm25:
-            pool, score = (np.pad(x, ((0, 0), (0, cfg.lexical)), constant_values=v)
-                           for x, v in ((pool, -1), (score, 0)))
-            words = bm25.top_k([rows[q]["query"] for q in part], cfg.depth + max(map(len, known)))
-            words = [n[s > 0] for n, s in zip(*words)]
-            pool, score = add_lexical(pool, score, (known, words), search, vectors)
+            search.passages[np.array([passages.positives(q)[0] for q in part])]
         positives = search.cosines(vectors, [passages.own_positives(q) for q in part])
         with atomic(path, "wb") as file:
-            for q, numbers, cosines, pos in zip(part, pool, score, positives):
-                there = numbers >= 0
-                row = {**rows[q], "neg": [passages.text(n) for n in numbers[there]],
-                       "cosines": [round(float(s), 6) for s in cosines[there]],
+            for q, pos in zip(part, positives):
+                there = np.flatnonzero(pools[q] >= 0)
+                if cfg.lexical:
+                    there = there[np.argsort(-scores[q][there], kind="stable")]
+                row = {**rows[q], "neg": [passages.text(n) for n in pools[q][there]],
+                       "cosines": [round(float(s), 6) for s in scores[q][there]],
                        "pos_cosines": [round(float(s), 6) for s in pos]}
                 file.write(to_line({k: v for k, v in row.items() if v is not None}))
     firsts = range(0, len(rows), PART)

@@ -8,6 +8,7 @@ import data
 import train
 from embed import Embedder
 from engine import mining
+from engine.bm25 import BM25
 from engine.distributed import ALONE
 from engine.jsonl import read_jsonl
 from ranks import arguments, config, on_ranks, write_lines
@@ -108,8 +109,13 @@ def test_a_broken_run_continues(rows, run, tmp_path, monkeypatch):
 def test_lexical_candidates_take_their_share_of_the_places(rows, run, tmp_path):
     near = mined(run, rows / "pairs.jsonl", tmp_path / "near.jsonl")
     both = mined(run, rows / "pairs.jsonl", tmp_path / "both.jsonl", "--lexical=2")
-    changed = 0
+    changed, passages = 0, list(dict.fromkeys(text for row in near for text in row["pos"]))
+    bm25 = BM25(passages)
     for one, other in zip(near, both):
+        best, scores = (x[0] for x in bm25.top_k([one["query"]], 9))
+        known = sum((row["pos"] for row in near if row["query"] == one["query"]), [])
+        words = [passages[i] for i in best[scores > 0] if passages[i] not in known][:2]
+        assert set(words) <= set(other["neg"])
         assert len(other["neg"]) == len(set(other["neg"])) == 6
         assert set(one["neg"][:4]) <= set(other["neg"]) and other["pos"][0] not in other["neg"]
         assert other["cosines"] == sorted(other["cosines"], reverse=True)
