@@ -61,7 +61,7 @@ def build_clr(rows, translate, shares=TABLE_7, source_lang="en", seed=0, gates=N
     jobs = ((row["query"], lang) for row, lang in zip(rows, langs))
     many = getattr(translate, "many", None)
     texts = many(jobs) if many else (translate(*job) for job in jobs)
-    translated = zip(range(len(rows)), rows, langs, texts)
+    translated = zip(range(len(rows)), rows, langs, texts, strict=True)
     while batch := list(islice(translated, 256)):
         reasons = gates([row["query"] for _, row, _, _ in batch], [text for *_, text in batch],
                         [lang for _, _, lang, _ in batch])

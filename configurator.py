@@ -1,6 +1,6 @@
 """Build one frozen, validated dataclass from config files and `--key=value` flags.
 
-    torchrun train.py config/embed_sup.py config/size_small.py --learning_rate=1e-4 --dims=64,128
+    torchrun train.py config/embed_sup.py mine.py --learning_rate=1e-4 --dims=64,128
 
 The dataclass of a script is the only list of its settings: names, types, defaults and, as trailing
 comments, the help. Sources are merged from left to right, the later one wins. Then the dataclass is
@@ -45,16 +45,6 @@ def load_config(cls, argv=None):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def split_args(argv):
-    """Return (files, flags) as typed; of a flag given twice the last.
-
-    >>> split_args(["config/sft.py", "--seed=1", "--compile", "--seed=2"])
-    (['config/sft.py'], {'seed': '--seed=2', 'compile': '--compile'})
-    """
-    flags = {arg[2:].partition("=")[0]: arg for arg in argv if arg.startswith("--")}
-    return [arg for arg in argv if not arg.startswith("-")], flags
 
 
 def help_text(cls):

@@ -75,11 +75,7 @@ def _text(row, key):
 
 
 def _texts(row, key):
-    if key not in row:
-        raise ValueError(f"key {key!r} is missing; the keys are {sorted(row)[:8]}")
-    values = [row[key]] if isinstance(row[key], str) else row[key]
-    if not isinstance(values, list):
-        raise ValueError(f"key {key!r} must be a list of strings, not {type(values).__name__}")
+    values = row[key] if isinstance(row.get(key), list) else [_text(row, key)]
     return [_text({key: value}, key) for value in values]
 
 
@@ -148,7 +144,10 @@ def Rows(paths, kind, cache_dir="out/cache", skip_bad=False, world=ALONE):
 # ---------------------------------------------------------------- batches
 
 def lm_batch(stream, positions, block):
-    """Return a `Batch` of windows with the next token of each place as its target."""
+    """Return a `Batch` of windows with the next token of each place as its target.
+
+    UNSPECIFIED: a window runs on over the ends of documents, and attention looks across them.
+    """
     windows = torch.from_numpy(stream.windows(positions, block))            # (B, block + 1)
     return Batch("text", windows[:, :-1].reshape(-1), [block] * len(windows),
                  np.asarray(positions), targets=windows[:, 1:].reshape(-1))
@@ -217,8 +216,8 @@ class Task:
     def batch(self, k):
         """Return this rank's share of the task's k-th batch.
 
-        Its rows are a pure function of (seed, k); hard negatives are those in use now. Batches do
-        not straddle epochs, so no row comes twice in one.
+        Its rows are a pure function of (seed, k); hard negatives are those in use now. Batches of
+        rows do not straddle epochs, so no row comes twice in one; windows of stage 1 may.
         """
         cfg, world, n = self.cfg, self.world, len(self.rows)
         share = self.size // world.size

@@ -1,6 +1,6 @@
 """Dynamic hard negative mining: negatives that have become easy are replaced (PAPER Sec. 3.4).
 
-Every query has a pool of candidates, hardest first, and uses N of them as its hard negatives. The
+Every query has a pool of candidates, best first, and uses N of them as its hard negatives. The
 contrastive loss computes the cosine S of a query and each of its negatives anyway (Eq. 5). S_0 is
 the cosine at a negative's first use. The next candidate of the pool takes its place if (Eq. 6)
 
@@ -33,7 +33,7 @@ def should_replace(initial, current):
 class HardNegativePool:
     """The candidates of Q queries, which of them are in use, and the scores seen so far.
 
-    candidates: for each query a list of ids, hardest first, of any length; or all as one integer
+    candidates: for each query a list of ids, best first, of any length; or all as one integer
     tensor (Q, P), where -1 is an empty place at the end.
     policy: "v2" is Eq. (6); "fixed" keeps the first N, for comparison.
 
@@ -55,6 +55,7 @@ class HardNegativePool:
         q, n = len(candidates), n_negatives
         self.policy, self.n_negatives = policy, n
         self.candidates = F.pad(candidates, (0, max(0, n - candidates.shape[1])), value=-1)
+        self.depth = self.candidates.shape[1]                               # P, of the deepest pool
         size = (self.candidates >= 0).sum(1, keepdim=True)                  # (Q, 1) of each pool
         self.slots = torch.where(torch.arange(n) < size, torch.arange(n), -1)   # (Q, N) columns
         self.next = size[:, 0].clamp(max=n)                                 # (Q,) first unused one

@@ -17,6 +17,7 @@ import functools
 import json
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -324,10 +325,17 @@ def collections_in(folder):
 
 
 def collections(cfg):
-    """Return the folders that a stage is scored on: those named, else the test splits of DATA."""
-    if cfg.evaluate or not data.uses_folder(cfg):
-        return [Path(name) for name in cfg.evaluate]
-    return collections_in(cfg.data)
+    """Return the folders that a stage is scored on: those named, else the test splits of DATA.
+
+    Raises ValueError if two that are named would have their scores under one name.
+    """
+    if not cfg.evaluate and data.uses_folder(cfg):
+        return collections_in(cfg.data)
+    folders = [Path(name) for name in cfg.evaluate]
+    if len({(set_name(folder), folder.name) for folder in folders}) < len(folders):
+        raise ValueError(f"evaluate {','.join(cfg.evaluate)}: two folders have one name, and their "
+                         "scores would, too; rename one")
+    return folders
 
 
 def lexical_scores(cfg):
@@ -371,14 +379,16 @@ def validation_loss(state):
     if file is None or not data.uses_folder(cfg) or not (folder / file).is_file():
         return None
     if cfg.stage == "pretrain":
-        texts = [row["text"] for row in read_jsonl(folder / file)]
-        rows = [(None, "", text) for text in texts[:VALIDATION_TEXTS]]
+        texts = islice(read_jsonl(folder / file, {"text": str}), VALIDATION_TEXTS)
+        rows = [(None, "", row["text"]) for row in texts]
     else:
         dev = load_collection(folder / "dev")
         body = {row["id"]: document_text(row) for row in dev.corpus}
         best = {query: max(judged, key=judged.get) for query, judged in dev.qrels.items()}
         rows = [(state.prompts["retrieval"], query["text"], body[best[query["id"]]])
                 for query in dev.queries if query["id"] in best][:VALIDATION_TEXTS]
+    if not rows:
+        raise ValueError(f"{folder / file}: no text to measure the loss on")
     total = count = 0
     for i in range(0, len(rows), 50):
         batch = data.sft_batch(rows[i:i + 50], range(i, i + 50), state.tokenizer, cfg.passage_len)

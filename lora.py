@@ -2,9 +2,9 @@
 
     python train.py config/embed_sup.py --lora_rank=16      # stages 3 and 4 by adapters alone
 
-y = (W + alpha / r B A) x. B starts at zero, so step 0 is the base model.
-UNSPECIFIED: alpha and which matrices. Here alpha = 2 r, on all seven projections of a block, never
-on the embeddings or the norms.
+y = (W + 2 B A) x. B starts at zero, so step 0 is the base model.
+UNSPECIFIED: alpha and which matrices. Here alpha = 2 r, a scale alpha / r of 2, on all seven
+projections of a block, never on the embeddings or the norms.
 An adapter parametrises the weight: whoever reads `layer.weight` gets the sum, formed in float32. So
 kernels, bfloat16 and torch.compile need not know of it. It saves the memory of gradients and
 optimizer, not time.
@@ -14,9 +14,11 @@ r rank; a projection has `in` columns and `out` rows.
 import torch
 import torch.nn as nn
 
+SCALE = 2.0                        # alpha / r
+
 
 class LoRALinear(nn.Linear):
-    """A linear layer whose `weight` is W + alpha / r B A; the parameter of that name is still W.
+    """A linear layer whose `weight` is W + 2 B A; the parameter of that name is still W.
 
     One class for all layers: torch.nn.utils.parametrize makes one for each, and torch.compile would
     then compile every block by itself.
@@ -24,17 +26,17 @@ class LoRALinear(nn.Linear):
 
     @property
     def weight(self):
-        """Return W + alpha / r B A, (out, in), in the dtype of W, under autocast too."""
-        w, scale = self._parameters["weight"], self.lora_alpha / len(self.lora_a)
+        """Return W + 2 B A, (out, in), in the dtype of W, under autocast too."""
+        w = self._parameters["weight"]
         with torch.autocast(w.device.type, enabled=False):
-            return torch.addmm(w, self.lora_b, self.lora_a, alpha=scale)
+            return torch.addmm(w, self.lora_b, self.lora_a, alpha=SCALE)
 
 
-def add_lora(model, rank, alpha=None, generator=None):
+def add_lora(model, rank, generator=None):
     """Give every linear layer of a model an adapter and freeze all else; return the model.
 
     A: (rank, in), from N(0, 1 / in), so that A x is about as large as x. B: (out, rank), zero.
-    alpha: None takes 2 * rank. Raises ValueError for a rank below 1, or if there are adapters.
+    Raises ValueError for a rank below 1, or if there are adapters.
     """
     if rank < 1:
         raise ValueError(f"rank {rank} must be at least 1")
@@ -47,7 +49,6 @@ def add_lora(model, rank, alpha=None, generator=None):
         a = torch.randn(rank, w.shape[1], generator=generator, device="cpu") * w.shape[1] ** -0.5
         layer.lora_a = nn.Parameter(a.to(w))
         layer.lora_b = nn.Parameter(w.new_zeros(w.shape[0], rank))
-        layer.lora_alpha = float(2 * rank if alpha is None else alpha)
         layer.__class__ = LoRALinear
     return model
 

@@ -41,7 +41,7 @@ from engine import budget, checkpoint, distributed, kernels, memory, report, run
 from engine.jsonl import atomic
 from engine.microbatch import backward, two_pass
 from engine.order import shuffled, task_of_step
-from eval import evaluate_stage, lexical_scores, validation_loss
+from eval import collections, evaluate_stage, lexical_scores, validation_loss
 from lora import add_lora, merged_state_dict
 from losses import cosent_loss, false_negatives, info_nce, matryoshka
 from mask import CAUSAL, FULL, MaskSpec, alpha
@@ -92,8 +92,8 @@ class TrainConfig:
     # --- losses
     temperature: float = 0.05      # of InfoNCE and CoSENT; 1.0 is the printed Eq. 1
     dims: tuple[int, ...] = ()     # MRL dims of embed_sup, besides the full width
-    task_weights: dict[str, float] = dataclasses.field(default_factory=lambda: {
-        "retrieval": 3.0, "clr": 3.0, "classification": 2.8, "sts": 1.8})  # Table 11, million rows
+    task_weights: dict[str, float] = dataclasses.field(     # Table 11: million rows of each task
+        default_factory=lambda: {"retrieval": 3.0, "clr": 3.0, "classification": 2.8, "sts": 1.8})
     # --- soft mask (embed_weak)
     schedule: Literal["linear", "accelerating", "decelerating", "hard", "causal"] = "linear"
     mask_axis: Literal["row", "col"] = "row"
@@ -204,8 +204,8 @@ def lr_at(step, cfg):
     if step < warm:
         return cfg.learning_rate * (step + 1) / warm
     x = (step - warm) / max(1, cfg.steps - warm)
-    return cfg.learning_rate * (cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(
-        math.pi * x)))
+    cosine = 0.5 * (1 + math.cos(math.pi * x))                              # 1 -> 0
+    return cfg.learning_rate * (cfg.final_lr + (1 - cfg.final_lr) * cosine)
 
 
 def build_optimizer(model, cfg):
@@ -233,6 +233,8 @@ def finished(cfg, world, before):
     if where:
         run.check_data(data.hashes(cfg, world), where)
         run.check_before(before, where)
+        if world.is_main and run.read_meta(where)["train"]["evaluate"] != list(cfg.evaluate):
+            print(f"{where} is scored already; eval.py scores it on other collections")
     return where
 
 
@@ -343,8 +345,8 @@ def train(cfg, world, before=None):
     """Train one stage to its end and score it; return its checkpoint. before: that of the last."""
     with checkpoint.only_writer(cfg.run_dir) if world.is_main else contextlib.nullcontext():
         if world.is_main:
-            for name in cfg.evaluate:              # a mistake there would show at the very end
-                data.load_collection(name)
+            for folder in collections(cfg) if cfg.evaluate else ():
+                data.load_collection(folder)       # a mistake there would show at the very end
             if not cfg.resume:
                 checkpoint.set_aside(cfg.run_dir)
                 (cfg.run_dir / "eval.json").unlink(missing_ok=True)
@@ -452,7 +454,8 @@ def main(argv=None):
             report.summarise(cfg, STAGES, bm25, (time.perf_counter() - began) / 60, trained)
     except run.Interrupted as stopped:
         if world.is_main:
-            print(f"stopped by a signal and saved in {cfg.out}; the same command resumes")
+            print(f"stopped by a signal and saved in {cfg.out}; the same command resumes"
+                  + ("" if cfg.resume else ", without --resume=false"))
         code = 128 + int(str(stopped))
     except (ValueError, OSError, FloatingPointError) as error:
         code = f"train.py: error: {error}"

@@ -261,8 +261,8 @@ class Miner:
         """Return (candidates, cosines), (Q, depth) int32 and float32 in a file.
 
         queries: (Q, D); None: the query of a row is its first positive. search: over the vectors of
-        `passages`. sizes: (depth, n_given), see `mine`. keep: (candidates, cosines) -> candidates.
-        given: row -> its given negatives; None: its own.
+        `passages`. sizes: (depth, n_given), see `mine`. keep: (candidates, cosines) -> candidates;
+        the cosines no longer belong to these. given: row -> its given negatives; None: its own.
         """
         given = given or passages.negatives
 

@@ -29,6 +29,7 @@ class SharedPool:
 
     def __init__(self, own, world):
         self.own, self.world, self._stats = own, world, own.stats()
+        self.depth = own.depth                         # the same on all ranks
 
     def _owned(self, query_ids):
         """Return (which of the rows are this rank's, their numbers in its own pool)."""

@@ -80,7 +80,11 @@ class Log:
             candidates = "" if task.kind == "sts" else f"{task.size * each} candidates a query, "
             tqdm.write(f"{task.kind}: {len(task.rows):,} rows, {candidates}about {steps:.0f} steps "
                        f"of {task.size}, {visits:.1f} visits a row")
-            if task.pool and self.cfg.dhnm != "fixed" and visits < 2:
+            dynamic = task.pool and self.cfg.dhnm != "fixed"
+            if dynamic and task.pool.depth <= self.cfg.n_negatives:
+                tqdm.write(f"warning: {task.kind}: DHNM cannot act, since no query has more than "
+                           f"the {self.cfg.n_negatives} candidates that are in use")
+            elif dynamic and visits < 2:
                 tqdm.write(f"warning: {task.kind}: DHNM can hardly act, since a query is visited "
                            f"{visits:.1f} times and replacements are used at its next visit")
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import ConfigError, build, read_settings, split_args
+from configurator import ConfigError, build, read_settings
 from engine import checkpoint, distributed
 
 MODEL = {"vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "block_size",
@@ -78,6 +78,8 @@ def check_values(cfg, tasks):
     if cfg.lora_rank and cfg.parallel == "fsdp":
         raise ValueError(f"lora_rank {cfg.lora_rank} needs parallel ddp or zero1: fsdp's bfloat16 "
                          "shards would round what adapters add to a weight away")
+    if cfg.n_negatives > cfg.pool_size:
+        raise ValueError(f"n_negatives {cfg.n_negatives} exceeds pool_size {cfg.pool_size}")
     if any(not 1 <= d <= cfg.n_embd for d in cfg.dims):
         raise ValueError(f"dims {cfg.dims} must lie in 1 .. n_embd {cfg.n_embd}")
     for name, least in (("task_weights", 0), ("batch_sizes", 1)):
@@ -97,7 +99,7 @@ def chain(cls, argv):
     that an earlier stage's file makes holds for the later ones: the model's shape is written once.
     Flags, and config files after the first, are handed to the earlier stages where they are shared.
     """
-    files, _ = split_args(argv)
+    files = [arg for arg in argv if not arg.startswith("-")]
     stages = [read_settings(cls, argv)]
     rest, seen = list(argv), files[:1]
     if files:
@@ -178,7 +180,7 @@ def weights_hash(where):
 
 def check_before(before, where):
     """Raise ValueError if the stage before was trained anew since a checkpoint started from it."""
-    if read_meta(where).get("before", "") not in ("", weights_hash(before)):
+    if read_meta(where).get("before") not in (None, weights_hash(before)):     # None: not noted yet
         raise ValueError(f"{where} started from other weights than {before or 'random ones'} has "
                          "now. Choose another --out, or start this stage afresh with "
                          "--resume=false")

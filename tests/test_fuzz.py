@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import data  # noqa: E402
-from configurator import ConfigError, load_config, split_args  # noqa: E402
+from configurator import ConfigError, load_config  # noqa: E402
 from engine import checkpoint, model_folder  # noqa: E402
 from engine.index import JsonlFiles  # noqa: E402
 from engine.jsonl import read_jsonl, read_texts  # noqa: E402
@@ -211,7 +211,6 @@ def test_any_command_line_is_a_config_or_one_clear_error(argv):
         assert str(error)
     else:
         assert cfg.steps >= 1 and cfg.temperature > 0 and cfg.n_embd % cfg.n_head == 0
-    split_args(argv)
 
 
 @given(values=st.dictionaries(st.sampled_from(NAMES), LEAVES | st.lists(LEAVES, max_size=3)

@@ -119,6 +119,10 @@ def test_an_lm_stage_is_measured_on_held_out_text(rows, tmp_path):
     assert before == pytest.approx(math.log(350), abs=0.1) and after < before - 1
     assert log(tmp_path / "out", "pretrain")[1]["validation"] == before
     assert log(tmp_path / "out", "pretrain")[60]["validation"] < before
+    for text, reason in (("", ": no text"), ('{"txt": "a"}', ":1: key 'text' is missing")):
+        (folder / "text_dev.jsonl").write_text(text)
+        with pytest.raises(SystemExit, match=f"text_dev.jsonl{reason}"):
+            train.main([*argv, f"--data={folder}", "--resume=false"])
 
 
 def test_the_mask_opens_in_the_weak_stage_only(whole):
@@ -309,6 +313,8 @@ def test_a_save_that_takes_long_warns(rows, tmp_path, capsys, monkeypatch):
     (["--batch_size=25"], "24 rows are too few for a batch of 25"),
     (["--parallel=fsdp", "--lora_rank=4"], "needs parallel ddp or zero1"),
     (["--evaluate=nowhere"], "nowhere/corpus.jsonl: no such file"),
+    (["--evaluate=a/docs,b/docs"], "evaluate a/docs,b/docs: two folders have one name"),
+    (["--n_negatives=51"], "n_negatives 51 exceeds pool_size 6"),
     (["--vocab_size=260", "--text=words.jsonl"], "too few for blocks of 32"),
 ])
 def test_a_mistake_is_one_clear_line(rows, tmp_path, more, message):
@@ -400,6 +406,19 @@ def test_a_stage_whose_base_was_trained_anew_is_refused(rows, whole, tmp_path):
         with pytest.raises(SystemExit, match="sft/step_000006 started from other weights than "
                                              ".*pretrain/step_000006 has now"):
             train.main(chain_arguments(rows, stage, out))
+
+
+def test_a_stage_from_random_weights_does_not_pass_for_one_with_a_stage_before_it(rows, tmp_path):
+    train.main(arguments(rows, "embed_weak", tmp_path))
+    with pytest.raises(SystemExit, match="started from other weights than .*sft/step_000006"):
+        train.main(chain_arguments(rows, "embed_weak", tmp_path))
+
+
+def test_a_scored_stage_is_not_scored_on_other_collections(rows, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    train.main(chain_arguments(rows, "embed_sup", out, "--evaluate="))
+    assert "embed_sup/step_000006 is scored already; eval.py" in capsys.readouterr().out
 
 
 def test_a_finished_stage_whose_data_changed_is_not_taken_for_the_next(rows, whole, tmp_path):

@@ -84,8 +84,8 @@ def test_a_stage_that_visits_no_query_twice_says_that_dhnm_cannot_act(tmp_path, 
     def task(kind, rows, size, pool):
         return SimpleNamespace(kind=kind, rows=range(rows), size=size, pool=pool)
     log = Log(config(tmp_path, steps=steps, dhnm=dhnm), WORLD, 0)
-    log.tasks([(task("retrieval", 80, 16, True), 3.0), (task("sts", 2000, 32, None), 1.0)])
-    log.close()
+    log.tasks([(task("retrieval", 80, 16, SimpleNamespace(depth=4)), 3.0),
+               (task("sts", 2000, 32, None), 1.0)])
     shown = "".join(capsys.readouterr())
     share = steps * 3 / 4
     assert f"retrieval: 80 rows, 64 candidates a query, about {share:.0f} steps of 16, " \
@@ -93,6 +93,10 @@ def test_a_stage_that_visits_no_query_twice_says_that_dhnm_cannot_act(tmp_path, 
     assert f"sts: 2,000 rows, about {steps / 4:.0f} steps of 32" in shown
     assert ("warning: retrieval: DHNM can hardly act, since a query is visited" in shown) == warns
     assert "warning: sts" not in shown             # which has no hard negatives
+    log.tasks([(task("clr", 80, 16, SimpleNamespace(depth=3)), 1.0)])
+    log.close()
+    assert ("warning: clr: DHNM cannot act, since no query has more than the 3 candidates" in
+            "".join(capsys.readouterr())) == (dhnm == "v2")
 
 
 def test_the_summary_shows_stages_dims_and_languages(capsys):
