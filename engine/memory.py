@@ -48,7 +48,7 @@ def peak():
     if not sys.platform.startswith("linux"):
         return 0.0
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        return next(int(line.split()[1]) * 1024 / 1e9 for line in file if line[:5] == "VmHWM")
+        return sum(int(line.split()[1]) * 1024 / 1e9 for line in file if line[:5] == "VmHWM")
 
 
 def _resident_pages():

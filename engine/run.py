@@ -126,7 +126,7 @@ def finished(cfg):
 
     Raises ValueError if it was trained with other settings.
     """
-    where = checkpoint.latest(cfg.run_dir) if cfg.run_dir.is_dir() else None
+    where = checkpoint.latest(cfg.run_dir)
     if where is None:
         return None
     meta = read_meta(where)
@@ -244,8 +244,8 @@ def load_weights(cfg, world, where):
 
 def versions():
     """Return the versions and the git commit that a run was made with."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                            capture_output=True).stdout.strip()
+    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,
+                            capture_output=True).stdout.strip()        # "" where git is missing
     return {"git": commit or None, "python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__}
 

@@ -149,3 +149,8 @@ def test_data_is_compared_by_content(tmp_path, now, reason):
         runs.check_data(now, path)
     assert str(caught.value).startswith(f"{path} was trained on ")
     assert reason in str(caught.value) and "--resume=false" in str(caught.value)
+
+
+def test_a_machine_without_git_can_save(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert runs.versions()["git"] is None
