@@ -47,6 +47,14 @@ def load_config(cls, argv=None):
         raise SystemExit(2) from None
 
 
+def run_command(main):
+    """Run a command; a mistake of its user ends it with one line."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+
+
 def help_text(cls):
     """Return the `--help` page: a line for each field, with the comment that trails it in `cls`."""
     comments, hints = {}, get_type_hints(cls)

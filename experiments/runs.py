@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from engine import checkpoint
-from engine.jsonl import atomic, read_object
+from engine.jsonl import read_object, write_object
 
 
 class Missing(ValueError):
@@ -37,7 +37,7 @@ def read_scores(folder):
 
 def read_meta(folder):
     """Return the config.json of a stage's newest checkpoint. Raises Missing without one."""
-    where = checkpoint.latest(Path(folder)) if Path(folder).is_dir() else None
+    where = checkpoint.latest(folder)
     if where is None:
         raise Missing(f"{folder} has no checkpoint; train.py writes it")
     return json.loads(checkpoint.load(where, "config.json"))
@@ -64,10 +64,8 @@ def ndcg_by_dims(scores):
 
 def write_result(folder, name, result):
     """Write FOLDER/NAME.json and return its path."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / f"{name}.json"
-    with atomic(path) as file:
-        file.write(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_object(path, result)
     return path
 
 
@@ -77,11 +75,3 @@ def choose(commands, argv):
     if name not in commands:
         raise ValueError(f"one of the commands {', '.join(commands)} is needed first, not {name}")
     return name, rest
-
-
-def run_command(main):
-    """Run a command; a mistake of its user ends it with one line."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")

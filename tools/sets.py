@@ -30,6 +30,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from configurator import run_command
 from data import PARSERS, document_text, load_collection, parse_pair, text_id
 from engine.jsonl import read_jsonl, write_jsonl
 
@@ -123,7 +124,7 @@ class Builder:
 
     def collection(self, folder):
         """Take questions and their passages; a question in several languages is bitext."""
-        collection = load_collection(folder)
+        collection = load_collection(folder, "train" if (folder / "qrels").is_dir() else None)
         documents = {row["id"]: row for row in collection.corpus}
         queries = for_training(collection.queries)
         same, crossing = defaultdict(list), False
@@ -316,8 +317,8 @@ def files_of(folder):
 
 def held_out_collections(root):
     """Return the collections of `root` that nothing was trained on: folders *_dev and *_test."""
-    return sorted(path.parent for path in Path(root).glob("*/qrels.tsv*")
-                  if path.parent.name.endswith(FOR_EVALUATION))
+    return sorted({path.parent for path in Path(root).glob("*/qrels*")
+                   if path.parent.name.endswith(FOR_EVALUATION)})
 
 
 def columns_of(path):
@@ -340,12 +341,13 @@ def build(root, out):
         if not folder.name.endswith(FOR_EVALUATION):
             builder.read(folder)
     builder.join_small()
-    for kind, rows in builder.files.items():
+    files = {kind: rows for kind, rows in builder.files.items() if rows}
+    for kind, rows in files.items():
         builder.rng.shuffle(rows)
         write_jsonl(out / f"{kind}.jsonl", rows)
     for folder in held_out_collections(root):
         shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
-    return builder.files
+    return files
 
 
 def main():
@@ -355,13 +357,9 @@ def main():
     parser.add_argument("--root", required=True, help="folder with one folder for each set")
     parser.add_argument("--out", default="out/real/sets")
     args = parser.parse_args()
-    try:
-        files = build(args.root, args.out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"sets: error: {error}") from None
-    for kind, rows in sorted(files.items()):
+    for kind, rows in sorted(build(args.root, args.out).items()):
         print(f"{args.out}/{kind}.jsonl: {len(rows):,} rows")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

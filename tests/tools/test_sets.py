@@ -223,3 +223,26 @@ def test_small_files_are_joined_by_set_then_all(tmp_path):
 
 def test_evaluation_folders_are_found(root):
     assert [p.name for p in sets.held_out_collections(str(root))] == ["qa_dev"]
+
+
+def test_of_a_collection_with_splits_the_training_questions_are_taken(tmp_path):
+    root = tmp_path / "root"
+    for name in ("qa", "qa_test"):
+        collection(root / name, [{"id": f"en/{split}", "text": f"A {split} question?", "lang": "en"}
+                                 for split in ("train", "test")],
+                   [{"id": "p", "text": "It answers.", "lang": "en"}], [])
+        (root / name / "qrels.tsv").unlink()
+        (root / name / "qrels").mkdir()
+        for split in ("train", "test"):
+            (root / name / "qrels" / f"{split}.tsv").write_text(f"en/{split}\tp\t1\n")
+    sets.build(root, tmp_path / "sets")
+    assert [row["query"] for row in read_jsonl(tmp_path / "sets" / "retrieval.jsonl")] == [
+        "A train question?"]
+    assert len(load_collection(tmp_path / "sets" / "qa_test", "test").queries) == 1
+
+
+def test_a_kind_without_rows_has_no_file(tmp_path):
+    write(tmp_path / "root" / "plain" / "data.jsonl", [{"text": "One text.", "lang": "en"}])
+    made = sets.build(tmp_path / "root", tmp_path / "sets")
+    assert set(made) == {"text"}
+    assert [path.name for path in (tmp_path / "sets").glob("*.jsonl")] == ["text.jsonl"]
