@@ -14,7 +14,6 @@ Protocols are mteb's. It has further types of task, and scores stock models on a
 """
 import dataclasses
 import functools
-import json
 import sys
 import time
 from itertools import islice
@@ -29,7 +28,7 @@ from data import document_text, load_collection
 from embed import Embedder
 from engine.bm25 import BM25, split_words
 from engine.collection import HELD_OUT, choose_split, languages_in, read_groups, set_name
-from engine.jsonl import atomic, read_jsonl, read_object
+from engine.jsonl import read_jsonl, read_object, write_object
 from engine.metrics import (average_precision, hit_at_k, mean_average_precision,
                             mrr_at_k, ndcg_at_k, recall_at_k, spearman)
 from engine.mining import top
@@ -475,8 +474,7 @@ def run(config):
             if twice := results.keys() & scores.keys():
                 raise ValueError(f"{name}: another set gave {min(twice)!r} already; rename it")
         results |= scores
-        with atomic(path) as file:
-            file.write(json.dumps(before | results, indent=1, ensure_ascii=False) + "\n")
+        write_object(path, before | results)
         print(f"{table(scores)}\n({name}: {time.perf_counter() - start:.1f} s)", flush=True)
     added = f", beside {len(before.keys() - results.keys())} earlier numbers" if before else ""
     print(f"\nwrote {path}{added}")

@@ -20,7 +20,6 @@ import copy
 import dataclasses
 import gc
 import importlib.util
-import json
 import math
 import signal
 import sys
@@ -38,7 +37,7 @@ import data
 from configurator import ConfigError
 from embed import Embedder
 from engine import budget, checkpoint, distributed, kernels, memory, report, run
-from engine.jsonl import atomic
+from engine.jsonl import write_object
 from engine.microbatch import backward, two_pass
 from engine.order import shuffled, task_of_step
 from eval import collections, evaluate_stage, lexical_scores, validation_loss
@@ -351,7 +350,7 @@ def train(cfg, world, before=None):
                 checkpoint.set_aside(cfg.run_dir)
                 (cfg.run_dir / "eval.json").unlink(missing_ok=True)
         world.barrier()
-        where = checkpoint.latest(cfg.run_dir) if cfg.run_dir.is_dir() else None
+        where = checkpoint.latest(cfg.run_dir)
         state = start(cfg, world, where, before)
         if state.step < cfg.steps:
             run_steps(state)
@@ -379,7 +378,7 @@ def run_steps(state):
         state.embedder.mask = stage_mask(cfg, step)        # a checkpoint carries its own
         norm = distributed.clip_grad_norm(state.wrapped, GRAD_CLIP)
         agreed = world.mean({"bad": not math.isfinite(float(loss) + float(norm)),
-                             "stop": stop.raised,      # the same flags on every rank
+                             "stop": stop.number,      # the same flags on every rank
                              "tokens": len(batch.ids), "truncated": batch.truncated})
         stats = {}
         if agreed["bad"]:
@@ -421,8 +420,7 @@ def score(state):
         text = generate(state.model, state.tokenizer, prompt)
         print(f"\n{cfg.stage} writes: {prompt!r} -> {text!r}\n")
     if state.world.is_main:
-        with atomic(cfg.run_dir / "eval.json") as file:
-            file.write(json.dumps(results, indent=1) + "\n")
+        write_object(cfg.run_dir / "eval.json", results)
     state.world.barrier()
 
 

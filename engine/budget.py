@@ -37,16 +37,16 @@ def parameters(config):
             "norms": (2 * c.n_layer + 1) * c.n_embd}
 
 
-def flops(config, texts, head=False, causal=False):
+def flops(config, texts, lm=False):
     """Return the FLOPs of one step, forward and backward; `texts` maps tokens T to a number of B.
 
     A matrix of n parameters costs 6 n a token (2 forward, 4 backward), attention 12 T D a token and
-    layer, half of it if causal. `head`: the next-token logits, 6 V D a token. Nothing that is
-    computed twice is counted twice: the numerator of the model FLOPs utilisation.
+    layer. `lm`: attention is causal, half of that, and the next-token logits take 6 V D a token.
+    Nothing that is computed twice is counted twice: the numerator of the model FLOPs utilisation.
     """
     part = parameters(config)
-    dense = part["attention"] + part["ffn"] + (part["embedding"] if head else 0)
-    attention = 12 * config.n_layer * config.n_head * config.head_dim * (0.5 if causal else 1)
+    dense = part["attention"] + part["ffn"] + (part["embedding"] if lm else 0)
+    attention = 12 * config.n_layer * config.n_head * config.head_dim * (0.5 if lm else 1)
     return sum(b * t * (6 * dense + attention * t) for t, b in texts.items())
 
 
@@ -170,7 +170,7 @@ def report(cfg, model):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapters = trained if cfg.lora_rank else 0
     total = model.count_params() - adapters
-    per_step = flops(shape, texts, head=lm, causal=lm)
+    per_step = flops(shape, texts, lm)
     lines = [f"{cfg.stage}: {total:,} parameters ({total / 1e6:,.1f}M)",
              *(f"    {name:<12}{n:>15,}" for name, n in parts.items()),
              *([f"    {'adapters':<12}{adapters:>15,}  rank {cfg.lora_rank}; they alone train"]
@@ -198,9 +198,7 @@ def report(cfg, model):
 def pass_tokens(cfg, texts, world):
     """Return the tokens of one rank's largest pass: its share, or a micro batch of long texts."""
     here = {t: -(-b // world) for t, b in texts.items()}
-    if not cfg.micro_batch_size or cfg.micro_batch_size >= sum(here.values()):
-        return sum(t * b for t, b in here.items())
-    left, tokens = cfg.micro_batch_size, 0
+    left, tokens = cfg.micro_batch_size or sum(here.values()), 0
     for t in sorted(here, reverse=True):
         tokens, left = tokens + t * min(left, here[t]), left - min(left, here[t])
     return tokens

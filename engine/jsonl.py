@@ -81,10 +81,12 @@ def to_line(row):
 
 
 def write_jsonl(path, rows):
-    """Write rows (dicts) as JSONL."""
+    """Write rows (dicts) as JSONL; return their number."""
+    count = 0
     with atomic(path, "wb") as file:
-        for row in rows:
+        for count, row in enumerate(rows, 1):
             file.write(to_line(row))
+    return count
 
 
 def is_json(path):
@@ -186,6 +188,12 @@ def read_object(path):
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: no JSON object: {error}") from None
+
+
+def write_object(path, value):
+    """Write a JSON object as a whole file."""
+    with atomic(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_texts(path):

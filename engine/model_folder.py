@@ -18,7 +18,7 @@ def read_model(path):
     if (where / EXPORTED).is_file():
         return where, *_read_exported(where)
     if not ((where / "manifest.json").is_file() and (where / "config.json").is_file()):
-        where = checkpoint.latest(path) if where.is_dir() else None
+        where = checkpoint.latest(path)
     if where is None:
         raise FileNotFoundError(f"{path}: no checkpoint here; train one with "
                                 f"`python train.py config/{Path(path).name}.py`")

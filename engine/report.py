@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine import budget, checkpoint, distributed, memory, run
-from engine.jsonl import atomic, read_object
+from engine.jsonl import read_object, write_object
 
 LANGUAGE_PAIR = re.compile(r"[a-z]{2,3}([-_]\w+)?-[a-z]{2,3}([-_]\w+)?")      # zh-Hant-en
 
@@ -19,13 +19,13 @@ class StopSignal:
     """Remember that SIGTERM or SIGINT came; the loop looks at it between two steps."""
 
     def __init__(self):
-        self.raised, self.number = False, 0
+        self.number = 0
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _note(self, number, frame):
         if number == self.number == signal.SIGINT:     # a second Ctrl-C does not wait; SIGTERM may
             raise KeyboardInterrupt                    # come twice, from torchrun and from outside
-        self.raised, self.number = True, number
+        self.number = number
 
     def restore(self):
         """Give the signals back to whoever had them."""
@@ -55,7 +55,6 @@ class Log:
 
     def __init__(self, cfg, world, step):
         self.cfg, self.world = cfg, world
-        cfg.run_dir.mkdir(parents=True, exist_ok=True)
         self.file = open_log(cfg.run_dir / "log.jsonl", step) if world.is_main else None
         self.bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step",
                         disable=not world.is_main, mininterval=1.0)
@@ -97,7 +96,7 @@ class Log:
         """
         lm = batch.targets is not None
         if self.peak:
-            self.flops += budget.flops(self.cfg.model_config(), Counter(batch.lengths), lm, lm)
+            self.flops += budget.flops(self.cfg.model_config(), Counter(batch.lengths), lm)
         self.tokens += len(batch.ids) * self.world.size
         self.data += data_seconds
         self.bar.update()
@@ -181,8 +180,7 @@ def summarise(cfg, stages, scores, minutes, trained):
             "versions": run.versions()}
     if not trained and path.is_file():
         cost |= read_object(path)
-    with atomic(path) as file:
-        file.write(json.dumps(cost | scores, indent=1) + "\n")
+    write_object(path, cost | scores)
     spent = f"{cost['minutes']:.1f} minutes"
     if cost["memory_gb"]:                          # 0 where the system does not tell
         spent += f", {cost['memory_gb']:.1f} GB"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import load_config
+from configurator import load_config, run_command
 from data import document_text, load_collection
 from embed import Embedder
 from engine import checkpoint
@@ -32,7 +32,7 @@ from engine.run import versions
 from experiments import probes
 from experiments.cells import NOTHING, PRETRAIN, SFT, SUP, WEAK, Cell, Lab, columns, table4_cell
 from experiments.results import cells_lines
-from experiments.runs import choose, read_log, read_scores, run_command, seconds, write_result
+from experiments.runs import choose, read_log, read_scores, seconds, write_result
 from mask import CAUSAL, FULL, MaskSpec, alpha
 from sample import generate
 
@@ -330,9 +330,8 @@ def steps_of_equal_time(lab, cell):
     """Return the steps of a stage 3 that gets the time of the cell's stages 1 and 2 as well."""
     seed, steps = lab.cfg.seeds[0], lab.base[WEAK].steps
     weak = seconds(read_log(lab.train(seed, WEAK, cell)))
-    lm = [] if cell.lm_steps == 0 else [sum(seconds(read_log(lab.lm_folder(seed, cell) / stage)))
-                                   for stage in (PRETRAIN, SFT)]
-    return steps + round(sum(lm) / np.median(weak))
+    lm = sum(sum(seconds(read_log(lab.lm_folder(seed, cell) / stage))) for stage in (PRETRAIN, SFT))
+    return steps + round(lm / np.median(weak))
 
 
 def tune(lab):

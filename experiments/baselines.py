@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import load_config
+from configurator import load_config, run_command
 from data import Rows, sources
 from embed import Embedder
 from engine.jsonl import read_jsonl
 from eval import LexicalBaseline, SentenceTransformerBaseline, collections_in, evaluate
 from experiments.results import markdown
-from experiments.runs import run_command, write_result
+from experiments.runs import write_result
 from tokenizer import Tokenizer
 from tools import sets
 from train import TrainConfig
@@ -50,7 +50,6 @@ class BaselinesConfig:
     vocab_size: int = 24_576       # of the bags' tokenizer
     dim: int = 768                 # of the bags' vectors
     weight: float = 3.0            # of a token's translations, its own vector having 1
-    seed: int = 0
     out: str = "results/baselines.json"
 
 
@@ -76,11 +75,10 @@ class BagOfVectors:
 
 def idf(tokenizer, texts, vocab_size):
     """Return log(N / (1 + documents with the token)), (V,) float64, at least 0."""
-    counts, n = np.zeros(vocab_size), 0
+    counts = np.zeros(vocab_size)
     for ids in tokenizer.encode_batch(texts):
         counts[np.unique(np.array(ids, dtype=np.int64))] += 1
-        n += 1
-    return np.log(n / (1 + counts)).clip(min=0)
+    return np.log(len(texts) / (1 + counts)).clip(min=0)
 
 
 def random_table(weights, dim, seed=0):
@@ -202,7 +200,7 @@ def encoders(cfg):
     rows = Rows(sources(base, "text"), "text")
     texts = [rows[i] for i in range(len(rows))]
     tokenizer = Tokenizer.train(texts, cfg.vocab_size)
-    table = random_table(idf(tokenizer, texts, cfg.vocab_size), cfg.dim, cfg.seed)
+    table = random_table(idf(tokenizer, texts, cfg.vocab_size), cfg.dim)
     yield "IDF bag of random vectors", BagOfVectors(tokenizer, table)
     if bitext := read_bitext(sources(base, "pairs"), tokenizer):
         matrix = translation_matrix(bitext, cfg.vocab_size)

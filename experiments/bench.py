@@ -27,12 +27,12 @@ import torch.nn.functional as F
 
 import data
 import train
-from configurator import load_config
+from configurator import load_config, run_command
 from dhnm import HardNegativePool
 from embed import Embedder
 from engine import distributed, kernels, run
 from engine.jsonl import read_object
-from experiments.runs import run_command, write_result
+from experiments.runs import write_result
 from mask import FULL, MaskSpec
 from model import Conan, ConanConfig, next_token_loss, rope, rope_angles
 from tokenizer import Tokenizer

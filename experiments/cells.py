@@ -77,7 +77,6 @@ def build_data(folder, source):
     source: a folder in the layout of train.py's `data`. Text and pairs are its own. Retrieval is
     its first `ROWS` questions, CLR the translations of these.
     """
-    folder, source = Path(folder), Path(source)
     if source.name == "installed_docs":
         toy.ensure(source)
     files = {kind: (str(folder / f"{kind}.jsonl"),) for kind in ("retrieval", "clr")}
@@ -89,7 +88,6 @@ def build_data(folder, source):
         if not translated:
             raise ValueError(f"{source / 'clr.jsonl'}: no row translates a question of "
                              f"{source / 'retrieval.jsonl'}")
-        folder.mkdir(parents=True, exist_ok=True)
         write_jsonl(folder / "retrieval.jsonl", rows)
         write_jsonl(folder / "clr.jsonl", translated)
     base = TrainConfig(data=str(source))
@@ -136,8 +134,7 @@ class Lab:
                 steps=steps.get(stage.stage) or stage.steps, **files,
                 **changes.get(stage.stage, {}))
         path = self.work / "rates.json"
-        self.tuned = read_object(path) if path.is_file() else {
-            "rates": {}, "tried": {}}
+        self.tuned = read_object(path) if path.is_file() else {"rates": {}, "tried": {}}
 
     def lm_folder(self, seed, cell):
         """Return the folder of stages 1 and 2 of a cell."""
@@ -281,7 +278,6 @@ def write_config(cfg):
     text = "\n".join(['"""Written by experiments/cells.py."""', *lines, ""])
     if path.is_file() and path.read_text("utf-8") != text:
         raise ValueError(f"{path}: this stage has other settings now; choose another --work")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as file:
         file.write(text)
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import load_config
+from configurator import load_config, run_command
 from embed import Embedder
 from engine.jsonl import read_jsonl
 from eval import classification
 from experiments.results import interval, mean_of, paired
 from experiments.runs import (Missing, ndcg_by_dims, read_json, read_log, read_meta, read_scores,
-                              run_command, score_of, write_result)
+                              score_of, write_result)
 from mask import KINDS, alpha, mask_rank, soft_mask
 from model import Conan, ConanConfig
 from train import STAGES

@@ -18,7 +18,7 @@ import re
 import numpy as np
 import torch
 
-from data import PROMPTS, Collection, document_text
+from data import Collection, document_text
 from eval import retrieval
 from mask import CAUSAL, effective_rank, mask_rank, soft_mask
 
@@ -68,8 +68,7 @@ def order_triplets(collection):
 def cosines(encoder, triplets):
     """Return the cosines of each query with its right and its wrong text, two arrays (N,)."""
     queries, right, wrong = (list(texts) for texts in zip(*triplets))
-    prompt = getattr(encoder, "prompts", PROMPTS)["retrieval"]
-    q = encoder.encode(queries, prompt=prompt)
+    q = encoder.encode(queries, prompt=encoder.prompts["retrieval"])
     return [(q * encoder.encode(side)).sum(1) for side in (right, wrong)]
 
 

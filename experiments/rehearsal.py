@@ -28,15 +28,15 @@ import numpy as np
 import torch
 
 import data
-from configurator import load_config
+from configurator import load_config, run_command
 from engine import budget, distributed, run
-from engine.index import together
 from engine.jsonl import atomic, read_object
 from engine.mining import CHUNK, Exact, Miner, Shared, mine
 from engine.passages import Passages
 from engine.pools import pool_of
 from engine.tokens import TokenStream
 from experiments.results import ROOT, fill, markdown
+from experiments.runs import write_result
 from tokenizer import Tokenizer
 from train import TrainConfig
 
@@ -54,7 +54,6 @@ class RehearsalConfig:
     """The settings of `python -m experiments.rehearsal`."""
     rows: tuple[int, ...] = (100_000, 1_000_000)   # of each kind of file
     ranks: tuple[int, ...] = (1, 2, 4)
-    folder: str = ""               # of the rows, some 4 GB for a million; empty: a temporary one
     results: str = "results"
     page: str = "docs/scale.md"    # whose tables are filled; empty: none
     work: str = ""                 # what the command calls itself with: the folder of one rehearsal
@@ -99,14 +98,14 @@ class Meter:
             while not done.wait(0.02):
                 peak[0] = max(peak[0], anonymous())
         thread = threading.Thread(target=watch)
-        together(self.world, thread.start)
+        distributed.together(self.world, thread.start)
         wall, cpu = time.perf_counter(), time.process_time()
         result = work()
         mine = [time.process_time() - cpu, time.perf_counter() - wall]
         done.set()
         thread.join()
         mine.append(max(0, max(peak[0], anonymous()) - before) / 1e6)
-        worst = np.max(together(self.world, lambda: mine), axis=0).tolist()
+        worst = np.max(self.world.gather_objects(mine), axis=0).tolist()
         self.parts[name] = dict(zip(("seconds", "wall", "MB"), worst))
         return result
 
@@ -178,13 +177,10 @@ def plain_rate(vectors):
 
 def worker(folder):
     """Be one rank of a rehearsal; the main rank writes FOLDER/RANKS.json."""
-    torch.set_num_threads(1)
     world = distributed.start("cpu")
-    torch.set_num_threads(1)
     measured = rehearse(Path(folder), world)
     if world.is_main:
-        with atomic(Path(folder) / f"{world.size}.json") as file:
-            json.dump(measured, file)
+        write_result(folder, world.size, measured)
     distributed.stop()
 
 
@@ -274,7 +270,7 @@ def main(argv=None):
     runs = {}
     with tempfile.TemporaryDirectory() as temporary:
         for n in cfg.rows:
-            folder = Path(cfg.folder or temporary) / str(n)
+            folder = Path(temporary) / str(n)      # some 4 GB for a million; TMPDIR says where
             write_rows(folder, n)
             runs[n] = {ranks: launch(folder, ranks) for ranks in cfg.ranks}
     record(cfg, runs)
@@ -283,11 +279,9 @@ def main(argv=None):
 def record(cfg, runs):
     """Write the results file of {rows: {ranks: rehearsal}}, and fill the tables of the page."""
     law = fit(runs)
-    with atomic(Path(cfg.results) / "rehearsal.json") as file:
-        json.dump({"title": "What comes before the first step", "tables": {"": table_of(runs)},
-                   "law": law, "cores": len(os.sched_getaffinity(0)), "cpu": platform.machine(),
-                   "runs": runs}, file, indent=1)
-        file.write("\n")
+    write_result(cfg.results, "rehearsal", {
+        "title": "What comes before the first step", "tables": {"": table_of(runs)}, "law": law,
+        "cores": len(os.sched_getaffinity(0)), "cpu": platform.machine(), "runs": runs})
     if cfg.page:
         path = Path(cfg.page)
         text = fill(path.read_text("utf-8"), {
@@ -298,7 +292,4 @@ def record(cfg, runs):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"rehearsal: error: {error}")
+    run_command(main)

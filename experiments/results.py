@@ -18,10 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import load_config
+from configurator import load_config, run_command
 from engine.jsonl import atomic, read_object
-from experiments.runs import (ndcg_by_dims, read_json, read_log, run_command, score_of, seconds,
-                              write_result)
+from experiments.runs import ndcg_by_dims, read_json, read_log, score_of, seconds, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("default_run", "baselines", "small", "figure1", "real", "table4", "table12", "curve",

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import load_config
+from configurator import load_config, run_command
 from data import document_text, load_collection
 from embed import Embedder, load_index
 from engine.bm25 import BM25
 from engine.jsonl import read_jsonl
 from experiments.probes import attention_to_later
 from experiments.results import RUN_ROWS, markdown
-from experiments.runs import (Missing, choose, read_json, read_log, read_scores, run_command,
-                              score_of, write_result)
+from experiments.runs import (Missing, choose, read_json, read_log, read_scores, score_of,
+                              write_result)
 from mask import MaskSpec
 from train import STAGES
 

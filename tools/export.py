@@ -13,14 +13,13 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from configurator import load_config
+from configurator import load_config, run_command
 from data import format_query, format_sft
 from embed import Embedder
 from engine.model_folder import EXPORTED
@@ -67,7 +66,6 @@ def export(checkpoint, out, lm=False):
     embedder = Embedder(checkpoint, "cpu", "float32")
     check_mask(embedder, lm)
     part = out.parent / f".{out.name}.{os.getpid()}"
-    part.mkdir(parents=True)
     try:
         write(embedder, part, out.name, lm)
         del embedder                                   # room for what is read back
@@ -262,12 +260,9 @@ def check_golden(folder):
 def main():
     """Export what the command line names."""
     config = load_config(ExportConfig)
-    try:
-        out = export(config.checkpoint, config.out, config.lm)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"export: error: {error}")
+    out = export(config.checkpoint, config.out, config.lm)
     print(f"wrote {out}, checked against golden.json; docs/serving.md says how to use it")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

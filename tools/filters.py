@@ -12,8 +12,6 @@ bytes a row for duplicates. Length, script and near duplicates are Data-Juicer's
 UNSPECIFIED: everything but the 0.4. OUT.report.json says what ran and what it dropped.
 """
 import hashlib
-import json
-import sys
 import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -25,9 +23,9 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
-from configurator import load_config
+from configurator import load_config, run_command
 from data import parse_pair
-from engine.jsonl import atomic, read_jsonl, write_jsonl
+from engine.jsonl import read_jsonl, write_jsonl, write_object
 from engine.mteb_bridge import SentenceTransformerBaseline, join_names, mteb_tasks
 
 TEXT_KEYS = ("text", "query", "input", "pos", "output", "sentence1", "sentence2")
@@ -207,18 +205,12 @@ def write_rows(out, rows, filters, counts, about):
 
     counts: a Counter, of "read", "kept" and each reason. about: what else the report says.
     """
-    def count(rows):
-        for row in rows:
-            counts["kept"] += 1
-            yield row
-
     for one in filters:
         rows = one(rows, counts)
-    write_jsonl(out, count(rows))
+    counts["kept"] = write_jsonl(out, rows)
     dropped = {key: n for key, n in counts.items() if n and key not in ("read", "kept")}
     report = {"read": counts["read"], "kept": counts["kept"], "dropped": dropped}
-    with atomic(f"{out}.report.json") as file:
-        json.dump(report | about, file, indent=1, ensure_ascii=False)
+    write_object(f"{out}.report.json", report | about)
     print(f"{out}: {counts['kept']:,} of {counts['read']:,} rows\ndropped: "
           + (", ".join(f"{reason} {n:,}" for reason, n in dropped.items()) or "none"))
 
@@ -239,7 +231,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"filters: error: {error}")
+    run_command(main)

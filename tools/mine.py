@@ -11,7 +11,6 @@ and then all go by cosine: for small sets, about 0.1 microseconds of a core a qu
 """
 import hashlib
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,12 +18,12 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from configurator import load_config
+from configurator import load_config, run_command
 from data import parse_pair
 from embed import Embedder
 from engine import distributed
 from engine.bm25 import BM25
-from engine.index import JsonlFiles, together
+from engine.index import JsonlFiles
 from engine.jsonl import atomic, to_line
 from engine.mining import Approximate, Exact, Miner
 from engine.passages import Passages
@@ -117,10 +116,9 @@ def mine_rows(cfg, world):
                        "pos_cosines": [round(float(s), 6) for s in pos]}
                 file.write(to_line({k: v for k, v in row.items() if v is not None}))
     firsts = range(0, len(rows), PART)
-    together(world, lambda: [write(first) for first in tqdm(
-        firsts[world.rank::world.size], desc="write", disable=None if world.is_main else True)]
-        and None)
-    together(world, lambda: join(folder, cfg.out) if world.is_main else None)
+    distributed.together(world, lambda: [write(first) for first in tqdm(
+        firsts[world.rank::world.size], desc="write", disable=None if world.is_main else True)])
+    world.on_main(lambda: join(folder, cfg.out))
     if world.is_main:
         print(f"{cfg.out}: {len(rows):,} rows, {rows.bad:,} bad lines left out")
 
@@ -145,7 +143,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"mine: error: {error}")
+    run_command(main)

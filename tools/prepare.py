@@ -25,7 +25,7 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from configurator import load_config
+from configurator import load_config, run_command
 from data import PARSERS, document_text
 from tools.filters import decontaminate, write_rows
 
@@ -169,7 +169,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"prepare: error: {error}")
+    run_command(main)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import data
 import train
+from configurator import run_command
 from engine import distributed, run
 
 
@@ -35,7 +36,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"tokenize: error: {error}")
+    run_command(main)

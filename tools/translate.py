@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import clr
 from clr import LANGUAGES, TABLE_7
-from configurator import load_config
+from configurator import load_config, run_command
 from engine.jsonl import atomic, read_jsonl, to_line
 from toy.lexicon import LexiconTranslator
 
@@ -193,9 +193,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"translate: error: {error}")
+        run_command(main)
     except KeyboardInterrupt:
         print("translate: stopped; the same command resumes from the journal", file=sys.stderr)
         sys.exit(130)

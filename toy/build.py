@@ -13,12 +13,11 @@ between stages 3 and 4 shows what CLR does.
 """
 import argparse
 import hashlib
-import json
 import random
 from pathlib import Path
 
 from clr import LANGUAGES, Gates, build_clr, copy_gate, script_gate
-from engine.jsonl import atomic, read_jsonl, read_object, write_jsonl
+from engine.jsonl import read_jsonl, read_object, write_jsonl, write_object
 from toy import corpus, lexicon
 from toy.lexicon import LexiconTranslator, Phrasing
 
@@ -56,17 +55,15 @@ def write_languages(folder):
     translate, phrase, rng = LexiconTranslator(), Phrasing(), random.Random(0)
     pairs = list(read_jsonl(folder / "pairs" / "documentation.jsonl"))
     size = sum(len(row["text"]) for row in read_jsonl(folder / "text.jsonl"))
-    documents = list(language_documents([row["input"] for row in pairs], LANGUAGE_SHARE * size,
-                                        translate, phrase))
-    write_jsonl(folder / "text-languages.jsonl", documents)
+    n_documents = write_jsonl(folder / "text-languages.jsonl", language_documents(
+        [row["input"] for row in pairs], LANGUAGE_SHARE * size, translate, phrase))
     gates = Gates(script_gate(0.2), copy_gate)
-    rows = list(build_clr(({"query": row["input"], "pos": [row["output"]]} for row in pairs),
-                          lambda text, lang: phrase(translate.words(text, lang), lang, rng),
-                          gates=gates))
-    write_jsonl(folder / "clr.jsonl", rows)
+    n_clr = write_jsonl(folder / "clr.jsonl", build_clr(
+        ({"query": row["input"], "pos": [row["output"]]} for row in pairs),
+        lambda text, lang: phrase(translate.words(text, lang), lang, rng), gates=gates))
     for split in ("dev", "test"):
         write_questions(folder / f"clr_{split}", folder / split, translate)
-    return {"documents in other languages": len(documents), "clr": len(rows),
+    return {"documents in other languages": n_documents, "clr": n_clr,
             "dropped": dict(gates.dropped)}
 
 
@@ -85,8 +82,7 @@ def ensure(folder):
             return manifest
         place.unlink()
     manifest = {"versions": made_of} | corpus.write(folder) | write_languages(folder)
-    with atomic(place) as file:
-        json.dump(manifest, file, indent=1)
+    write_object(place, manifest)
     return manifest
 
 

@@ -13,7 +13,6 @@ give the other two tasks.
 """
 import ast
 import hashlib
-import importlib
 import importlib.util
 import inspect
 import os

@@ -43,7 +43,7 @@ def test_flops_by_hand():
     dense = 961_544_192
     assert budget.flops(FULL, {1: 1}) == 6 * dense + 12 * 8 * 3584
     # 3 texts of 10 and 2 of 20 tokens, causal, with logits
-    assert budget.flops(FULL, {10: 3, 20: 2}, head=True, causal=True) == \
+    assert budget.flops(FULL, {10: 3, 20: 2}, lm=True) == \
         70 * 6 * (dense + 537_600_000) + (3 * 10 * 10 + 2 * 20 * 20) * 6 * 8 * 3584
 
 

@@ -17,6 +17,7 @@ import regex
 import torch
 
 import data
+from configurator import run_command
 from data import PROMPTS
 from embed import Embedder, load_index
 from engine import checkpoint
@@ -354,8 +355,8 @@ def test_the_command_line(run, tmp_path, monkeypatch, capsys):
     module.main()
     assert str(out) in capsys.readouterr().out and (out / "model.safetensors").is_file()
     monkeypatch.setattr(sys, "argv", ["export.py", "--checkpoint=nowhere", f"--out={out}2"])
-    with pytest.raises(SystemExit, match=r"^export: error: nowhere: no checkpoint"):
-        module.main()
+    with pytest.raises(SystemExit, match=r"^export.py: error: nowhere: no checkpoint"):
+        run_command(module.main)
 
 
 # ---------------------------------------------------------------- the tools that people use

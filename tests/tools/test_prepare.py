@@ -322,6 +322,6 @@ def test_where_no_hub_answers_the_command_says_so(tmp_path):
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
     done = from_hub(address, tmp_path, "-m", "tools.prepare", "nq", f"--out={tmp_path / 'out'}")
     said = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and said.startswith("prepare: error: "), done.stderr[-3000:]
+    assert done.returncode == 1 and said.startswith("prepare.py: error: "), done.stderr[-3000:]
     assert f"{SETS['nq'].hub} cannot be read" in said and "HF_ENDPOINT" in said
     assert "Traceback" not in done.stderr
