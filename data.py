@@ -309,7 +309,7 @@ def build_tasks(cfg, tokenizer, world):
             raise ValueError("embed_weak needs data: --pairs=FILE")
         tasks = [Task("pairs", cfg, tokenizer, world, [file]) for file in sources(cfg, "pairs")]
         return [(task, len(task.rows)) for task in tasks]
-    kinds = [k for k, w in cfg.task_weights.items() if w > 0 and sources(cfg, k)]
+    kinds = [k for k in PARSERS if cfg.task_weights.get(k, 0) > 0 and sources(cfg, k)]
     if not kinds:
         raise ValueError("embed_sup needs data: --retrieval=, --clr=, --classification= or --sts=")
     tasks = [Task(kind, cfg, tokenizer, world, sources(cfg, kind)) for kind in kinds]

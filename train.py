@@ -21,6 +21,7 @@ import dataclasses
 import gc
 import importlib.util
 import math
+import os
 import signal
 import sys
 import time
@@ -228,7 +229,7 @@ def prepare(cfg):
 
 def finished(cfg, world, before):
     """Return the checkpoint of a finished stage, else None; refuse other settings, data or base."""
-    where = run.finished(cfg) if cfg.resume else None
+    where = world.on_main(lambda: run.finished(cfg)) if cfg.resume else None
     if where:
         run.check_data(data.hashes(cfg, world), where)
         run.check_before(before, where)
@@ -309,8 +310,10 @@ def start(cfg, world, where, before):
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, more than vocab_size "
                          f"{cfg.vocab_size}")
     torch.manual_seed(cfg.seed)
-    state = run.State(cfg, world, tokenizer, distributed.matmul_dtype(cfg.dtype, world.device),
-                      hashes, run.weights_hash(before))
+    dtype = distributed.matmul_dtype(cfg.dtype, world.device)
+    if where and cfg.dtype == "auto":
+        dtype = meta.get("dtype", dtype)           # a run keeps its own on another machine
+    state = run.State(cfg, world, tokenizer, dtype, hashes, run.weights_hash(before))
     build_model(state, weights)
     state.tasks = data.build_tasks(cfg, tokenizer, world)
     state.prompts = prompts | data.prompts_of(state.tasks)
@@ -342,25 +345,31 @@ def whole_embedder(state):
 
 def train(cfg, world, before=None):
     """Train one stage to its end and score it; return its checkpoint. before: that of the last."""
-    with checkpoint.only_writer(cfg.run_dir) if world.is_main else contextlib.nullcontext():
-        if world.is_main:
-            for folder in collections(cfg) if cfg.evaluate else ():
-                data.load_collection(folder)       # a mistake there would show at the very end
-            if not cfg.resume:
-                checkpoint.set_aside(cfg.run_dir)
-                (cfg.run_dir / "eval.json").unlink(missing_ok=True)
-        world.barrier()
-        where = checkpoint.latest(cfg.run_dir)
+    with contextlib.ExitStack() as lock:
+        where = world.on_main(lambda: claim(cfg, lock))
         state = start(cfg, world, where, before)
         if state.step < cfg.steps:
-            run_steps(state)
-            where = run.save(state, cfg.steps)
+            where = run_steps(state)
         score(state)
     return where
 
 
+def claim(cfg, lock):
+    """Lock a stage's folder, set an old run aside if asked to; return the checkpoint to resume."""
+    lock.enter_context(checkpoint.only_writer(cfg.run_dir))
+    for folder in collections(cfg) if cfg.evaluate else ():
+        data.load_collection(folder)               # a mistake there would show at the very end
+    if not cfg.resume:
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            raise ValueError("torchrun restarts the run, and --resume=false would begin it again; "
+                             "start it without that")
+        (cfg.run_dir / "eval.json").unlink(missing_ok=True)
+        checkpoint.set_aside(cfg.run_dir)
+    return checkpoint.latest(cfg.run_dir)
+
+
 def run_steps(state):
-    """Take the steps that are left: log, save, and stop cleanly on a signal."""
+    """Take the steps that are left: log, save, stop cleanly on a signal; return the checkpoint."""
     cfg, world, tasks, counters = state.cfg, state.world, state.tasks, state.counters
     order = task_of_step(np.arange(cfg.steps), [w for _, w in tasks], cfg.seed)
     visits = np.bincount(order[:state.step], minlength=len(tasks))
@@ -403,10 +412,13 @@ def run_steps(state):
         if agreed["stop"]:
             run.save(state, step + 1)
             raise run.Interrupted(stop.number or signal.SIGTERM)
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            run.save(state, step + 1)
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            where = run.save(state, step + 1)
+    if world.mean({"stop": stop.number})["stop"]:      # it came during the last save
+        raise run.Interrupted(stop.number or signal.SIGTERM)
     log.close()
     stop.restore()
+    return where
 
 
 # ---------------------------------------------------------------- what a stage is worth
@@ -458,7 +470,8 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as error:
         code = f"train.py: error: {error}"
     finally:
-        distributed.stop()             # the traceback no longer holds the model
+        # the traceback no longer holds the model
+        distributed.stop(is_orderly=not isinstance(code, str) and sys.exc_info()[0] is None)
     if code:
         sys.exit(code)
 

@@ -38,9 +38,10 @@ class Batch:
 
     def to(self, device):
         """Move the tensors; lengths stay on the CPU, where attention is planned."""
+        is_async = torch.device(device).type != "cpu"      # from a card one has to wait
         for name, value in vars(self).items():
             if torch.is_tensor(value):
-                setattr(self, name, value.to(device, non_blocking=True))
+                setattr(self, name, value.to(device, non_blocking=is_async))
         return self
 
     def chunks(self, n_texts):

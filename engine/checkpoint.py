@@ -184,8 +184,13 @@ def _delete(path):
 
 
 def _prune(run_dir, new, keep_last):
-    """Delete all but `new` and the newest others, `keep_last` together."""
-    for path in [path for path in _checkpoints(run_dir) if path != new][keep_last - 1:]:
+    """Delete all but `new` and the newest before it, `keep_last` together.
+
+    Those of later steps are damaged: a run passed over them. They go first.
+    """
+    others = [path for path in _checkpoints(run_dir) if path != new]
+    others.sort(key=lambda path: _step_of(path) > _step_of(new))
+    for path in others[keep_last - 1:]:
         try:
             _delete(path)
         except OSError as error:
@@ -195,7 +200,11 @@ def _prune(run_dir, new, keep_last):
 def _checkpoints(run_dir):
     """Return the checkpoint directories of `run_dir`, newest first, without a look inside."""
     paths = [path for path in Path(run_dir).glob("step_*") if STEP_NAME.fullmatch(path.name)]
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+    return sorted(paths, key=_step_of, reverse=True)
+
+
+def _step_of(path):
+    return int(path.name.removeprefix("step_"))
 
 
 def _manifest_text(entries):

@@ -4,6 +4,7 @@ PAPER App. A trains on Ascend 910B with mixed precision. Here a device is a name
 and a backend follows from it (nccl, hccl, gloo); there is no fork of the code anywhere else. `npu`
 comes with torch_npu, which registers `torch.npu` when it is imported.
 """
+import contextlib
 import gc
 import os
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import memory
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "910B": 376e12}   # dense bfloat16
-BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
+BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "npu": "hccl", "cpu": "gloo"}     # objects go by gloo
 PATIENCE = timedelta(hours=12)     # one rank may train a tokenizer or unpack a file meanwhile
 
 
@@ -145,6 +146,10 @@ def start(device="auto"):
     module = device_module(kind)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
+    with contextlib.suppress(ImportError, ValueError, OSError):     # each data file stays open
+        import resource
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if module:
         module.set_device(local)
     else:
@@ -176,15 +181,17 @@ def _fresh_store(rank, size):
             "world_size": size}
 
 
-def stop():
+def stop(is_orderly=True):
     """Leave the process group, and end its threads.
 
+    A card's group waits for the others in there. After an error they may be elsewhere, and wait for
+    this one: it then only ends, and torchrun stops the others.
     One that still runs when the interpreter goes down may abort the process. They end with the last
     reference to the group. A DDP model holds one, in a cycle: nobody may hold the model any more.
     torch.distributed.nn.functional, which optimizers import, holds the group that there is at its
     import in default arguments: `start` imports it.
     """
-    if dist.is_initialized():
+    if dist.is_initialized() and (is_orderly or dist.get_backend() == "gloo"):
         gc.collect()
         dist.destroy_process_group()
 

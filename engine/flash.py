@@ -198,6 +198,9 @@ class _Packed(torch.autograd.Function):
 def packed(q, k, v, texts):
     """Return (S, H, E): flash attention within each text, under the mask of `texts`."""
     e, span = q.shape[-1], None
+    most = 248 if texts.weight is not None and texts.mask.axis == "col" else 256
+    if e > most:                           # "col" adds up to 9 to it
+        raise ValueError(f"n_embd / n_head is {e}; flash attention takes {most} at most")
     if texts.weight is None:
         span = Span(texts.starts, texts.longest, "past" if texts.mask.is_causal else "all",
                     e ** -0.5)

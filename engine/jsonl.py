@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import os
+import secrets
 import zlib
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def atomic(path, mode="w"):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")    # containers share pids
     options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
         with open(part, mode, **options) as file:
@@ -46,9 +47,10 @@ def sha256_of(path):
 
 
 def seal(path, about=None):
-    """Write what there is to say of a file beside it, as .json: size, time, and a hash of both."""
+    """Write what there is to say of a file beside it, as .json: size, time, hash, and a seal."""
+    note = {"about": about, "stamp": stamp(path), "sha256": sha256_of(path)}
     with atomic(Path(path).with_suffix(".json")) as file:
-        json.dump({"about": about, "stamp": _stamp(path), "sha256": _seal_of(path, about)}, file)
+        json.dump({**note, "seal": _seal_of(note)}, file)
 
 
 def is_whole(path):
@@ -57,8 +59,9 @@ def is_whole(path):
     A file of the same size and time is not read.
     """
     try:
-        sealed = json.loads(Path(path).with_suffix(".json").read_bytes())
-        if sealed["stamp"] == _stamp(path) or sealed["sha256"] == _seal_of(path, sealed["about"]):
+        note = json.loads(Path(path).with_suffix(".json").read_bytes())
+        if note.pop("seal") == _seal_of(note) and (
+                note["stamp"] == stamp(path) or note["sha256"] == sha256_of(path)):
             return True
     except (OSError, ValueError, LookupError, TypeError):
         pass
@@ -67,12 +70,13 @@ def is_whole(path):
     return False
 
 
-def _stamp(path):
+def stamp(path):
+    """Return [size, time of the last change in ns] of a file."""
     return [Path(path).stat().st_size, Path(path).stat().st_mtime_ns]
 
 
-def _seal_of(path, about):
-    return hashlib.sha256(f"{sha256_of(path)} {json.dumps(about)}".encode()).hexdigest()
+def _seal_of(note):
+    return hashlib.sha256(json.dumps(note).encode()).hexdigest()
 
 
 def to_line(row):

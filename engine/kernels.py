@@ -151,9 +151,13 @@ def prepare(lengths, mask, x):
 
 
 def takes_packed_texts(device, dtype, mask):
-    """Tell whether flash attention can do it: 16 bits, Ampere or newer, and no logits * M."""
+    """Tell whether flash attention can do it: 16 bits, Ampere or newer, and no logits * M.
+
+    Torch for Windows is built without it.
+    """
     return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
             and (mask.is_full or mask.apply == "weights")
+            and torch.backends.cuda.is_flash_attention_available()
             and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
@@ -355,7 +359,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros_like(weight, dtype=torch.float32)
         cast = weight.to(hidden.dtype)
         for part, h, t in zip(grad_h.split(chunk), hidden.split(chunk), targets.split(chunk)):
-            p = torch.softmax(h @ cast.T, dim=1, dtype=torch.float32)           # (chunk, V)
+            p = torch.softmax((h @ cast.T).float(), dim=1)                      # (chunk, V)
             t = t[:, None]
             total -= p.gather(1, t).clamp_min_(tiny).log_().sum()
             # d loss / d logits = (softmax - one-hot) / count; backward divides by the count
@@ -365,6 +369,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_w.addmm_(g.T, h)                       # without a second (V, D)
             else:
                 grad_w += g.T @ h
+            del p, g                                        # before the next ones are formed
         ctx.save_for_backward(grad_h, grad_w.to(weight.dtype))
         ctx.count = count
         return total / count

@@ -7,8 +7,8 @@ A block or unit belongs to one rank, is the same on any number of ranks, and is 
 done, so a broken run continues. Scores of a block of passages are held at a time: never Q x P, and
 no rank ever holds all embeddings. Files are 16-bit where they would be large. PAPER Sec. 3.4.
 """
+import contextlib
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -195,10 +195,12 @@ class Shared:
         self.done = world.on_main(self._create)
 
     def _create(self):
-        if not self.notes.is_file():
+        size = int(np.prod(self.shape)) * self.dtype.itemsize
+        there = [p.stat().st_size if p.is_file() else None for p in (self.path, self.notes)]
+        if there != [size, self.n_parts]:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "wb") as file:
-                file.truncate(int(np.prod(self.shape)) * self.dtype.itemsize)
+                file.truncate(size)
             with atomic(self.notes, "wb") as file:
                 file.write(bytes(self.n_parts))
         return self.notes.read_bytes()
@@ -304,4 +306,10 @@ class Miner:
     def clear(self):
         """Remove the files; all ranks must call."""
         self.world.barrier()                               # each has mapped them by now
-        self.world.on_main(lambda: shutil.rmtree(self.folder, ignore_errors=True))
+        self.world.on_main(self._remove)
+
+    def _remove(self):
+        for path in self.folder.glob("[!.]*"):             # the folder may be a link
+            path.unlink()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()

@@ -42,9 +42,13 @@ def open_log(path, step):
     size = 0
     with open(path, "ab+") as file:
         file.seek(0)
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
+        for number, line in enumerate(file, 1):
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: damaged, {error}; repair the line or move the "
+                                 "file away") from None
             size += len(line)
         file.truncate(size)
     return open(path, "a", encoding="utf-8")

@@ -223,7 +223,7 @@ def meta_of(state, step):
     return {"model": dataclasses.asdict(cfg.model_config()), "train": dataclasses.asdict(cfg),
             "mask": dataclasses.asdict(state.embedder.mask), "passage_len": cfg.passage_len,
             "step": step, "prompts": state.prompts, "data": state.hashes,
-            "before": state.before, "versions": versions()}
+            "before": state.before, "dtype": state.dtype, "versions": versions()}
 
 
 def restore(state, saved):

@@ -343,9 +343,10 @@ def passes(cfg, rows):
 def head(cfg, rows):
     """Measure the chunked cross-entropy over a large vocabulary against all logits at once."""
     d, dtype = cfg.stage().n_embd, torch.float32 if cfg.device == "cpu" else torch.bfloat16
+    tokens = cfg.head_tokens * (1 if cfg.device == "cpu" else 16)      # more than a chunk of a card
     hidden, weight = (torch.randn(n, d, device=cfg.device, dtype=dtype).mul_(0.1).requires_grad_()
-                      for n in (cfg.head_tokens, cfg.head_vocab))
-    targets = torch.randint(0, cfg.head_vocab, (cfg.head_tokens,), device=cfg.device)
+                      for n in (tokens, cfg.head_vocab))
+    targets = torch.randint(0, cfg.head_vocab, (tokens,), device=cfg.device)
 
     def work(loss):
         loss(hidden, weight, targets).backward()

@@ -64,7 +64,7 @@ def test_where_alpacas_input_is_empty_the_instruction_is_the_query(nothing):
     ("text", {"text": 3}, "key 'text' must be a string, not int"),
     ("text", {"text": "\u2003\n"}, "key 'text' is empty"),
     ("pairs", {"query": "q", "answer": "p"}, "'pos' is missing; the keys are ['answer', 'query']"),
-    ("pairs", {"query": "q", "pos": {"en": "p"}}, "'pos' must be a list of strings, not dict"),
+    ("pairs", {"query": "q", "pos": {"en": "p"}}, "'pos' must be a string, not dict"),
     ("pairs", {"query": "q", "pos": []}, "key 'pos' is an empty list"),
     ("pairs", {"query": "q", "pos": ["p", " "]}, "key 'pos' is empty"),
     ("pairs", {"query": "q", "pos": ["p"], "neg": [1]}, "key 'neg' must be a string, not int"),
@@ -325,7 +325,7 @@ def test_stage_4_takes_steps_by_rows_over_batch(tokenizer):
             {"query": f"the {i}", "pos": "fox", "sentence1": "a", "sentence2": "b", "score": i}
             for i in range(20)])
     cfg = tiny_config(retrieval=("retrieval.jsonl",), sts=("sts.jsonl",), batch_size=2,
-                      batch_sizes={"sts": 16}, task_weights={"retrieval": 3.0, "sts": 1.8})
+                      batch_sizes={"sts": 16}, task_weights={"sts": 1.8, "retrieval": 3.0})
     assert [(task.kind, task.size, weight) for task, weight in data.build_tasks(
         cfg, tokenizer, ALONE)] == [("retrieval", 2, 1.5), ("sts", 16, 1.8 / 16)]
 

@@ -200,6 +200,44 @@ def test_sigterm_saves_and_says_so(rows, whole, tmp_path, capsys):
     assert_same_run(tmp_path, whole, "pretrain")
 
 
+def test_sigterm_during_the_last_save_is_not_lost(rows, tmp_path, monkeypatch):
+    real = runs.save
+
+    def stopped(state, step):
+        path = real(state, step)
+        signal.raise_signal(signal.SIGTERM)
+        return path
+    argv = chain_arguments(rows, "sft", tmp_path)
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(runs, "save", stopped)
+        train.main(argv)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert caught.value.code == 128 + signal.SIGTERM and not (tmp_path / "sft").exists()
+    assert checkpoint.latest(tmp_path / "pretrain").name == "step_000006"
+    train.main(argv)
+    assert (tmp_path / "pretrain/eval.json").is_file() and (tmp_path / "sft/eval.json").is_file()
+
+
+def test_a_run_keeps_its_dtype_on_another_machine(rows, tmp_path, monkeypatch):
+    argv = arguments(rows, "pretrain", tmp_path, "--dtype=auto")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    die_at(3, lambda: train.main([*argv, "--save_every=2"]))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    train.main(argv)
+    assert meta_of(tmp_path, "pretrain")["dtype"] == "float32"
+
+
+def test_a_restart_by_torchrun_does_not_begin_again(rows, tmp_path, monkeypatch):
+    argv = arguments(rows, "pretrain", tmp_path, "--resume=false")
+    train.main(argv)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(SystemExit, match="--resume=false would begin it again"):
+        train.main(argv)
+    assert checkpoint.latest(tmp_path / "pretrain").name == "step_000006"
+
+
 # ---------------------------------------------------------------- the loss of a step
 
 def unit(*degrees):

@@ -11,6 +11,7 @@ and then all go by cosine: for small sets, about 0.1 microseconds of a core a qu
 """
 import hashlib
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -81,7 +82,7 @@ def mine_rows(cfg, world):
     rows = JsonlFiles(cfg.input, parse_row, skip_bad=cfg.skip_bad_lines, ids=True, world=world)
     passages, embedder = Passages(rows, world=world), Embedder(cfg.checkpoint, world.device)
     made_of = [embedder.fingerprint(), *rows.hashes().values(), cfg.task, cfg.depth, cfg.lexical,
-               cfg.n_negatives, cfg.search]
+               cfg.n_negatives, cfg.search, embedder.dtype]
     folder = Path(f"{cfg.out}.{hashlib.sha256(str(made_of).encode()).hexdigest()[:16]}")
     miner = Miner(folder, embedder, world)
     search, queries = miner.passages("all", passages), None
@@ -118,18 +119,18 @@ def mine_rows(cfg, world):
     firsts = range(0, len(rows), PART)
     distributed.together(world, lambda: [write(first) for first in tqdm(
         firsts[world.rank::world.size], desc="write", disable=None if world.is_main else True)])
-    world.on_main(lambda: join(folder, cfg.out))
+    world.on_main(lambda: join([folder / f"{first:012d}.jsonl" for first in firsts], cfg.out))
     if world.is_main:
         print(f"{cfg.out}: {len(rows):,} rows, {rows.bad:,} bad lines left out")
 
 
-def join(folder, out):
-    """Write the parts one after the other as one file, and remove the folder."""
+def join(parts, out):
+    """Write the parts one after the other as one file, and remove their folder."""
     with atomic(out, "wb") as file:
-        for path in sorted(folder.glob("*.jsonl")):
+        for path in parts:
             with open(path, "rb") as part:
                 shutil.copyfileobj(part, file)
-    shutil.rmtree(folder)
+    shutil.rmtree(parts[0].parent)
 
 
 def main(argv=None):
@@ -139,7 +140,7 @@ def main(argv=None):
     try:
         mine_rows(cfg, world)
     finally:
-        distributed.stop()
+        distributed.stop(is_orderly=sys.exc_info()[0] is None)
 
 
 if __name__ == "__main__":

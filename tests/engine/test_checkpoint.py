@@ -119,6 +119,14 @@ def test_keep_last(tmp_path):
     assert names(tmp_path) == ["step_000002"]
 
 
+def test_a_damaged_later_step_goes_before_a_whole_earlier_one(tmp_path):
+    for step in (1, 3):
+        save(tmp_path, step, state(step))
+    (tmp_path / "step_000003" / "model.pt").write_bytes(b"x")
+    save(tmp_path, 2, state(2), keep_last=2)
+    assert names(tmp_path) == ["step_000001", "step_000002"]
+
+
 def test_saving_a_damaged_step_again_replaces_it(tmp_path):
     (save(tmp_path, 1, state(1)) / "model.pt").write_bytes(b"x")
     save(tmp_path, 1, state(1), keep_last=3)

@@ -196,6 +196,7 @@ def test_a_model_on_packed_texts_is_the_model_on_groups(plain_kernels, monkeypat
 
 def test_16_bits_on_cuda_are_packed_and_nothing_else(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)     # Ampere or newer
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     multiplied = MaskSpec(0.3, apply="logits")
     for kind, dtype, mask, packed in (
             ("cuda", torch.bfloat16, FULL, True), ("cuda", torch.float16, CAUSAL, True),
@@ -204,6 +205,9 @@ def test_16_bits_on_cuda_are_packed_and_nothing_else(monkeypatch):
             ("cuda", torch.bfloat16, MaskSpec(1.0, apply="logits"), True)):
         assert kernels.takes_packed_texts(torch.device(kind), dtype, mask) is packed
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert not kernels.takes_packed_texts(torch.device("cuda"), torch.bfloat16, FULL)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     assert not kernels.takes_packed_texts(torch.device("cuda"), torch.bfloat16, FULL)
 
 

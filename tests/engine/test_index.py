@@ -2,6 +2,7 @@
 import gzip
 import hashlib
 import json
+import os
 import random
 
 import numpy as np
@@ -118,6 +119,37 @@ def test_a_second_start_reads_no_row(tmp_path, monkeypatch, capsys):
     damaged.write_bytes(raw)
     assert content(JsonlFiles([path], parse_pair, tmp_path / "cache")) == right
     assert f"{damaged} is damaged or unfinished; it is built again" in "".join(capsys.readouterr())
+    note = damaged.with_suffix(".json")                    # and so is what is said of it
+    note.write_text(note.read_text().replace('"lengths": [120', '"lengths": [119'))
+    assert content(JsonlFiles([path], parse_pair, tmp_path / "cache")) == right
+    assert f"{damaged} is damaged or unfinished; it is built again" in "".join(capsys.readouterr())
+
+
+def test_an_unpacked_file_that_changed_is_unpacked_again(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b"\n".join(LINES)))
+    right = content(JsonlFiles([path], parse_text, tmp_path / "cache"))
+    unpacked, = (tmp_path / "cache").glob("*.jsonl")
+    unpacked.write_bytes(unpacked.read_bytes().replace(b"text 7 ", b"text 8 "))
+    assert content(JsonlFiles([path], parse_text, tmp_path / "cache")) == right
+
+
+def test_a_part_that_another_process_cut_is_an_error(tmp_path, monkeypatch):
+    real, path = index._join, write_lines(tmp_path / "rows.jsonl", PAIRS)
+
+    def cut(job, parts):
+        os.truncate(parts[0][0], 80)
+        return real(job, parts)
+    monkeypatch.setattr(index, "_join", cut)
+    with pytest.raises(OSError, match="was cut while in use; start again"):
+        JsonlFiles([path], parse_pair, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_file_that_is_named_twice_counts_twice(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", PAIRS)
+    once, twice = (JsonlFiles([path] * n, parse_pair, tmp_path / "cache").hashes() for n in (1, 2))
+    assert twice == once | {f"{path} (2)": once[str(path)]}
 
 
 def test_the_hash_of_a_large_file_is_that_of_its_ranges(tmp_path, monkeypatch):

@@ -114,6 +114,13 @@ def test_lone_surrogates_become_question_marks(tmp_path, escaped, text):
 
 # ---------------------------------------------------------------- files
 
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    with atomic(tmp_path / "a") as one, atomic(tmp_path / "a") as other:
+        one.write("one")
+        other.write("other")
+    assert (tmp_path / "a").read_text() == "one" and len(list(tmp_path.iterdir())) == 1
+
+
 WHOLE_GZ = gzip.compress(b"".join(b'{"text": "number %d"}\n' % i for i in range(3000)))
 
 

@@ -101,6 +101,23 @@ def test_a_broken_fill_continues_and_does_nothing_twice(tmp_path):
     assert out.tolist() == [[i, 10 * i] for i in range(10)]
 
 
+@pytest.mark.parametrize("lost", ["a", "a.done"])
+def test_a_file_without_its_notes_or_notes_without_their_file_are_made_anew(tmp_path, lost):
+    for number in (1, 2):
+        out = mining.Shared(tmp_path / "a", (10, 2), np.float32, 4).fill(
+            lambda first, end: np.full((end - first, 2), number))
+        (tmp_path / lost).unlink()
+    assert out.tolist() == [[2, 2]] * 10
+
+
+def test_what_a_link_leads_to_is_cleared(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "mining").symlink_to(tmp_path / "far")
+    mining.Shared(tmp_path / "mining" / "a", (10, 2), np.float32, 4)
+    mining.Miner(tmp_path / "mining", None).clear()
+    assert not list((tmp_path / "far").iterdir())
+
+
 def fill_on(world, path):
     def work(first, end):
         assert first // 3 % world.size == world.rank

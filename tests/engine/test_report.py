@@ -62,6 +62,13 @@ def test_a_resumed_log_holds_each_step_once(tmp_path, step, left):
     assert path.read_text() == "".join(lines[:left]) + "new\n"
 
 
+@pytest.mark.parametrize("line", ['{"stop": 2}', '{"st\x00ep": 2}', "[]"])
+def test_a_damaged_line_of_a_log_is_named(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'log.jsonl'}:2: damaged, "):
+        report.open_log(tmp_path / "log.jsonl", 3)
+
+
 def test_chips_of_known_speed_show_their_mfu(tmp_path, monkeypatch):
     chip = SimpleNamespace(get_device_name=lambda index: "NVIDIA H200", is_available=lambda: True)
     monkeypatch.setattr(torch, "cuda", chip)

@@ -106,6 +106,15 @@ def test_a_broken_run_continues(rows, run, tmp_path, monkeypatch):
     assert len(mined(run, rows / "retrieval.jsonl", tmp_path / "a.jsonl")) == 24 and len(calls) == 4
 
 
+def test_a_part_that_is_gone_leaves_the_old_file_as_it_is(tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text("old")
+    write_lines(tmp_path / "folder" / "0.jsonl", [{"a": 1}])
+    with pytest.raises(FileNotFoundError):
+        mine.join([tmp_path / "folder" / f"{i}.jsonl" for i in range(2)], out)
+    assert out.read_text() == "old"
+
+
 def test_lexical_candidates_take_their_share_of_the_places(rows, run, tmp_path):
     near = mined(run, rows / "pairs.jsonl", tmp_path / "near.jsonl")
     both = mined(run, rows / "pairs.jsonl", tmp_path / "both.jsonl", "--lexical=2")
