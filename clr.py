@@ -119,9 +119,13 @@ def script_share(text, lang):
 
 
 def script_gate(least):
-    """Drop translations with a smaller share of letters in the script of their language."""
+    """Drop translations with a smaller share of letters in the script of their language.
+
+    Languages that are not in `LANGUAGES` are let through.
+    """
     return lambda sources, texts, langs: [
-        "script" if script_share(text, lang) < least else None for text, lang in zip(texts, langs)]
+        "script" if lang in LANGUAGES and script_share(text, lang) < least else None
+        for text, lang in zip(texts, langs)]
 
 
 def length_gate(low, high):

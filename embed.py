@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data import (PROMPTS, document_text, end_text, find_packed, format_query, prompt_length,
                   read_with_ids)
 from engine import kernels
-from engine.distributed import accelerator, matmul_dtype
+from engine.distributed import accelerator, device_module, matmul_dtype
 from engine.jsonl import atomic, read_texts
 from engine.model_folder import EXPORTED, read_model
 from mask import MaskSpec
@@ -53,7 +53,9 @@ class Embedder:
     def __init__(self, path, device=None, dtype=None):
         where, raw, weights = read_model(path)
         tokenizer = Tokenizer.load(where / "tokenizer.tiktoken")
-        device = torch.device(device or accelerator())
+        device = device or accelerator()
+        device_module(str(device).partition(":")[0])       # ValueError if it is not there
+        device = torch.device(device)
         try:
             meta = json.loads(raw)
             config, mask = ConanConfig(**meta["model"]), MaskSpec(**meta["mask"])
@@ -165,10 +167,14 @@ def load_index(embedder, corpus):
     if not cache.is_file():
         print(f"embedding {len(rows):,} documents of {path} once", file=sys.stderr)
         vectors = embedder.encode([document_text(row) for row in rows], show_progress_bar=True)
-        for old in folder.glob(f"index-{place}-*.npy"):
-            old.unlink()
-        with atomic(cache, "wb") as file:
-            np.save(file, vectors)
+        try:
+            for old in folder.glob(f"index-{place}-*.npy"):
+                old.unlink()
+            with atomic(cache, "wb") as file:
+                np.save(file, vectors)
+        except OSError as error:                   # a folder that is read-only: search all the same
+            print(f"the embeddings are not kept: {error}", file=sys.stderr)
+            return rows, vectors
     return rows, np.load(cache, mmap_mode="r")
 
 

@@ -474,8 +474,8 @@ def run(config):
             if twice := results.keys() & scores.keys():
                 raise ValueError(f"{name}: another set gave {min(twice)!r} already; rename it")
         results |= scores
-        write_object(path, before | results)
         print(f"{table(scores)}\n({name}: {time.perf_counter() - start:.1f} s)", flush=True)
+        write_object(path, before | results)
     added = f", beside {len(before.keys() - results.keys())} earlier numbers" if before else ""
     print(f"\nwrote {path}{added}")
 

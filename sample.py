@@ -62,7 +62,7 @@ def main():
             format_sft(args.instruction, args.prompt)
         print(prompt + generate(embedder.model, embedder.tokenizer, prompt, args.n_tokens,
                                 args.temperature, args.seed))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"sample.py: error: {error}")
 
 

@@ -129,6 +129,12 @@ def load_collection(directory, split=None, ignore_identical_ids=None):
     directory = Path(directory)
     corpus = list(read_with_ids(find_packed(directory / "corpus.jsonl")))
     queries = list(read_with_ids(find_packed(directory / "queries.jsonl")))
+    for row in queries:
+        answers = row.get("answers")
+        if answers is not None and (not isinstance(answers, list) or not all(
+                isinstance(answer, str) for answer in answers)):
+            raise ValueError(f"{directory}: the answers of query {row['id']!r} must be strings in "
+                             "a list")
     texts, qrels, of_file = {row["id"]: row["text"] for row in corpus}, {}, None
     try:
         path, of_file = find_qrels(directory, split)

@@ -23,12 +23,20 @@ SUFFIXES = (".jsonl", ".ndjson", ".json")
 def atomic(path, mode="w"):
     """Open a file to write; it appears under its name when it is whole, and not at all on an error.
 
-    mode: "w" (UTF-8, "\\n" as line end) or "wb". The folder is made if it is missing.
+    mode: "w" (UTF-8, "\\n" as line end) or "wb". The folder is made if it is missing. What a link
+    leads to is written, and a device, /dev/null say, as it stands. Raises ValueError for a name
+    that ends in .gz: nothing is packed.
     """
-    path = Path(path)
+    if str(path).lower().endswith(".gz"):
+        raise ValueError(f"{path}: what is written is not packed; leave .gz out of the name")
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")    # containers share pids
     options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    if path.exists() and not path.is_file():
+        with open(path, mode, **options) as file:
+            yield file
+        return
     try:
         with open(part, mode, **options) as file:
             yield file

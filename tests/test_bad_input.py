@@ -42,6 +42,8 @@ BAD_COLLECTIONS = [                    # file, its content (None: missing), what
     ("corpus.jsonl", b'{"id": "0"}\n', "corpus.jsonl:1: key 'text' is missing"),
     ("corpus.jsonl", b'{"id": "0", "text": "a", "title": 7}\n', "key 'title' must be str"),
     ("queries.jsonl", b'{"id": "0", "text": "a", "split": 1}\n', "key 'split' must be str"),
+    ("queries.jsonl", b'{"id": "0", "text": "a", "answers": "a"}\n', "of query '0' must be"),
+    ("queries.jsonl", b'{"id": "0", "text": "a", "answers": [7]}\n', "of query '0' must be"),
     ("qrels.tsv", b"nobody\t0\t1\n", "qrels.tsv:1: unknown query 'nobody'"),
     ("qrels.tsv", b"0\tnothing\t1\n", "qrels.tsv:1: unknown document 'nothing'"),
     ("qrels.tsv", b"0\t1\n", "qrels.tsv:1: query-id, corpus-id and a number are needed"),

@@ -91,6 +91,10 @@ def test_dropped_rows_are_counted_by_reason():
     assert gates.dropped == {"script": 2, "length": 1, "no translation": 2}  # beta: "script"
 
 
+def test_a_language_of_no_known_script_passes_the_script_gate():
+    assert script_gate(0.5)(["a", "a"], ["жар", "heat"], ["uk", "ru"]) == [None, "script"]
+
+
 # ---------------------------------------------------------------- gates
 
 

@@ -129,6 +129,11 @@ def test_dtypes_by_name_and_as_torch_has_them(run, dtype, name):
     assert (gap.max() > 0) == (name == "bfloat16") and gap.max() < 0.05
 
 
+def test_a_device_that_is_not_there_is_an_error_of_one_line(run):
+    with pytest.raises(ValueError, match="device 'gpu' is not available"):
+        Embedder(run, "gpu")
+
+
 @pytest.mark.parametrize("dtype", ["float16", torch.float16, 16])
 def test_other_dtypes_are_refused(run, dtype):
     with pytest.raises(ValueError, match="dtype .* is unknown; choose float32 or bfloat16"):
@@ -169,6 +174,16 @@ def test_search_asks_with_the_trained_prompt(run, tmp_path):
     assert [score for score, _ in bare] == pytest.approx(
         sorted(vectors @ embedder.encode("lists"))[::-1], abs=1e-6)
     assert bare[0][0] != pytest.approx(best[0][0], abs=1e-4)
+
+
+def test_a_folder_that_cannot_be_written_to_is_searched_all_the_same(
+        run, tmp_path, capsys, monkeypatch):
+    def refused(*_):
+        raise PermissionError("read-only")
+    monkeypatch.setattr("embed.atomic", refused)
+    rows, vectors = load_index(Embedder(run, "cpu"), write_corpus(tmp_path / "docs"))
+    assert len(rows) == len(vectors) == 2
+    assert "the embeddings are not kept: read-only" in capsys.readouterr().err
 
 
 def test_the_index_is_built_anew_when_model_or_corpus_changes(

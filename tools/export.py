@@ -95,6 +95,7 @@ def write(embedder, folder, name, lm):
     save_file({prefix + key: tensor.contiguous() for key, tensor in
                embedder.model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"})
     tokenizer.save(folder / "tokenizer.tiktoken")
+    shutil.copymode(folder / "tokenizer.tiktoken", folder / "model.safetensors")   # it was 0600
     recipe = {key: value for key, value in meta["train"].items()
               if key not in MAY_CHANGE_ON_RESUME}      # no paths
     files = ({} if lm else sentence_transformers_files(embedder)) | {

@@ -32,7 +32,7 @@ TEXT_KEYS = ("text", "query", "input", "pos", "output", "sentence1", "sentence2"
 NOT_TEXT = {"id", "_id", "lang", "split", "label", "prompt", "instruction"}
 NGRAM = 13                         # words in a row that count as overlap with an evaluation text
 _WORD = regex.compile(             # a character, of scripts without spaces, or a word; with marks
-    r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0e7f\u1780-\u17ff]\p{M}*"
+    r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]\p{M}*"
     r"|[\p{L}\p{M}\p{N}_]+")
 
 
@@ -46,6 +46,8 @@ def texts_of(row):
     for key in TEXT_KEYS:
         value = row.get(key)
         texts += [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    if isinstance(row.get("instruction"), str) and row.get("input") in ("", None):
+        texts.insert(0, row["instruction"])            # it is the query then (data.parse_pair)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"no text in a row with the keys {sorted(row)[:8]}; one of "
                          f"{', '.join(TEXT_KEYS)} is needed, a string or a list of strings")
@@ -154,7 +156,8 @@ def _held_out(data, splits):
 
 
 def _rows(path):
-    files = sorted(p for p in path.rglob("*.jsonl*") if p.name.endswith((".jsonl", ".jsonl.gz"))
+    suffixes = (".jsonl", ".ndjson")
+    files = sorted(p for p in path.rglob("*") if p.name.removesuffix(".gz").endswith(suffixes)
                    and not p.name.startswith("corpus."))
     for file in files if path.is_dir() else [path]:
         yield from read_jsonl(file)

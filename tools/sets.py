@@ -62,7 +62,8 @@ class Builder:
 
     def text(self, text):
         """Take a document of stage 1."""
-        self.files["text"].append({"text": text})
+        if text.strip():
+            self.files["text"].append({"text": text})
 
     def add(self, kind, query, passage, **rest):
         """Take a row {query, pos}; a query equal to its passage teaches nothing.
@@ -108,8 +109,14 @@ class Builder:
         kept, held = [], []
         for row in rows:
             (kept if text_id(str(key(row))) % HELD_OUT_SHARE else held).append(row)
-        write_jsonl(self.out / "held_out" / self.name / f"{self.file}.jsonl", held)
+        if held:
+            write_jsonl(self.out / "held_out" / self.name / f"{self.file}.jsonl", held)
         return kept
+
+    def to_train_on(self, rows, key):
+        """Return the rows of split train; where no row has a split, what `hold_out` leaves."""
+        return for_training(rows) if any("split" in row for row in rows) else \
+            self.hold_out(rows, key)
 
     def join_small(self):
         """Put files of too few pairs together: bitext into English by set, then all the rest."""
@@ -147,14 +154,15 @@ class Builder:
     def bitext_rows(self, rows):
         """Take {query, pos, lang_q, lang_p}; held out by the passage side."""
         rows = [row | {"pos": parse_pair(row)["pos"][0]} for row in rows]
-        for row in self.hold_out(rows, lambda row: row["pos"]):
+        for row in self.to_train_on(rows, lambda row: row["pos"]):
             self.bitext(row["query"], row["pos"], row["lang_q"], row["lang_p"])
             self.text(row["query"])
 
     def questions(self, rows):
         """Take {query, pos, neg?, prompt?} of one language."""
         for row in for_training(rows):
-            pair = {key: value for key, value in parse_pair(row).items() if value}
+            pair = {key: value for key, value in parse_pair(row).items()
+                    if value or (key, value) == ("prompt", "")}
             self.files[f"pairs/{self.name}"].append(pair)
             self.files["retrieval"].append(pair)
             for text in pair["pos"]:
@@ -167,9 +175,10 @@ class Builder:
         it in another language: one half of the time in English.
         """
         documents, texts = self.document_of, defaultdict(dict)
-        if documents or not any("split" in row for row in rows):
+        if documents:
             rows = self.hold_out(rows, lambda row: documents.get(row["id"], row["id"]))
-        for row in for_training(rows):
+        for row in for_training(rows) if documents else self.to_train_on(
+                rows, lambda row: row["id"]):
             texts[row["id"]][row["lang"]] = row["text"]
             self.text(row["text"])
         for key, by_language in texts.items():
@@ -178,9 +187,10 @@ class Builder:
                 for other in [*self.rng.sample(others, min(1, len(others))),
                               *(["en"] if "en" in by_language and lang != "en" else [])]:
                     self.bitext(text, by_language[other], lang, other)
-                target = "en" if self.rng.random() < 0.5 and lang != "en" else \
+                target = "en" if (self.rng.random() < 0.5 or not others) and lang != "en" else \
                     self.rng.choice(others or [lang])
-                for kind in ("pairs", "clr") if documents and target in by_language else ():
+                crossing = documents and target in by_language and target != lang
+                for kind in ("pairs", "clr") if crossing else ():
                     self.add(kind, text, self.paragraph(texts, key, target), lang_q=lang,
                              lang_p=target)
         if rows and "label" in rows[0]:
@@ -196,6 +206,8 @@ class Builder:
         """Take scored pairs; equal ids in two languages give bitext and cross-lingual pairs."""
         same = defaultdict(list)
         for row in for_training(rows):
+            if not (row["sentence1"].strip() and row["sentence2"].strip()):
+                continue
             self.files["sts"].append({k: row[k] for k in ("sentence1", "sentence2", "score")})
             self.text(row["sentence1"])
             same[row.get("id", id(row))].append(row)
@@ -212,7 +224,7 @@ class Builder:
 
     def paraphrases(self, rows):
         """Take {sentence1, sentence2, label}: 1 is a pair, 0 is left out."""
-        for row in self.hold_out(rows, lambda row: row["id"]):
+        for row in self.to_train_on(rows, lambda row: row["id"]):
             self.text(row["sentence1"])
             if row["label"] == 1:
                 self.bitext(row["sentence1"], row["sentence2"], row["lang"], row["lang"])
@@ -222,8 +234,8 @@ class Builder:
         def readable(label):                       # science/technology, credit_score
             return re.sub(r"[_/]", " ", str(label))
 
-        rows = for_training(rows)
-        names = sorted({row["label"] for row in rows})
+        rows = [row for row in for_training(rows) if row["text"].strip()]
+        names = sorted({row["label"] for row in rows}, key=str)
         for row in rows:
             others = [label for label in names if label != row["label"]]
             others = self.rng.sample(others, min(LABELS_AS_NEGATIVES, len(others)))
@@ -237,8 +249,9 @@ class Builder:
         """Take documents: title (and summary, or keywords) -> text, also across languages."""
         by_language = defaultdict(dict)
         for row in for_training(rows):
+            words = row.get("keywords") or ()
             head = ". ".join(filter(None, (row.get("title"), row.get("summary")))) \
-                or " ".join(row.get("keywords") or ())
+                or (words if isinstance(words, str) else " ".join(words))
             self.text(document_text({"title": head, "text": row["text"]}))
             self.crop(row["text"], row["lang"])
             if head:
@@ -327,16 +340,20 @@ def columns_of(path):
 
 
 def build(root, out):
-    """Build the files of `root`'s sets in `out`, in place of older ones; return {kind: rows}."""
+    """Build the files of `root`'s sets in `out`, in place of older ones; return {kind: rows}.
+
+    The older ones stay until all is built. Raises ValueError if one folder lies in the other.
+    """
     root, out = Path(root), Path(out)
+    one, other = root.resolve(), out.resolve()
+    if one in (other, *other.parents) or other in one.parents:
+        raise ValueError(f"{out} and {root} lie in each other: choose another --out")
     folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
     if not any(files_of(folder) for folder in folders):
         raise ValueError(f"{root}: no folder with sets in it (.jsonl or .jsonl.gz files)")
-    for kind in PARSERS:
-        (out / f"{kind}.jsonl").unlink(missing_ok=True)
-    for old in ("held_out", "pairs"):
-        shutil.rmtree(out / old, ignore_errors=True)
-    builder = Builder(out)
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    builder = Builder(part)
     for folder in tqdm(folders, desc="sets", unit="set"):
         if not folder.name.endswith(FOR_EVALUATION):
             builder.read(folder)
@@ -344,9 +361,19 @@ def build(root, out):
     files = {kind: rows for kind, rows in builder.files.items() if rows}
     for kind, rows in files.items():
         builder.rng.shuffle(rows)
-        write_jsonl(out / f"{kind}.jsonl", rows)
+        write_jsonl(part / f"{kind}.jsonl", rows)
     for folder in held_out_collections(root):
-        shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
+        shutil.copytree(folder, part / folder.name)
+    out.mkdir(parents=True, exist_ok=True)
+    for path in out.iterdir():
+        if path.is_dir() and (path.name in ("held_out", "pairs") or
+                              path.name.endswith(FOR_EVALUATION)):
+            shutil.rmtree(path)
+        elif path.name in [f"{kind}.jsonl" for kind in PARSERS]:
+            path.unlink()
+    for path in part.iterdir():
+        path.rename(out / path.name)
+    part.rmdir()
     return files
 
 

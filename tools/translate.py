@@ -37,7 +37,7 @@ from toy.lexicon import LexiconTranslator
 PROMPT = ("Translate this search query into {language}. Leave names, code and formulas as they "
           "are. Answer with the translation and nothing else.\n\n{text}")
 MIN_SCRIPT = 0.2                   # least share of letters in the language's script
-LENGTH_RATIO = (0.1, 4.0)          # characters, translation / source
+LENGTH_RATIO = (0.1, 8.0)          # characters, translation / source; from Chinese often 5
 
 
 def table_translator(path):
@@ -137,6 +137,7 @@ class EndpointTranslator:
         """Count a text without translation; raise ConnectionError after `GIVE_UP` in a row."""
         with self.lock:
             self.failed_in_a_row += not self.stop.is_set()
+            self.reason = reason
             if self.failed_in_a_row >= self.GIVE_UP:
                 raise ConnectionError(f"{self.url}: {self.failed_in_a_row} texts in a row failed, "
                                       f"the last one, {text[:80]!r}, with {reason!r}")
@@ -181,11 +182,15 @@ def main(argv=None):
     cfg, langs = load_config(TranslateConfig, argv), Counter()
     rows = [row for path in cfg.input for row in read_jsonl(path, {"query": str})]
     gates = clr.Gates(clr.script_gate(MIN_SCRIPT), clr.length_gate(*LENGTH_RATIO), clr.copy_gate)
-    translated = clr.build_clr(rows, make_translator(cfg), cfg.shares, cfg.source_lang, gates=gates)
+    translator = make_translator(cfg)
+    translated = clr.build_clr(rows, translator, cfg.shares, cfg.source_lang, gates=gates)
     with closing(translated), atomic(cfg.out, "wb") as file:
         for row in tqdm(translated, total=len(rows), desc="clr", unit="row", disable=None):
             langs[row["lang"]] += 1
             file.write(to_line(row))
+        if rows and not langs:
+            raise ValueError(f"no row was translated: {dict(gates.dropped)} "
+                             f"{getattr(translator, 'reason', '')}")
     print(f"{cfg.out}: {langs.total():,} of {len(rows):,} rows")
     for name, counts in (("languages", langs), ("dropped", gates.dropped)):
         print(f"{name}: " + (", ".join(f"{k} {n:,}" for k, n in counts.most_common()) or "none"))

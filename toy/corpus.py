@@ -240,7 +240,7 @@ def make_splits(entries):
     pairs.sort(key=lambda row: _share(row["name"]))
     single = [row for row in pairs if times[row["keys"][0]] == 1]
     dev, test = single[:DEV_SIZE], single[DEV_SIZE:DEV_SIZE + TEST_SIZE]
-    seen = {key for row in dev + test for key in row["keys"]}
+    seen = {key for row in dev + test for key in row["keys"] if key}
     train = [row for row in pairs + rest if not seen.intersection(row["keys"])]
     return {"train": sorted(train, key=lambda row: row["name"]), "dev": dev, "test": test}
 

@@ -121,6 +121,19 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     assert (tmp_path / "a").read_text() == "one" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with atomic(tmp_path / "link") as file:
+        file.write("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
+    with atomic("/dev/null") as file:
+        file.write("x")
+    assert not os.path.isfile("/dev/null")
+    with pytest.raises(ValueError, match="leave .gz out of the name"), atomic(tmp_path / "a.gz"):
+        pass
+
+
 WHOLE_GZ = gzip.compress(b"".join(b'{"text": "number %d"}\n' % i for i in range(3000)))
 
 

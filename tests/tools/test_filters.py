@@ -54,6 +54,7 @@ class Scorer:
 def test_texts_of_every_format():
     assert texts_of({"text": "a", "label": "b"}) == ["a"]
     assert texts_of({"instruction": "i", "input": "a", "output": "b"}) == ["a", "b"]
+    assert texts_of({"instruction": "i", "input": "", "output": "b"})[0] == "i"     # the query
     assert texts_of({"sentence1": "a", "sentence2": "b", "score": 1}) == ["a", "b"]
     for row in ({"id": "x"}, {"query": 3, "pos": [None]}):
         with pytest.raises(ValueError, match="no text|string"):

@@ -246,3 +246,49 @@ def test_a_kind_without_rows_has_no_file(tmp_path):
     made = sets.build(tmp_path / "root", tmp_path / "sets")
     assert set(made) == {"text"}
     assert [path.name for path in (tmp_path / "sets").glob("*.jsonl")] == ["text.jsonl"]
+
+
+def test_rows_of_split_test_train_nothing_in_any_form(tmp_path):
+    root, splits = tmp_path / "root", ("train", "test")
+    write(root / "bi" / "x.jsonl", [
+        {"query": f"{split} Satz {i}", "pos": f"{split} sentence {i}", "lang_q": "de",
+         "lang_p": "en", "split": split} for split in splits for i in range(30)])
+    write(root / "para" / "x.jsonl", [
+        {"id": i, "sentence1": f"{split} one {i}", "sentence2": f"{split} two {i}", "label": 1,
+         "lang": "en", "split": split} for split in splits for i in range(30)])
+    sets.build(root, tmp_path / "sets")
+    text = "".join(path.read_text() for path in (tmp_path / "sets").rglob("*.jsonl"))
+    assert text.count("train Satz") >= 30 and "train two 7" in text and '"test ' not in text
+
+
+def test_two_languages_with_documents_give_no_query_its_own_language(tmp_path):
+    root = tmp_path / "root"
+    write(root / "news" / "docs.jsonl", [{"id": i, "doc": f"d{i // 5}"} for i in range(100)])
+    write(root / "news" / "x.jsonl", [{"id": i, "lang": lang, "text": f"{lang} {i}."}
+                                      for i in range(100) for lang in ("de", "en")])
+    sets.build(root, tmp_path / "sets")
+    rows = list(read_jsonl(tmp_path / "sets" / "clr.jsonl"))
+    assert len(rows) > 100 and all(row["lang_q"] != row["lang_p"] for row in rows)
+
+
+def test_blank_texts_are_passed_over(tmp_path):
+    root = tmp_path / "root"
+    write(root / "plain" / "x.jsonl", [{"text": text} for text in ("", " ", "words")])
+    write(root / "sim" / "x.jsonl", [{"sentence1": text, "sentence2": "b", "score": 1}
+                                     for text in ("", "a")])
+    files = sets.build(root, tmp_path / "sets")
+    assert [row["sentence1"] for row in files["sts"]] == ["a"]
+    assert {row["text"] for row in files["text"]} == {"words", "a"}
+
+
+def test_a_build_that_fails_leaves_the_one_before(root, tmp_path):
+    sets.build(root, tmp_path / "sets")
+    before = {path: path.read_bytes() for path in (tmp_path / "sets").rglob("*.jsonl")}
+    (root / "zz").mkdir()
+    (root / "zz" / "x.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="x.jsonl:1"):
+        sets.build(root, tmp_path / "sets")
+    assert {path: path.read_bytes() for path in (tmp_path / "sets").rglob("*.jsonl")} == before
+    for out in (root, root / "sets", tmp_path):
+        with pytest.raises(ValueError, match="lie in each other"):
+            sets.build(root, out)

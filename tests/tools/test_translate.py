@@ -337,3 +337,12 @@ def test_ctrl_c(tmp_path):
     kept = (tmp_path / "out.jsonl.journal").read_bytes()
     assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl.journal"}
     assert kept.endswith(b"\n") and kept.count(b"\n") == server.asked.total() < 290
+
+
+def test_where_nothing_is_translated_the_reason_is_said(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"query": "sort a list", "pos": ["p"]}\n')
+    (tmp_path / "table.jsonl").write_text('{"text": "x", "lang": "zh", "translation": "y"}\n')
+    with pytest.raises(ValueError, match="no row was translated: {'no translation': 1}"):
+        module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}",
+                     "--translator=table", f"--table={tmp_path / 'table.jsonl'}"])
+    assert not (tmp_path / "out.jsonl").exists()
