@@ -245,9 +245,11 @@ def test_the_curve_has_a_point_for_each_amount_of_text(cfg, monkeypatch):
     table = command(cfg, "curve")
     assert list(table["cells"]) == ["0M hard", "0M soft", "0.00032M hard", "0.00032M soft",
                                     "0.00064M hard", "0.00064M soft",
-                                    "no LM but time of 0.00032M", "no LM but time of 0.00064M"]
-    assert list(table["differences"])[-2:] == ["0.00032M: LM minus its time",
-                                               "0.00064M: LM minus its time"]
+                                    "no LM but time of 0.00032M", "no LM but time of 0.00064M",
+                                    "no LM but time of 0.00064M at twice the rate"]
+    assert list(table["differences"])[-3:] == ["0.00032M: LM minus its time",
+                                               "0.00064M: LM minus its time",
+                                               "0.00064M: LM minus its time at twice the rate"]
     short, longest = (table["settings"][f"{n}M soft"] for n in ("0.00032", "0.00064"))
     assert short["lm_steps"] == 2 and longest["lm_steps"] is None
     assert short["weak_rate"] == Lab(cfg).base[WEAK].learning_rate / 2 and not longest["weak_rate"]
