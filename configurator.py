@@ -1,6 +1,6 @@
 """Build one frozen, validated dataclass from config files and `--key=value` flags.
 
-    torchrun train.py config/embed_sup.py mine.py --learning_rate=1e-4 --dims=64,128
+    torchrun train.py config/embed_sup.py my_run.py --learning_rate=1e-4 --dims=64,128
 
 The dataclass of a script is the only list of its settings: names, types, defaults and, as trailing
 comments, the help. Sources are merged from left to right, the later one wins. Then the dataclass is

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from configurator import run_command
 from data import (PROMPTS, document_text, end_text, find_packed, format_query, prompt_length,
                   read_with_ids)
 from engine import kernels
@@ -224,10 +225,9 @@ def main():
                                          "trained one, of --texts none")
     parser.add_argument("--truncate_dim", type=int, help="with --texts: keep the first dims (MRL)")
     parser.add_argument("--device", help="cpu, cuda or npu; default: the best one here")
+    args = parser.parse_args()
     try:
-        run(parser.parse_args())
-    except (ValueError, OSError, TypeError, ImportError) as error:
-        sys.exit(f"embed.py: error: {error}")
+        run_command(lambda: run(args))
     except (EOFError, KeyboardInterrupt):
         print()
 

@@ -14,7 +14,6 @@ Protocols are mteb's. It has further types of task, and scores stock models on a
 """
 import dataclasses
 import functools
-import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 import data
-from configurator import load_config
+from configurator import load_config, run_command
 from data import document_text, load_collection
 from embed import Embedder
 from engine.bm25 import BM25, split_words
@@ -483,10 +482,7 @@ def run(config):
 def main():
     """Score what the command line names."""
     config = load_config(EvalConfig)
-    try:
-        run(config)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"eval.py: error: {error}")
+    run_command(lambda: run(config))
 
 
 if __name__ == "__main__":

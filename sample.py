@@ -8,10 +8,10 @@ from the softmax of the last state against the tied embeddings, divided by a tem
 embedding stage the same command shows what is left of the language model.
 """
 import argparse
-import sys
 
 import torch
 
+from configurator import run_command
 from data import format_sft
 from embed import Embedder
 from mask import CAUSAL
@@ -44,6 +44,16 @@ def generate(model, tokenizer, prompt, n_tokens=80, temperature=0.7, seed=0):
     return tokenizer.decode(ids[start:])
 
 
+def run(args):
+    """Print the prompt, and what the model writes after it."""
+    if args.temperature < 0:
+        raise ValueError(f"--temperature must not be negative, not {args.temperature}")
+    embedder = Embedder(args.checkpoint)
+    prompt = args.prompt if args.instruction is None else format_sft(args.instruction, args.prompt)
+    print(prompt + generate(embedder.model, embedder.tokenizer, prompt, args.n_tokens,
+                            args.temperature, args.seed))
+
+
 def main():
     """Write on the command line; see the module docstring."""
     parser = argparse.ArgumentParser(description="let a trained model write")
@@ -54,16 +64,7 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.7, help="0: the most likely token")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    try:
-        if args.temperature < 0:
-            raise ValueError(f"--temperature must not be negative, not {args.temperature}")
-        embedder = Embedder(args.checkpoint)
-        prompt = args.prompt if args.instruction is None else \
-            format_sft(args.instruction, args.prompt)
-        print(prompt + generate(embedder.model, embedder.tokenizer, prompt, args.n_tokens,
-                                args.temperature, args.seed))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"sample.py: error: {error}")
+    run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

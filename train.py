@@ -21,7 +21,6 @@ import dataclasses
 import gc
 import importlib.util
 import math
-import os
 import signal
 import sys
 import time
@@ -220,11 +219,13 @@ def build_optimizer(model, cfg):
 # ---------------------------------------------------------------- starting
 
 def prepare(cfg):
-    """Build the embedded corpus if a run needs it; another folder of data must exist already."""
+    """Build the embedded corpus if a run needs it; other data to read must exist already."""
     if data.uses_folder(cfg) and Path(cfg.data).name == "installed_docs":
         toy.ensure(cfg.data)
     elif data.uses_folder(cfg) and not Path(cfg.data).is_dir():
         raise ValueError(f"data: there is no folder {cfg.data}; `python -m tools.sets` makes one")
+    for folder in collections(cfg) if cfg.evaluate else ():
+        data.load_collection(folder)               # a mistake there would show at the very end
 
 
 def finished(cfg, world, before):
@@ -346,26 +347,12 @@ def whole_embedder(state):
 def train(cfg, world, before=None):
     """Train one stage to its end and score it; return its checkpoint. before: that of the last."""
     with contextlib.ExitStack() as lock:
-        where = world.on_main(lambda: claim(cfg, lock))
+        where = world.on_main(lambda: run.claim(cfg, lock))
         state = start(cfg, world, where, before)
         if state.step < cfg.steps:
             where = run_steps(state)
         score(state)
     return where
-
-
-def claim(cfg, lock):
-    """Lock a stage's folder, set an old run aside if asked to; return the checkpoint to resume."""
-    lock.enter_context(checkpoint.only_writer(cfg.run_dir))
-    for folder in collections(cfg) if cfg.evaluate else ():
-        data.load_collection(folder)               # a mistake there would show at the very end
-    if not cfg.resume:
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            raise ValueError("torchrun restarts the run, and --resume=false would begin it again; "
-                             "start it without that")
-        (cfg.run_dir / "eval.json").unlink(missing_ok=True)
-        checkpoint.set_aside(cfg.run_dir)
-    return checkpoint.latest(cfg.run_dir)
 
 
 def run_steps(state):
@@ -409,13 +396,11 @@ def run_steps(state):
                   "grad_norm": float(norm), **counters})
         if world.device.type == "cpu":
             memory.release_memory()
-        if agreed["stop"]:
-            run.save(state, step + 1)
-            raise run.Interrupted(stop.number or signal.SIGTERM)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+        is_last = step + 1 == cfg.steps
+        if agreed["stop"] or is_last or (step + 1) % cfg.save_every == 0:
             where = run.save(state, step + 1)
-    if world.mean({"stop": stop.number})["stop"]:      # it came during the last save
-        raise run.Interrupted(stop.number or signal.SIGTERM)
+        if agreed["stop"] or is_last and world.mean({"stop": stop.number})["stop"]:
+            raise run.Interrupted(stop.number or signal.SIGTERM)
     log.close()
     stop.restore()
     return where

@@ -6,6 +6,7 @@ every data file. A run whose settings or data have changed is refused by name.
 """
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 import time
@@ -176,6 +177,21 @@ def check_data(hashes, where):
 def weights_hash(where):
     """Return the SHA-256 of a checkpoint's weights, "" for random ones (None)."""
     return checkpoint.entries(where)["model.pt"]["sha256"] if where else ""
+
+
+def claim(cfg, lock):
+    """Lock a stage's folder, set an old run aside if asked to; return the checkpoint to resume.
+
+    lock: an ExitStack that holds the lock.
+    """
+    lock.enter_context(checkpoint.only_writer(cfg.run_dir))
+    if not cfg.resume:
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            raise ValueError("torchrun restarts the run, and --resume=false would begin it again; "
+                             "start it without that")
+        (cfg.run_dir / "eval.json").unlink(missing_ok=True)
+        checkpoint.set_aside(cfg.run_dir)
+    return checkpoint.latest(cfg.run_dir)
 
 
 def check_before(before, where):
