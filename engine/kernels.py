@@ -23,6 +23,7 @@ from engine import flash
 from mask import mask_weights
 
 SMALL = 1 << 15                    # numbers in a group's queries, up to which SDPA is faster
+LONG_ROW = 128                     # numbers in a row, from which softmax in 16 bits is faster
 
 
 def pick(device, compile=False):
@@ -210,7 +211,9 @@ def explicit_attention(q, k, v, bias=None, is_causal=False, weights=None):
         bias = torch.full((1, 1, t, t), -torch.inf, dtype=logits.dtype, device=q.device).triu(1)
     if bias is not None:
         logits = logits + bias[:, :, None]
-    probs = torch.softmax(logits, dim=-1, dtype=torch.float32).to(v.dtype)
+    # softmax forms its sums in float32 in any case
+    wide = torch.float32 if t < LONG_ROW else None
+    probs = torch.softmax(logits, dim=-1, dtype=wide).to(v.dtype)
     return (probs.reshape(b, kv, h // kv * t, t) @ v).view(b, h, t, e)
 
 

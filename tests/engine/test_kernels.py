@@ -14,7 +14,8 @@ from tiny import MASKS, relative, texts_of, tiny
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU"))]
-LENGTHS = {"equal": [9, 9, 9], "ragged": [4, 9, 2, 8, 1], "one-token": [1], "long": [300, 20, 290]}
+LENGTHS = {"equal": [9, 9, 9], "ragged": [4, 9, 2, 8, 1], "one-token": [1],
+           "middle": [250, 240, 245, 20, 230, 238], "long": [300, 20, 290]}
 
 
 def run(ops, lengths, mask, dtype, device):
