@@ -193,6 +193,8 @@ def run(args):
     """Embed a file of texts, or search; `args` as `main` parses them."""
     if args.texts and not args.out:
         raise ValueError("--texts needs --out=FILE.npy")
+    if args.k < 1:
+        raise ValueError(f"--k must be at least 1, not {args.k}")
     embedder = Embedder(args.checkpoint, args.device)
     if args.texts:
         vectors = embedder.encode(read_texts(args.texts), prompt=args.prompt,

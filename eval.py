@@ -186,14 +186,15 @@ def mkqa(encoder, collection):
     results = {}
     for language in languages_in(collection.queries):
         part = part_of(collection, language, "en")
-        if any(row.get("answers") for row in part.queries):
+        if part.corpus and any(row.get("answers") for row in part.queries):
             results[language] = answer_retrieval(encoder, part)
         elif any(part.qrels.get(row["id"]) for row in part.queries):
             scores = retrieval(encoder, part)
             results[language] = {m: scores[m] for m in ("recall@20", "recall@100", "ndcg@10")}
     foreign = [scores for language, scores in results.items() if language != "en"]
     if not foreign:
-        raise ValueError("mkqa needs `lang` in both files, and queries in more than English")
+        raise ValueError("mkqa needs `lang` in both files, English passages, and queries in "
+                         "other languages")
     return results | {"mean": mean_of(foreign)}
 
 

@@ -46,7 +46,7 @@ def generate(model, tokenizer, prompt, n_tokens=80, temperature=0.7, seed=0):
 
 def run(args):
     """Print the prompt, and what the model writes after it."""
-    if args.temperature < 0:
+    if not args.temperature >= 0:                      # nor what is no number
         raise ValueError(f"--temperature must not be negative, not {args.temperature}")
     embedder = Embedder(args.checkpoint)
     prompt = args.prompt if args.instruction is None else format_sft(args.instruction, args.prompt)

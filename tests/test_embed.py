@@ -237,5 +237,7 @@ def test_the_command_line_searches(run, tmp_path, monkeypatch, capsys):
     assert len(lines) == 6 and len(shown) == 3 and shown[0] == shown[2] != shown[1]
     with pytest.raises(SystemExit, match="corpus.jsonl: no such file"):
         command(monkeypatch, *argv[:4], tmp_path / "none", "--query=x")
+    with pytest.raises(SystemExit, match="--k must be at least 1, not -1"):
+        command(monkeypatch, *argv[:-1], "--k=-1")
     with pytest.raises(SystemExit, match="--texts needs --out"):
         command(monkeypatch, "--texts=x")

@@ -275,6 +275,9 @@ def test_mkqa_looks_for_the_answers_words(tmp_path):
     assert results["mkqa/mkqa/de/recall@20"] == 1 and results["mkqa/mkqa/en/recall@20"] == 0
     with pytest.raises(ValueError, match="no query of the collection has a judged"):
         evaluate(Vectors(known), "retrieval", tmp_path / "mkqa")
+    write_rows(tmp_path / "mkqa" / "corpus.jsonl", [{**row, "lang": "de"} for row in corpus])
+    with pytest.raises(ValueError, match="mkqa needs `lang` in both files, English passages"):
+        evaluate(Vectors(known), "mkqa", tmp_path / "mkqa")
 
 
 def test_bitext_mining_has_two_directions():

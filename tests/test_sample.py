@@ -67,8 +67,9 @@ def test_a_trained_model_writes_its_text_on_the_command_line(rows, tmp_path, mon
     capsys.readouterr()
     assert "one two three four five six" in run("--prompt=one two", "--temperature=0")
     assert run("--instruction=Find", "--prompt=one").startswith("Find\none\n\n")
-    with pytest.raises(SystemExit, match="sample.py: error: --temperature must not be negative"):
-        run("--temperature=-1")
+    for bad in ("-1", "nan"):
+        with pytest.raises(SystemExit, match="sample.py: error: --temperature must not be neg"):
+            run(f"--temperature={bad}")
     monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint=nowhere"])
     with pytest.raises(SystemExit, match="sample.py: error: nowhere: no checkpoint here"):
         sample.main()
