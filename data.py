@@ -156,14 +156,16 @@ def lm_batch(stream, positions, block):
 def sft_batch(examples, rows, tokenizer, max_len):
     """Return a `Batch` of prompt + output + end-of-text; only the output is predicted.
 
-    examples: [(instruction, query, output)]. A prompt takes at most half of the room.
+    examples: [(instruction, query, output)]. A long prompt leaves the output half of the room, and
+    is cut before its blank line. UNSPECIFIED: that the prompt is read and not predicted.
     """
     ids, targets, lengths, truncated = [], [], [], 0
     prompts = tokenizer.encode_batch([format_sft(e[0], e[1]) for e in examples])
     outputs = tokenizer.encode_batch([e[2] for e in examples])
     for prompt, output in zip(prompts, outputs):
-        truncated += len(prompt) > max_len // 2 or len(prompt) + len(output) > max_len
-        prompt = prompt[:max(max_len // 2, 1)]
+        truncated += len(prompt) + len(output) > max_len
+        room = max(max_len // 2, max_len - len(output), 1)
+        prompt = prompt if len(prompt) <= room else prompt[:room - 1] + prompt[-1:]
         whole = (prompt + output + [tokenizer.eos_id])[:max_len + 1]
         ids += whole[:-1]
         targets += [-100] * (len(prompt) - 1) + whole[len(prompt):]

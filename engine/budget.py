@@ -14,6 +14,7 @@ V vocabulary, N parameters, W ranks.
 What comes before the first step follows the law in results/rehearsal.json, which
 experiments/rehearsal.py has measured: seconds of a rank for a unit of data, divided by the ranks.
 """
+from collections import Counter
 from pathlib import Path
 
 from engine.jsonl import read_object
@@ -97,35 +98,62 @@ def unsharded(config):
 
 
 def step_texts(cfg):
-    """Return {T: number of texts} of a step of a stage, all ranks together, each at its limit."""
+    """Return {T: number of texts} of a step of a stage, all ranks together, each at its limit.
+
+    Of stage 4 it is the task with the most tokens: STS has a batch of its own, and two sentences.
+    """
     if cfg.stage in ("pretrain", "sft"):
         return {cfg.passage_len: cfg.batch_size}
-    passages = 1 + (cfg.n_negatives if cfg.stage == "embed_sup" else 0)
-    texts = {cfg.query_len: cfg.batch_size}
-    texts[cfg.passage_len] = texts.get(cfg.passage_len, 0) + passages * cfg.batch_size
-    return texts
+    tasks = [{cfg.query_len: 2 * n} if kind == "sts" else
+             dict(Counter([cfg.query_len] * n + [cfg.passage_len] * n * (1 + negatives)))
+             for kind, n, negatives in batches_of(cfg)]
+    return max(tasks, key=lambda texts: sum(t * b for t, b in texts.items()))
+
+
+def batches_of(cfg):
+    """Return [(kind, rows of a batch, hard negatives of a row)] of the tasks of stage 3 or 4."""
+    if cfg.stage == "embed_weak":
+        return [("pairs", cfg.batch_size, 0)]
+    return [(kind, cfg.batch_sizes.get(kind, cfg.batch_size), cfg.n_negatives)
+            for kind, weight in cfg.task_weights.items() if weight > 0]
+
+
+def visits(cfg):
+    """Return what the steps of a stage visit: tokens or rows; of stage 4 {task: rows}."""
+    if cfg.stage != "embed_sup":
+        return cfg.steps * cfg.batch_size * (cfg.passage_len if cfg.stage == "pretrain" else 1)
+    sizes = {kind: n for kind, n, _ in batches_of(cfg)}
+    steps = cfg.steps / sum(cfg.task_weights[kind] / n for kind, n in sizes.items())
+    return {kind: steps * cfg.task_weights[kind] for kind in sizes}
+
+
+def total_of(amount):
+    """Return the sum of {task: rows}, or a number as it is."""
+    return sum(amount.values()) if isinstance(amount, dict) else amount
 
 
 def start_minutes(law, stage, amount, world, shape=None):
-    """Return {part: minutes on one rank} of a stage's start; amount: its tokens, or its rows.
+    """Return {part: minutes on one rank} of a stage's start; amount: its tokens or rows.
 
-    Stage 4 has twice as many passages as rows; it needs `shape`. Its embedding and search run on
-    cards, at the share of a matmul's rate that exact search reached in the rehearsal.
+    Of stage 4 it is {task: rows}, all but STS with twice as many passages, each task searched by
+    itself; it needs `shape`. Embedding and search run on cards, at the share of a matmul's rate
+    that exact search reached in the rehearsal.
     """
-    million, size = amount / 1e6, law["bytes"]
-    parts = {"pretrain": {"index": ("index of text", amount * size["a token of text"] / 1e9),
-                          "tokens": ("token shards", million)},
-             "embed_sup": {"index": ("index of stage 4", million),
+    mined = [n for task, n in amount.items() if task != "sts"] if stage == "embed_sup" else []
+    total, million, size = total_of(amount), sum(mined) / 1e6, law["bytes"]
+    parts = {"pretrain": {"index": ("index of text", total * size["a token of text"] / 1e9),
+                          "tokens": ("token shards", total / 1e6)},
+             "embed_sup": {"index": ("index of stage 4", total / 1e6),
                            "tables": ("passage tables", million),
                            "pools": ("pools of mined rows", million)}}.get(
-        stage, {"index": ("index of pairs", amount * size["a pair"] / 1e9)})
+        stage, {"index": ("index of pairs", total * size["a pair"] / 1e9)})
     minutes = {name: law[part]["seconds"] * units / world / 60
                for name, (part, units) in parts.items()}
-    if stage == "embed_sup":
+    if mined:
         rate = CARD * law["exact search"]["share"] * world * 60
         weights = sum(parameters(shape).values()) - parameters(shape)["embedding"]
-        minutes["embedding"] = 3 * amount * TEXT * 2 * weights / rate
-        minutes["search"] = 2 * amount * 2 * amount * shape.n_embd / rate
+        minutes["embedding"] = 3 * sum(mined) * TEXT * 2 * weights / rate
+        minutes["search"] = sum(2 * n * 2 * n for n in mined) * shape.n_embd / rate
     return minutes
 
 
@@ -137,7 +165,8 @@ def start_bytes(law, stage, amount, cfg):
     if stage != "embed_sup":
         return {"disk": amount * 8}
     pool = 8 * cfg.pool_size + 12 * cfg.n_negatives + 25      # dhnm.py's tensors, a row
-    return {"disk": amount * disk["a row of stage 4"], "pools": amount * pool}
+    mined = sum(n for task, n in amount.items() if task != "sts")
+    return {"disk": total_of(amount) * disk["a row of stage 4"], "pools": mined * pool}
 
 
 def start_report(cfg, shape):
@@ -145,12 +174,11 @@ def start_report(cfg, shape):
     if not LAW.is_file():
         return ["", "the start: run `python -m experiments.rehearsal`, which measures its law"]
     law = read_object(LAW)["law"]
-    lm = cfg.stage == "pretrain"
-    amount = cfg.steps * cfg.batch_size * (cfg.passage_len if lm else 1)
+    amount = visits(cfg)
     minutes = {w: start_minutes(law, cfg.stage, amount, w, shape) for w in WORLDS}
-    lines = ["", f"the start, minutes on each rank: at most {amount:.3g} "
-             f"{'tokens' if lm else 'rows'}, all that the steps visit, by the law of "
-             "results/rehearsal.json",
+    lines = ["", f"the start, minutes on each rank: at most {total_of(amount):.3g} "
+             f"{'tokens' if cfg.stage == 'pretrain' else 'rows'}, each visit of the steps another "
+             "one, by the law of results/rehearsal.json",
              *(f"    {part:<12}" + "".join(f"{minutes[w][part]:>12,.1f}" for w in WORLDS)
                for part in minutes[1]),
              f"    {'ranks':<12}" + "".join(f"{world:>12}" for world in WORLDS)]

@@ -121,7 +121,14 @@ def test_sft_predicts_the_output_and_nothing_of_the_prompt(tokenizer):
     assert tokenizer.decode(batch.ids.tolist()) == "jumps\nthe quick\n\nbrown fox"
     cut = data.sft_batch([example], [0], tokenizer, 8)
     assert cut.lengths == [8] and cut.truncated == 1
-    assert (cut.targets != -100).sum() == 5                # a prompt takes half of the room
+    assert (cut.targets != -100).sum() == 5                # the output has half of the room
+    assert cut.ids[3] == batch.ids[(batch.targets == -100).sum()]      # after the blank line
+
+
+def test_a_long_prompt_is_cut_only_as_far_as_its_output_needs(tokenizer):
+    prompt, output = (len(tokenizer.encode(text)) for text in ("the quick\n\n", "fox"))
+    fits = data.sft_batch([(None, "the quick", "fox")], [0], tokenizer, prompt + output)
+    assert fits.truncated == 0 and fits.lengths == [prompt + output] and prompt > output
 
 
 # ---------------------------------------------------------------- contrastive batches

@@ -106,3 +106,12 @@ def test_a_micro_batch_is_counted_by_its_longest_texts():
     assert texts == {10: 8, 20: 32}
     assert budget.pass_tokens(cfg, texts, 1) == 100        # five passages
     assert budget.pass_tokens(cfg, texts, 8) == 4 * 20 + 10        # one query and its passages
+
+
+def test_stage_4_counts_its_largest_task_and_each_tasks_visits():
+    cfg = train.TrainConfig(stage="embed_sup", steps=30, batch_size=8, batch_sizes={"sts": 100},
+                            n_negatives=3, query_len=10, passage_len=20,
+                            task_weights={"retrieval": 2.0, "clr": 2.0, "sts": 100.0})
+    assert budget.step_texts(cfg) == {10: 200}             # two sentences a row, 2,000 tokens
+    # weight over batch: 0.25, 0.25 and 1, so 5, 5 and 20 of the 30 steps
+    assert budget.visits(cfg) == pytest.approx({"retrieval": 40, "clr": 40, "sts": 2000})

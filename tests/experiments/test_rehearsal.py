@@ -67,12 +67,13 @@ def test_the_law_is_the_cost_of_a_unit(runs, tmp_path, monkeypatch, capsys):
     assert cost["index"] == pytest.approx(parts["index of pairs"]["seconds"] / 60 / 2)
     assert [row["part"] for row in rehearsal.table_of(runs)] == list(rehearsal.UNITS)
     assert {row["stage"] for row in rehearsal.projection(law)} == set(rehearsal.PAPER)
-    # 10.6M queries x 21.2M passages x 3,584 x 2 FLOP at 300 TFLOP/s a card, on 16 cards
+    # 3M x 6M, 3M x 6M and 2.8M x 5.6M pairs, 3,584 x 2 FLOP each, at 300 TFLOP/s, on 16 cards
     path = rehearsal.ROOT / "config/full/embed_sup.py"
     full = rehearsal.run.chain(rehearsal.TrainConfig, [str(path)])[-1]
-    search = budget.start_minutes({**law, "exact search": {"share": 1.0}}, "embed_sup", 10.6e6, 16,
-                                  full.model_config())["search"]
-    assert search == pytest.approx(10.6e6 * 21.2e6 * 3584 * 2 / 3e14 / 16 / 60)
+    search = budget.start_minutes({**law, "exact search": {"share": 1.0}}, "embed_sup",
+                                  rehearsal.PAPER["embed_sup"], 16, full.model_config())["search"]
+    pairs = 3e6 * 6e6 + 3e6 * 6e6 + 2.8e6 * 5.6e6
+    assert search == pytest.approx(pairs * 3584 * 2 / 3e14 / 16 / 60)
     monkeypatch.setattr(budget, "LAW", tmp_path / "law.json")
     shape = full.model_config()
     assert "experiments.rehearsal" in budget.start_report(full, shape)[-1]
