@@ -3,14 +3,15 @@
 One example a line, JSONL or JSONL.gz, UTF-8, in the formats that users already have:
 
     text            {"text"}
-    pairs           {"instruction"?, "input"?, "output"}  or  {"query", "pos", "prompt"?}
+    pairs           {"instruction"?, "input"?, "output"}  or  {"query", "pos", "prompt"?}; of the
+                    first two keys at least one
     retrieval, clr, classification    {"query", "pos": [..], "neg": [..]?, "prompt"?, "cosines"?}
     sts             {"sentence1", "sentence2", "score"}
     a collection    corpus.jsonl, queries.jsonl, qrels.tsv (the BEIR form)
 
 PAPER Sec. 3.1, App. A, Table 11. The rows of a step depend only on the seed and the step number
 (engine/order.py), their hard negatives on DHNM's pools. So resuming needs no reader state.
-UNSPECIFIED: the instruction template; `format_query` is the one place that knows it.
+UNSPECIFIED: the templates; `format_query` and `format_sft` are the one place that knows them.
 """
 from collections import Counter
 from functools import partial
@@ -209,7 +210,10 @@ class Task:
         self.pool.load_state_dict(state)
 
     def pairs_of(self, indices, epoch):
-        """Return [(instruction, query, positive)]; the positive is drawn anew in each epoch."""
+        """Return [(instruction, query, positive)].
+
+        UNSPECIFIED: which of several positives; one is drawn anew in each epoch.
+        """
         rows = [self.rows[int(i)] for i in indices]
         return [(self.prompt if row["prompt"] is None else row["prompt"], row["query"],
                  row["pos"][choice(len(row["pos"]), self.cfg.seed, epoch, i)])
@@ -299,9 +303,9 @@ def hashes(cfg, world=ALONE):
 def build_tasks(cfg, tokenizer, world):
     """Return [(task, weight)] of a stage.
 
-    Pretraining and SFT shuffle all files together. The weak stage takes one file a step, so that
-    negatives come from the positive's own origin. PAPER Table 11: stage 4 is a mixture of tasks,
-    weighted by rows, so a task with larger batches takes fewer steps.
+    Pretraining and SFT shuffle all files together. UNSPECIFIED: the weak stage takes one file a
+    step, so that negatives come from the positive's own origin. PAPER Table 11: stage 4 is a
+    mixture of tasks, weighted by rows, so a task with larger batches takes fewer steps.
     """
     if cfg.stage in ("pretrain", "sft"):
         kind = "text" if cfg.stage == "pretrain" else "pairs"
@@ -334,10 +338,10 @@ def prompts_of(tasks):
 def fill_pools(tasks, embedder):
     """Give the tasks their pools of hard negatives, ranked by the model at hand; all ranks call.
 
-    A row's own negatives come first; others are mined where it has fewer than `n_negatives`: the
-    passages nearest to the query by cosine. UNSPECIFIED: for CLR those nearest to the query's
-    positive, as a model after stage 3 hardly reads a translated query. Rows of tools/mine.py bring
-    their cosines: nothing is embedded for them. Ranks share the work (engine/mining.py).
+    UNSPECIFIED: a row's own negatives come first; others are mined where it has fewer than
+    `n_negatives`: the passages nearest to the query by cosine. UNSPECIFIED: for CLR those nearest
+    to its positive, as a model after stage 3 hardly reads a translated query. Rows of tools/mine.py
+    bring their cosines: nothing is embedded for them. Ranks share the work (engine/mining.py).
     """
     tasks = [task for task in tasks if task.passages]
     if not tasks:
@@ -363,8 +367,9 @@ def fill_pools(tasks, embedder):
 def hard_enough(pool, scores, n):
     """Return the pools (Q, P) without what Eq. 6 would discard at its first step, -1 padded.
 
-    PAPER Sec. 3.4. The scores are those of mining: for CLR with the positive, not with the query,
-    and for rows of tools/mine.py by its model. The first n stay, so no query is without.
+    PAPER Sec. 3.4. UNSPECIFIED: what "the initial step" scores. Here it is mining: for CLR with the
+    positive, not with the query, and for rows of tools/mine.py by its model. The first n stay, so
+    no query is without.
     """
     easy = should_replace(torch.from_numpy(scores), torch.from_numpy(scores)).numpy()
     easy[:, :n] = False

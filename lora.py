@@ -1,9 +1,9 @@
 """Low-rank adapters: the other arm of PAPER Table 6 (LoRA r16 / r32 / r64 against all weights).
 
-    python train.py config/embed_sup.py --lora_rank=16      # stages 3 and 4 by adapters alone
+    python train.py config/embed_sup.py --lora_rank=16 --out=out/lora   # stages 3 and 4 by adapters
 
 y = (W + 2 B A) x. B starts at zero, so step 0 is the base model.
-UNSPECIFIED: alpha and which matrices. Here alpha = 2 r, a scale alpha / r of 2, on all seven
+UNSPECIFIED: alpha, stages and matrices. Here alpha = 2 r, a scale alpha / r of 2, on all seven
 projections of a block, never on the embeddings or the norms.
 An adapter parametrises the weight: whoever reads `layer.weight` gets the sum, formed in float32. So
 kernels, bfloat16 and torch.compile need not know of it. It saves the memory of gradients and

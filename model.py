@@ -205,8 +205,8 @@ class Conan(nn.Module):
     def fresh_weights(self, generator=None):
         """Yield (name, initial value on the CPU) of each parameter: N(0, 0.02), norms at 1.
 
-        The two projections that write to the residual stream are smaller by sqrt(2 n_layer), so
-        that its variance does not grow with depth.
+        UNSPECIFIED: all of it. The two projections that write to the residual stream are smaller by
+        sqrt(2 n_layer), so that its variance does not grow with depth.
         """
         for name, p in self.named_parameters():
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))

@@ -31,7 +31,7 @@ from tqdm import tqdm
 #   capitals, then small letters   get|Item, HTTP|_|URL, and HTTPServer in one
 #   small letters
 #   letters without case           Chinese, Japanese, Thai, Hindi, Arabic, Korean ...
-#   up to three digits             numbers of any length from 1,110 tokens
+#   up to three digits             10 + 100 + 1,000 tokens spell every number
 #   punctuation and symbols        runs, so that `__` and `>>>` and an emoji can be one token
 #   blank lines, then indentation  apart, so that neither multiplies the other
 #

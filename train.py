@@ -53,7 +53,7 @@ STAGES = ("pretrain", "sft", "embed_weak", "embed_sup")
 TASKS = ("retrieval", "clr", "classification", "sts")
 GRAD_CLIP = 1.0                    # UNSPECIFIED: the norm that gradients are cut to
 TOKENIZER_TEXTS = 400_000          # documents that the tokenizer learns from
-PYTHON_BPE_TEXTS = 100_000         # of more documents, rustbpe learns the same tokens faster
+PYTHON_BPE_TEXTS = 100_000         # of more, rustbpe learns the same faster, where installed
 VALIDATE_EVERY = 50                # steps between two validation losses of an LM stage
 
 
@@ -76,8 +76,8 @@ class TrainConfig:
     sts: tuple[str, ...] = ()              # embed_sup, CoSENT
     evaluate: tuple[str, ...] = ()         # collections scored at the end; empty: DATA's own
     skip_bad_lines: bool = False   # count bad lines instead of stopping at them
-    query_len: int = 48            # tokens of a query at most; longer ones are cut and counted
-    passage_len: int = 64          # tokens of a passage, and of an example of stages 1 and 2
+    query_len: int = 48            # tokens of a query, or an STS sentence; more are cut, counted
+    passage_len: int = 64          # tokens of a passage, an example of stages 1 and 2, any in use
     # --- model (ConanConfig)
     vocab_size: int = 8192
     n_layer: int = 4
@@ -89,7 +89,7 @@ class TrainConfig:
     pooling: Literal["mean", "last"] = "mean"
     pool_prompt: bool = False      # whether an instruction's tokens are part of the mean
     # --- losses
-    temperature: float = 0.05      # of InfoNCE and CoSENT; 1.0 is the printed Eq. 1
+    temperature: float = 0.05      # of InfoNCE, and of CoSENT; Eq. 1 alone prints none
     dims: tuple[int, ...] = ()     # MRL dims of embed_sup, besides the full width
     task_weights: dict[str, float] = dataclasses.field(     # Table 11: million rows of each task
         default_factory=lambda: {"retrieval": 3.0, "clr": 3.0, "classification": 2.8, "sts": 1.8})
@@ -100,7 +100,7 @@ class TrainConfig:
     # --- DHNM (embed_sup)
     dhnm: Literal["v2", "fixed"] = "v2"    # Eq. (6), or never replace
     n_negatives: int = 7           # hard negatives of a query
-    pool_size: int = 50            # candidates of a query
+    pool_size: int = 50            # candidates of a query; UNSPECIFIED
     # --- optimisation: AdamW
     lora_rank: int = 0             # train low-rank adapters alone (lora.py); 0: all weights
     steps: int = 100
@@ -142,9 +142,10 @@ class TrainConfig:
 def stage_mask(cfg, step):
     """Return the mask of a step: causal, soft (PAPER Sec. 3.2, weak stage only), bidirectional.
 
-    DEVIATES: tau is the number of the last step, as steps count from 0. So the first weak step has
-    alpha 0 and the last one exactly 1. For comparison: "hard" is 1 from the first step on, "causal"
-    stays at 0 in stages 3 and 4.
+    UNSPECIFIED: in which stages M is soft; Figure 2 shows the weak one. DEVIATES: tau is the number
+    of the last step, as steps count from 0. So the first weak step has alpha 0 and the last one
+    exactly 1. For comparison: "hard" is 1 from the first step on, "causal" stays at 0 in stages 3
+    and 4.
     """
     if cfg.stage in ("pretrain", "sft") or cfg.schedule == "causal":
         return CAUSAL
@@ -154,9 +155,10 @@ def stage_mask(cfg, step):
 
 
 def embedding_loss(x, batch, temperature, dims):
-    """Return (loss, cosines of hard negatives or None) of a batch's embeddings x (texts, D).
+    """Return (loss, cosines of hard negatives) of a batch's embeddings x (texts, D).
 
-    STS is PAPER Eq. 2, everything else Eq. 1; both are averaged over the MRL dims (App. A).
+    The cosines are (B, N), N = 0 in stage 3, and None for STS. STS is PAPER Eq. 2, everything else
+    Eq. 1; both are averaged over the MRL dims (App. A).
     """
     if batch.scores is not None:
         def sts(left, right):
@@ -176,7 +178,7 @@ def embedding_loss(x, batch, temperature, dims):
 
 
 def step_loss(model, batch, cfg, step):
-    """Backpropagate one step's loss; return (loss, cosines of hard negatives or None).
+    """Backpropagate one step's loss; return (loss, cosines): see `embedding_loss`; LM stages: None.
 
     Texts go through the model in one call, or in chunks of `micro_batch_size` with the same result:
     LM losses add up over chunks, contrastive ones take two passes (engine/microbatch.py).

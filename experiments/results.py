@@ -5,7 +5,8 @@
 
 A page marks a table by `<!-- results:NAME -->` ... `<!-- /results -->`. A table whose results file
 does not exist is left as it stands. docs/results.md opens with results/conclusions.md: five
-sentences, written by hand after the tables are recorded. No other number or table is typed.
+sentences and what stands behind them, written by hand after the tables are recorded. No other
+number or table is typed.
 
 A file has cells with seeds, {label: {seed: {column: number}}}, or named tables of rows. `record`
 makes such cells of whole runs, a row for each stage.

@@ -30,7 +30,7 @@ QUESTIONS = Path(__file__).parent.parent / "tests" / "data" / "natural_questions
 EXERCISES = {                      # {name: {row: folder of a stage, below OUT}}
     "language_model": {"after stages 1 and 2": WEAK, "from random weights": f"no_lm/{WEAK}"},
     "logits": {"logits + log M": WEAK, "logits x M": f"logits/{WEAK}"},
-    "dhnm": {"fixed": f"fixed/{SUP}", "dynamic": f"v2/{SUP}"},
+    "dhnm": {"fixed": f"fixed/{SUP}", "v2": f"v2/{SUP}"},
     "language": {"after stage 3": f"xx/{WEAK}", "after stage 4": f"xx/{SUP}"}}
 
 

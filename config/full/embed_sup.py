@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=8 --nnodes=2 train.py config/full/embed_sup.py --data=FOLDER
 
 The paper: 16 x Ascend 910B, 13 hours. UNSPECIFIED: App. A's batches of 4 and 32 are read as each
-rank's: with 16 ranks 64 and 512 in all. UNSPECIFIED: the number of epochs; with a single one no
-query comes twice, and DHNM could never act.
+rank's: with 16 ranks 64 and 512 in all. CLR and classes have retrieval's. UNSPECIFIED: the number
+of epochs; with a single one no query comes twice, and DHNM could never act.
 """
 stage = "embed_sup"
 previous = "config/full/embed_weak.py"

@@ -1,4 +1,4 @@
-"""Stage 4 in about an hour: retrieval, CLR, classes and STS; DHNM and MRL (PAPER Sec. 3.1 to 3.4).
+"""Stage 4, twice as wide: retrieval, CLR, classes and STS; DHNM and MRL (PAPER Sec. 3.1 to 3.4).
 
     torchrun train.py config/small/embed_sup.py     # all four stages
 """

@@ -1,4 +1,4 @@
-"""Stage 3 in about an hour: (title, content) pairs, InfoNCE, soft mask (PAPER Sec. 3.2).
+"""Stage 3, twice as wide: (title, content) pairs, InfoNCE, soft mask (PAPER Sec. 3.2).
 
     python train.py config/small/embed_weak.py
 """

@@ -1,4 +1,4 @@
-"""Stage 1 in about an hour: next-token prediction over whole docstrings (PAPER Sec. 3.1.1).
+"""Stage 1, twice as wide: next-token prediction over whole docstrings (PAPER Sec. 3.1.1).
 
     python train.py config/small/pretrain.py
 """

@@ -1,4 +1,4 @@
-"""Stage 2 in about an hour: the pairs as instruction, input and output (PAPER Sec. 3.1.1).
+"""Stage 2, twice as wide: the pairs as instruction, input and output (PAPER Sec. 3.1.1).
 
     python train.py config/small/sft.py
 """
