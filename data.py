@@ -144,14 +144,14 @@ def Rows(paths, kind, cache_dir="out/cache", skip_bad=False, world=ALONE):
 
 # ---------------------------------------------------------------- batches
 
-def lm_batch(stream, positions, block):
-    """Return a `Batch` of windows with the next token of each place as its target.
+def lm_batch(windows, rows):
+    """Return a `Batch` of windows (B, T + 1) with the next token of each place as its target.
 
     UNSPECIFIED: a window runs on over the ends of documents, and attention looks across them.
     """
-    windows = torch.from_numpy(stream.windows(positions, block))            # (B, block + 1)
-    return Batch("text", windows[:, :-1].reshape(-1), [block] * len(windows),
-                 np.asarray(positions), targets=windows[:, 1:].reshape(-1))
+    windows = torch.as_tensor(windows)
+    return Batch("text", windows[:, :-1].reshape(-1), [windows.shape[1] - 1] * len(windows), rows,
+                 targets=windows[:, 1:].reshape(-1))
 
 
 def sft_batch(examples, rows, tokenizer, max_len):
@@ -228,8 +228,8 @@ class Task:
         cfg, world, n = self.cfg, self.world, len(self.rows)
         share = self.size // world.size
         if self.stream:
-            start = k * self.size + world.rank * share
-            return lm_batch(self.stream, np.arange(start, start + share), cfg.passage_len)
+            places = np.arange(share) + k * self.size + world.rank * share
+            return lm_batch(self.stream.windows(places, cfg.passage_len), places)
         epoch, place = divmod(k, n // self.size)
         first = epoch * n + place * self.size + world.rank * share
         indices = shuffled(np.arange(first, first + share), n, cfg.seed)
@@ -255,10 +255,9 @@ class Task:
         texts, ids = queries + [positive for *_, positive in triples], None
         if self.pool:
             negatives = self.pool.negatives(indices)                        # (B, N), -1: absent
-            present = negatives[negatives >= 0].tolist()
-            texts = texts + [self.passages.text(p) for p in present]
-            ids = torch.full(negatives.shape, -1, dtype=torch.int64)
-            ids[negatives >= 0] = torch.from_numpy(self.passages.ids(present))
+            present = [self.passages.text(p) for p in negatives[negatives >= 0].tolist()]
+            texts, ids = texts + present, torch.full(negatives.shape, -1, dtype=torch.int64)
+            ids[negatives >= 0] = torch.tensor([text_id(text) for text in present]).long()
         cfg = self.cfg
         limits = [cfg.query_len] * len(queries) + [cfg.passage_len] * (len(texts) - len(queries))
         skip = [prompt_length(self.tokenizer, prompt) for prompt, *_ in triples]

@@ -44,7 +44,7 @@ class HardNegativePool:
     >>> pool.negatives([0])
     tensor([[7, 9]])
     """
-    STATE = ("candidates", "slots", "next", "initial", "last", "visits", "changes", "exhausted")
+    STATE = ("candidates", "slots", "next", "initial", "last", "exhausted")
 
     def __init__(self, candidates, n_negatives=7, policy="v2"):
         if policy not in ("v2", "fixed"):
@@ -61,7 +61,6 @@ class HardNegativePool:
         self.next = size[:, 0].clamp(max=n)                                 # (Q,) first unused one
         self.initial = torch.full((q, n), torch.nan)                        # (Q, N) S_0
         self.last = torch.full(self.candidates.shape, -torch.inf)           # (Q, P) last score
-        self.visits, self.changes = torch.zeros(2, q, dtype=torch.int64)
         self.exhausted = torch.zeros(q, dtype=torch.bool)
         self._stats = {"replaced": 0, "used": 0, "exhausted": 0, "S": 0.0, "S_0": 0.0}
 
@@ -89,22 +88,21 @@ class HardNegativePool:
         is_first = in_use & self.initial[query_ids].isnan()
         initial = torch.where(is_first, scores, self.initial[query_ids])    # S_0; NaN if empty
         self.initial[query_ids] = initial
-        is_swap = is_first & (self.visits[query_ids] > 0)[:, None]          # first use of a swap
-        self.visits[query_ids] += 1
-        changes = int(self.changes.sum())
+        is_visited = (self.last[query_ids] > -torch.inf).any(1, keepdim=True)       # before
+        replaced, is_swap = 0, is_first & is_visited                        # first use of a swap
         easy = should_replace(initial, scores) & in_use & (self.policy == "v2")
         for row, q in enumerate(query_ids.tolist()):
             self.last[q, self.slots[q, in_use[row]]] = scores[row, in_use[row]]
             for slot in easy[row].nonzero()[:, 0].tolist():
-                self._replace(q, slot)
+                replaced += self._replace(q, slot)
         count = max(int(in_use.sum()), 1)
-        self._stats = {"replaced": int(self.changes.sum()) - changes, "used": int(is_swap.sum()),
+        self._stats = {"replaced": replaced, "used": int(is_swap.sum()),
                        "exhausted": int(self.exhausted.sum()),
                        "S": float(scores[in_use].sum()) / count,
                        "S_0": float(initial[in_use].sum()) / count}
 
     def _replace(self, q, slot):
-        """Put the query's next candidate into a slot, or the hardest one seen if none is left."""
+        """Put a query's next candidate into a slot, or the hardest one seen; tell if it changed."""
         column = int(self.next[q])
         if column < self.candidates.shape[1] and self.candidates[q, column] >= 0:
             self.next[q] += 1
@@ -114,9 +112,9 @@ class HardNegativePool:
             others = slots[(slots >= 0) & (slots != slots[slot])]           # in use already
             column = int(self.last[q].index_fill(0, others, -torch.inf).argmax())
             if column == slots[slot]:
-                return                                                      # it is the hardest
+                return False                                                # it is the hardest
         self.slots[q, slot], self.initial[q, slot] = column, torch.nan
-        self.changes[q] += 1
+        return True
 
     def stats(self):
         """Return {"replaced", "used", "exhausted", "S", "S_0"} of the last update.
@@ -126,11 +124,6 @@ class HardNegativePool:
         so far. S, S_0: mean current and first cosine.
         """
         return dict(self._stats)
-
-    def histogram(self):
-        """Return {number of changes: queries} of the queries that were visited at all."""
-        values, counts = self.changes[self.visits > 0].unique(return_counts=True)
-        return dict(zip(values.tolist(), counts.tolist()))
 
     def state_dict(self):
         """Return all state as tensors; a resumed run makes the same replacements with it."""

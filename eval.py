@@ -344,7 +344,7 @@ def lexical_scores(cfg):
 
 
 def evaluate_stage(state):
-    """Return the flat scores of a stage: its own measure, retrieval, STS, classes, DHNM's counters.
+    """Return the flat scores of a stage: its own measure, retrieval, STS, classes.
 
     state: engine.run.State. Stages 1 and 2 are measured by their loss on held-out text, too.
     """
@@ -363,10 +363,6 @@ def evaluate_stage(state):
                 results |= evaluate(state.embedder, task, path)
             except ImportError as error:           # scikit-learn is optional
                 print(f"{path} is not scored: {error}")
-    for task, _ in state.tasks:
-        if task.pool:
-            results |= {f"dhnm/{task.kind}/queries_changed_{changes}_times": queries
-                        for changes, queries in task.pool.histogram().items()}
     return results
 
 

@@ -42,7 +42,7 @@ from engine.microbatch import backward, two_pass
 from engine.order import shuffled, task_of_step
 from eval import collections, evaluate_stage, lexical_scores, validation_loss
 from lora import add_lora, merged_state_dict
-from losses import cosent_loss, false_negatives, info_nce, matryoshka
+from losses import cosent_loss, false_negatives, gather_with_grad, info_nce, matryoshka
 from mask import CAUSAL, FULL, MaskSpec, alpha
 from model import Conan, ConanConfig
 from sample import generate
@@ -189,7 +189,8 @@ def step_loss(model, batch, cfg, step):
         dims = {cfg.n_embd, *(cfg.dims if cfg.stage == "embed_sup" else ())}
         return two_pass(lambda c: model(c[0], c[1], mask, skip=c[3]), chunks,
                         lambda x: embedding_loss(x, batch, cfg.temperature, dims), no_sync)
-    total, count = 0.0, distributed.mean_over_ranks((batch.targets != -100).sum())
+    counts = gather_with_grad((batch.targets != -100).sum()[None])          # (W,), of each rank
+    total, count = 0.0, float(counts.sum()) / len(counts)
     for i, (ids, lengths, targets, _) in enumerate(chunks):
         with no_sync() if i < len(chunks) - 1 else contextlib.nullcontext():
             share = int((targets != -100).sum()) / max(count, 1)
@@ -309,9 +310,6 @@ def start(cfg, world, where, before):
         tokenizer = Tokenizer.load(source / "tokenizer.tiktoken")
     else:
         tokenizer = world.on_main(lambda: train_tokenizer(cfg))
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, more than vocab_size "
-                         f"{cfg.vocab_size}")
     torch.manual_seed(cfg.seed)
     dtype = distributed.matmul_dtype(cfg.dtype, world.device)
     if where and cfg.dtype == "auto":
@@ -374,7 +372,8 @@ def run_steps(state):
         with world.autocast(state.dtype):
             loss, scores = step_loss(state.wrapped, batch, cfg, step)
         state.embedder.mask = stage_mask(cfg, step)        # a checkpoint carries its own
-        norm = distributed.clip_grad_norm(state.wrapped, GRAD_CLIP)
+        norm = distributed.whole(torch.nn.utils.clip_grad_norm_(
+            state.wrapped.parameters(), GRAD_CLIP))        # over all ranks
         agreed = world.mean({"bad": not math.isfinite(float(loss) + float(norm)),
                              "stop": stop.number,      # the same flags on every rank
                              "tokens": len(batch.ids), "truncated": batch.truncated})

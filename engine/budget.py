@@ -164,7 +164,7 @@ def start_bytes(law, stage, amount, cfg):
         return {"disk": amount * disk["a token"]}
     if stage != "embed_sup":
         return {"disk": amount * 8}
-    pool = 8 * cfg.pool_size + 12 * cfg.n_negatives + 25      # dhnm.py's tensors, a row
+    pool = 8 * cfg.pool_size + 12 * cfg.n_negatives + 9       # dhnm.py's tensors, a row
     mined = sum(n for task, n in amount.items() if task != "sts")
     return {"disk": total_of(amount) * disk["a row of stage 4"], "pools": mined * pool}
 
@@ -195,9 +195,8 @@ def report(cfg, model):
     """Return the text of `--dry_run`: `cfg` a `TrainConfig`, `model` its model, on "meta" say."""
     shape, texts, lm = model.config, step_texts(cfg), cfg.stage in ("pretrain", "sft")
     parts, tokens = parameters(shape), sum(t * b for t, b in texts.items())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    adapters = trained if cfg.lora_rank else 0
-    total = model.count_params() - adapters
+    total = sum(parts.values())
+    adapters = model.count_params() - total
     per_step = flops(shape, texts, lm)
     lines = [f"{cfg.stage}: {total:,} parameters ({total / 1e6:,.1f}M)",
              *(f"    {name:<12}{n:>15,}" for name, n in parts.items()),

@@ -117,14 +117,12 @@ def latest(run_dir):
 
 
 def verify(path):
-    """Compare every file of the checkpoint `path` with its manifest; return the manifest's entries.
+    """Compare every file of the checkpoint `path` with its manifest.
 
     Raises: CorruptCheckpoint naming the file and what is wrong with it.
     """
-    listed = entries(path)
-    for name, entry in listed.items():
+    for name, entry in entries(path).items():
         _check(Path(path) / name, entry)
-    return listed
 
 
 def load(path, name):

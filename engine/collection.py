@@ -31,7 +31,6 @@ class Collection:
     split: the name of the qrels, None where rows name it. without_self: a ranking leaves out the
     document whose id is the query's own.
     """
-    name: str
     corpus: list
     queries: list
     qrels: dict
@@ -154,7 +153,7 @@ def load_collection(directory, split=None, ignore_identical_ids=None):
             warnings.warn(f"{directory}: {len(same)} queries are documents too, {same[0]!r} first; "
                           "each is left out of its own ranking (ignore_identical_ids=false keeps "
                           "them)", stacklevel=2)
-    return Collection(directory.name, corpus, queries, qrels, of_file, ignore_identical_ids)
+    return Collection(corpus, queries, qrels, of_file, ignore_identical_ids)
 
 
 # ---------------------------------------------------------------- rows by split and language

@@ -250,20 +250,6 @@ def compile_blocks(model, backend="inductor"):
         block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
 
 
-def clip_grad_norm(model, most):
-    """Scale the gradients to a norm of at most `most` over all ranks; return the norm before."""
-    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), most))
-
-
-def mean_over_ranks(count):
-    """Return the mean of a 0-dim tensor over the ranks, a float, the same on all of them."""
-    if not dist.is_initialized():
-        return float(count)
-    total = count.to(torch.float32, copy=True)
-    dist.all_reduce(total)
-    return float(total) / dist.get_world_size()
-
-
 def shard_optimizer(optimizer, world, mode="ddp"):
     """Return the optimizer of a mode, made from a fresh one over the parallelized model.
 

@@ -135,11 +135,6 @@ class JsonlFile:
         with atomic(self.plain, "wb") as file:
             file.writelines(line for _, line in lines_of(self.path))
 
-    def job(self):
-        """Return the `Job` that builds the index."""
-        return Job(self.index, max(1, -(-self.plain.stat().st_size // RANGE)), self._check,
-                   self._join)
-
     def _check(self, k):
         """Check the lines that begin in range k -> columns, and what there is to say of them."""
         begin, end = k * RANGE, min((k + 1) * RANGE, self.plain.stat().st_size)
@@ -270,25 +265,26 @@ class JsonlFiles:
         packed = [file for file in todo if file.is_packed]
         try:
             together(world, lambda: [f.unpack() for f in packed[world.rank::world.size]])
-            build([file.job() for file in todo], world)
+            build([Job(f.index, max(1, -(-f.plain.stat().st_size // RANGE)), f._check, f._join)
+                   for f in todo], world)
         except (ValueError, OSError):
             for file in packed:
                 file.plain.unlink(missing_ok=True)
             raise
         for file in self.files:
             file.open()
-        self.ends = np.cumsum([len(file) for file in self.files])
+        self.starts = np.cumsum([0, *map(len, self.files)])
         self.bad, self.bare = (sum(getattr(f, key) for f in self.files) for key in ("bad", "bare"))
         self.is_scored = sum(file.scored for file in self.files) == len(self)
         self.prompts = sum((file.prompts for file in self.files), Counter())
 
     def __len__(self):
-        return int(self.ends[-1])
+        return int(self.starts[-1])
 
     def place(self, i):
         """Return (number of the file, number of the row in it) of row `i`."""
-        which = int(np.searchsorted(self.ends, i, side="right"))
-        return which, i - (int(self.ends[which - 1]) if which else 0)
+        which = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return which, i - int(self.starts[which])
 
     def __getitem__(self, i):
         which, i = self.place(i)

@@ -39,22 +39,17 @@ def release_memory(share=0.5):
     have to be paged in anew.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if _glibc() and ranks * _resident_pages() > share * os.sysconf("SC_PHYS_PAGES"):
+    if _glibc() and ranks * held("VmRSS") * 1e9 > share * (
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         _glibc().malloc_trim(0)
 
 
-def peak():
-    """Return the most memory that this process ever held, in GB; 0 where it is not Linux."""
+def held(field="VmHWM"):
+    """Return a line of /proc/self/status in GB, by default the most memory ever; 0 if not Linux."""
     if not sys.platform.startswith("linux"):
         return 0.0
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        return sum(int(line.split()[1]) * 1024 / 1e9 for line in file if line[:5] == "VmHWM")
-
-
-def _resident_pages():
-    """Return how many pages of memory this process holds."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1])
+        return sum(int(line.split()[1]) * 1024 / 1e9 for line in file if line.startswith(field))
 
 
 def _glibc():

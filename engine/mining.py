@@ -181,49 +181,42 @@ def top(scores, k):
 
 # ---------------------------------------------------------------- files that ranks fill together
 
-class Shared:
-    """An array in a file that all ranks fill and map; parts that are done are noted beside it.
+def shared(path, shape, dtype, step, work, world=ALONE):
+    """Return an array in a file that all ranks fill and map; parts that are done are noted.
 
-    shape: (N, width). Part i has the rows i * step and following, and is rank i % W's. Parts that
-    are done are not filled again, so the path must say what the array is made of.
+    shape: (N, width). Part i, `work(i * step, end)`, is rank i % W's. Parts that are done are not
+    filled again, so the path must say what the array is made of.
     """
+    path, notes, dtype, n = Path(path), Path(f"{path}.done"), np.dtype(dtype), shape[0]
+    n_parts, size = -(-n // step), int(np.prod(shape)) * dtype.itemsize
 
-    def __init__(self, path, shape, dtype, step, world=ALONE):
-        self.path, self.shape, self.dtype, self.step = Path(path), shape, np.dtype(dtype), step
-        self.world, self.notes = world, Path(f"{path}.done")
-        self.n_parts = -(-shape[0] // step)
-        self.done = world.on_main(self._create)
-
-    def _create(self):
-        size = int(np.prod(self.shape)) * self.dtype.itemsize
-        there = [p.stat().st_size if p.is_file() else None for p in (self.path, self.notes)]
-        if there != [size, self.n_parts]:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "wb") as file:
+    def create():
+        there = [p.stat().st_size if p.is_file() else None for p in (path, notes)]
+        if there != [size, n_parts]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
                 file.truncate(size)
-            with atomic(self.notes, "wb") as file:
-                file.write(bytes(self.n_parts))
-        return self.notes.read_bytes()
+            with atomic(notes, "wb") as file:
+                file.write(bytes(n_parts))
+        return notes.read_bytes()
 
-    def fill(self, work):
-        """Write `work(first, end)` into each part that is not done; return the whole, mapped."""
-        def run():
-            for i in range(self.world.rank, self.n_parts, self.world.size):
-                if not self.done[i]:
-                    part = np.asarray(work(i * self.step, min((i + 1) * self.step, self.shape[0])),
-                                      dtype=self.dtype)
-                    self._write(self.path, i * self.step * part[0].nbytes, part)
-                    self._write(self.notes, i, np.ones(1, np.uint8))
-        together(self.world, run)
-        return np.memmap(self.path, self.dtype, "r", shape=self.shape) if self.shape[0] else \
-            np.empty(self.shape, self.dtype)
+    def fill():
+        for i in range(world.rank, n_parts, world.size):
+            if not done[i]:
+                part = np.asarray(work(i * step, min((i + 1) * step, n)), dtype=dtype)
+                write(path, i * step * part[0].nbytes, part.tobytes())
+                write(notes, i, b"\1")
 
-    def _write(self, path, offset, values):
+    def write(path, offset, values):
         with open(path, "r+b") as file:                    # a full disk is an OSError here, and
             file.seek(offset)                              # a SIGBUS through a map
-            file.write(values.tobytes())
+            file.write(values)
             file.flush()
             os.fsync(file.fileno())
+
+    done = world.on_main(create)
+    together(world, fill)
+    return np.memmap(path, dtype, "r", shape=shape) if n else np.empty(shape, dtype)
 
 
 class Miner:
@@ -238,7 +231,7 @@ class Miner:
     def _embed(self, name, n, work):
         dim = self.embedder.dim
         dtype = np.float32 if n * dim * 4 <= LARGE else np.float16
-        return Shared(self.folder / name, (n, dim), dtype, TEXTS, self.world).fill(work)
+        return shared(self.folder / name, (n, dim), dtype, TEXTS, work, self.world)
 
     def passages(self, name, passages):
         """Return exact search over the embeddings of a `Passages`."""
@@ -299,8 +292,8 @@ class Miner:
             pool = (keep(pool, scores) if keep else pool).astype(np.int32)
             return np.concatenate([pool, scores.view(np.int32)], axis=1)
         size = min(UNIT, CHUNK * max(1, -(-n // (64 * CHUNK))))
-        out = Shared(self.folder / f"{name}.pools", (n, 2 * depth), np.int32, size, self.world
-                     ).fill(unit)
+        out = shared(self.folder / f"{name}.pools", (n, 2 * depth), np.int32, size, unit,
+                     self.world)
         return out[:, :depth], out[:, depth:].view(np.float32)
 
     def clear(self):

@@ -31,7 +31,6 @@ class Passages:
     def __init__(self, rows, cache_dir="out/cache", world=ALONE):
         self.rows, self.files = rows, rows.files
         self.starts = np.cumsum([0, *(len(file.ids) for file in self.files)])  # places of files
-        self.first_rows = np.concatenate([[0], rows.ends])
         made_of = hashlib.sha256(" ".join(file.index.stem for file in self.files).encode())
         path = Path(cache_dir) / made_of.hexdigest()[:24]
         self.bits = BITS if self.starts[-1] > SMALL else 0
@@ -49,9 +48,9 @@ class Passages:
     def _bucket(self, k):
         """Return the four columns of bucket k."""
         ids, places = self._select([file.ids for file in self.files], self.starts, k)
-        new = np.concatenate([[True], ids[1:] != ids[:-1]]) if len(ids) else np.empty(0, bool)
-        return [ids[new], places[new], *self._select(
-            [file.query_ids for file in self.files], self.first_rows, k)]
+        keys, first = np.unique(ids, return_index=True)
+        return [keys, places[first], *self._select(
+            [file.query_ids for file in self.files], self.rows.starts, k)]
 
     def _select(self, columns, starts, k):
         """Return the ids in bucket k in ascending order, and their places; ties by place."""
@@ -78,15 +77,6 @@ class Passages:
     def numbers(self, ids):
         """Return the numbers of the passages with these text ids, int64."""
         return np.searchsorted(self.where, self.firsts[np.searchsorted(self.keys, ids)])
-
-    def ids(self, numbers):
-        """Return the text ids (N,) int64 of some passages."""
-        places = self.where[numbers]
-        which = np.searchsorted(self.starts, places, side="right") - 1
-        out = np.empty(len(places), dtype=np.int64)
-        for f in np.unique(which):
-            out[which == f] = self.files[f].ids[places[which == f] - self.starts[f]]
-        return out
 
     def text(self, number):
         """Return the text of a passage."""

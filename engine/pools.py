@@ -3,8 +3,6 @@
 At each visit another rank may draw a row. So the ids, negatives and cosines of a step go round: a
 few KB. The answers are those of one `HardNegativePool` (dhnm.py), whatever the number of ranks.
 """
-from collections import Counter
-
 import numpy as np
 import torch
 
@@ -64,11 +62,6 @@ class SharedPool:
     def stats(self):
         """Return what `HardNegativePool.stats` returns, of all rows."""
         return dict(self._stats)
-
-    def histogram(self):
-        """Return what `HardNegativePool.histogram` returns, of all rows."""
-        total = sum(map(Counter, self.world.gather_objects(self.own.histogram())), Counter())
-        return dict(sorted(total.items()))
 
     def state_dict(self):
         """Return the state of all rows on the main rank, {} on others."""

@@ -161,7 +161,7 @@ def print_languages(label, results):
 def print_summary(scores, dims):
     """Print all that stages and baselines scored; scores: {label: flat results}."""
     names = dict.fromkeys(key.rpartition("/")[0] for results in scores.values() for key in results
-                          if not key.startswith("dhnm/") and not is_language_pair(key))
+                          if not is_language_pair(key))
     for name in names:
         print_table(name, scores, dims)
     for label, results in scores.items():
@@ -180,7 +180,7 @@ def summarise(cfg, stages, scores, minutes, trained):
         if written.is_file():
             scores[stage] = read_object(written)
     print_summary(scores, cfg.dims)
-    cost = {"minutes": minutes, "memory_gb": memory.peak(), "cores": os.cpu_count(),
+    cost = {"minutes": minutes, "memory_gb": memory.held(), "cores": os.cpu_count(),
             "versions": run.versions()}
     if not trained and path.is_file():
         cost |= read_object(path)

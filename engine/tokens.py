@@ -30,18 +30,17 @@ class TokenStream:
         paths = [self.folder / f"{s:06d}.bin" for s in range(n)]
         together(world, lambda: [write_shard(paths[s], s, rows, tokenizer)
                                  for s in range(world.rank, n, world.size)])
-        self.ends = np.cumsum([path.stat().st_size // 4 for path in paths])
+        self.starts = np.cumsum([0, *(path.stat().st_size // 4 for path in paths)])
         self._shard = lru_cache(OPEN)(lambda s: np.memmap(paths[s], np.uint32, "r"))
 
     def __len__(self):
-        return int(self.ends[-1])
+        return int(self.starts[-1])
 
     def read(self, start, end):
         """Return the ids (end - start,) int64 from one place of the stream to another."""
-        out, s = [], int(np.searchsorted(self.ends, start, side="right"))
+        out, s = [], int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < end:
-            first = int(self.ends[s - 1]) if s else 0
-            stop = min(end, int(self.ends[s]))
+            first, stop = int(self.starts[s]), min(end, int(self.starts[s + 1]))
             out.append(self._shard(s)[start - first:stop - first])
             start, s = stop, s + 1
         return np.concatenate(out).astype(np.int64)

@@ -157,17 +157,11 @@ def plain_lm_loss(model, windows):
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
-def lm_batch(windows):
-    """Return a stage 1 `Batch` of windows (B, T + 1)."""
-    return data.Batch("text", windows[:, :-1].reshape(-1), [windows.shape[1] - 1] * len(windows),
-                      np.arange(len(windows)), targets=windows[:, 1:].reshape(-1))
-
-
 def lm(cfg, rows):
     """Measure tokens/s of stage 1 against the plain loop, at the recipe's windows and batch."""
     stage, model, plain = cfg.stage(), cfg.model(), cfg.model()
     windows = torch.randint(0, stage.vocab_size, (stage.batch_size, stage.passage_len + 1))
-    batch = lm_batch(windows)
+    batch = data.lm_batch(windows, None)
     for dtype in DTYPES:
         rows.compare(f"LM {dtype}",
                      step_of(plain, stage, dtype, lambda: plain_lm_loss(plain, windows).backward()),
@@ -183,8 +177,8 @@ def growth(cfg, rows):
     for name in [None, *base]:
         shape = base | ({name: 2 * base[name]} if name else {})
         model = cfg.model(n_layer=shape["layers"], vocab_size=shape["vocabulary"])
-        batch = lm_batch(torch.randint(0, shape["vocabulary"],
-                                       (shape["batch"], shape["tokens"] + 1)))
+        batch = data.lm_batch(torch.randint(0, shape["vocabulary"],
+                                            (shape["batch"], shape["tokens"] + 1)), None)
         step = step_of(model, stage, "bfloat16", lambda: train.step_loss(model, batch, stage, 0))
         seconds = in_turn({"": step}, cfg.rounds)[""]
         table.append({**shape, "seconds": statistics.median(seconds), "spread": quartiles(seconds)})
@@ -362,7 +356,7 @@ def profiles(cfg, rows):
     stage, texts, table = cfg.stage(), make_texts(cfg.texts, 2), {}
     plain, model = cfg.model(), cfg.model()
     windows = torch.randint(0, stage.vocab_size, (stage.batch_size, stage.passage_len + 1))
-    batch = lm_batch(windows)
+    batch = data.lm_batch(windows, None)
     with tempfile.TemporaryDirectory() as folder:
         path = exported(cfg, folder, 256)
         work = {

@@ -14,17 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from configurator import load_config, run_command
 from embed import Embedder
 from engine.jsonl import read_jsonl
 from eval import classification
 from experiments.results import interval, mean_of, paired
-from experiments.runs import (Missing, ndcg_by_dims, read_json, read_log, read_meta, read_scores,
-                              score_of, write_result)
+from experiments.runs import (Missing, ndcg_by_dims, read_json, read_log, read_scores, score_of,
+                              write_result)
 from mask import KINDS, alpha, mask_rank, soft_mask
-from model import Conan, ConanConfig
 from train import STAGES
 
 WEAK, SUP = STAGES[2:]
@@ -156,8 +154,7 @@ def draw_figure1(cfg):
     """
     rows = []
     for out in map(Path, cfg.out):
-        with torch.device("meta"):                 # shapes without memory
-            size = Conan(ConanConfig(**read_meta(out / SUP)["model"])).count_params()
+        size = Embedder(out / SUP).model.count_params()
         rows.append({"parameters": size, **{
             f"nDCG@10 after {stage}": score_of(read_scores(out / stage), *TEST)
             for stage in (WEAK, SUP)}})
@@ -191,14 +188,11 @@ def components(vectors):
 
 def draw_figure3(cfg):
     """Draw Figure 3: texts of six languages before CLR and after it, with the language probe."""
-    if not Path(cfg.texts).is_file():
-        raise Missing(f"{cfg.texts} is missing; name rows {{text, lang}} by --texts=FILE")
     rows = [row for row in read_jsonl(cfg.texts, {"text": str, "lang": str})
             if row["lang"] in LANGUAGES]
     figure, plots = canvas(2, width=4.4, height=4.6)
     for plot, title, folder in zip(plots, ("before CLR", "after CLR"), (
             cfg.before or Path(cfg.out[0]) / WEAK, cfg.after or Path(cfg.out[0]) / SUP)):
-        read_meta(folder)                          # raises Missing
         encoder = Embedder(folder)
         points = components(encoder.encode([row["text"] for row in rows]))
         for i, lang in enumerate(LANGUAGES):
@@ -254,7 +248,7 @@ def main(argv=None):
             figure = FIGURES[name](cfg)
         except ImportError:
             raise ValueError("figures need matplotlib: pip install matplotlib") from None
-        except Missing as missing:
+        except (Missing, FileNotFoundError) as missing:
             print(f"{path}: not drawn. {missing}")
             continue
         path.parent.mkdir(parents=True, exist_ok=True)

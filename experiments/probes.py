@@ -109,7 +109,7 @@ def long_passages(encoder, collection, third, max_len=512):
     before, qrels = encoder.max_len, {query["id"]: {query["id"]: 1} for query in queries}
     encoder.max_len = min(max_len, encoder.model.config.block_size)
     try:
-        return retrieval(encoder, Collection("long", corpus, queries, qrels))["ndcg@10"]
+        return retrieval(encoder, Collection(corpus, queries, qrels))["ndcg@10"]
     finally:
         encoder.max_len = before
 

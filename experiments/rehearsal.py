@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,9 +28,9 @@ import torch
 
 import data
 from configurator import load_config, run_command
-from engine import budget, distributed, run
+from engine import budget, distributed, memory, run
 from engine.jsonl import atomic, read_object
-from engine.mining import CHUNK, Exact, Miner, Shared, mine
+from engine.mining import CHUNK, Exact, Miner, mine, shared
 from engine.passages import Passages
 from engine.pools import pool_of
 from engine.tokens import TokenStream
@@ -93,11 +92,11 @@ class Meter:
 
     def __call__(self, name, work):
         """Call `work()` and note what it took; return its result."""
-        before, peak, done = anonymous(), [0], threading.Event()
+        before, peak, done = memory.held("RssAnon"), [0], threading.Event()
 
         def watch():
             while not done.wait(0.02):
-                peak[0] = max(peak[0], anonymous())
+                peak[0] = max(peak[0], memory.held("RssAnon"))
         thread = threading.Thread(target=watch)
         distributed.together(self.world, thread.start)
         wall, cpu = time.perf_counter(), time.process_time()
@@ -105,21 +104,10 @@ class Meter:
         mine = [time.process_time() - cpu, time.perf_counter() - wall]
         done.set()
         thread.join()
-        mine.append(max(0, max(peak[0], anonymous()) - before) / 1e6)
+        mine.append(max(0, max(peak[0], memory.held("RssAnon")) - before) * 1e3)
         worst = np.max(self.world.gather_objects(mine), axis=0).tolist()
         self.parts[name] = dict(zip(("seconds", "wall", "MB"), worst))
         return result
-
-
-def anonymous():
-    """Return the bytes of this process's memory that are no mapped file."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
-
-
-class Vectors:
-    """An embedder's place: no model, only a width and a device."""
-    dim, device = WIDTH, "cpu"
 
 
 def rehearse(folder, world):
@@ -137,7 +125,7 @@ def rehearse(folder, world):
     passages = meter("passage tables", lambda: Passages(found, cache, world))
 
     def fill():
-        pools, _ = Miner(cache / "mining", Vectors, world).of_rows(
+        pools, _ = Miner(cache / "mining", None, world).of_rows(
             "retrieval", passages, 50, partial(data.hard_enough, n=7))
         return pool_of(pools, world, 7, "v2")
     meter("pools of mined rows", fill)
@@ -145,10 +133,10 @@ def rehearse(folder, world):
     def draw(first, end):
         vectors = np.random.default_rng(first).standard_normal((end - first, WIDTH), np.float32)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    vectors = Shared(cache / "vectors", (SEARCH, WIDTH), np.float16, 1024, world).fill(draw)
-    meter("exact search", lambda: Shared(cache / "pools", (SEARCH, 50), np.int32, 1024, world).fill(
-        lambda first, end: mine(vectors[first:end], Exact(vectors), [[q] for q in range(
-            first, end)], 50)[0]))
+    vectors = shared(cache / "vectors", (SEARCH, WIDTH), np.float16, 1024, draw, world)
+    meter("exact search", lambda: shared(
+        cache / "pools", (SEARCH, 50), np.int32, 1024, lambda first, end: mine(
+            vectors[first:end], Exact(vectors), [[q] for q in range(first, end)], 50)[0], world))
     size = {kind: (folder / f"{kind}.jsonl").stat().st_size for kind in (
         "text", "pairs", "retrieval")}
     amounts = [size["text"] / 1e9, len(tokens) / 1e6, *[size["pairs"] / 1e9] * 2,
@@ -160,11 +148,8 @@ def rehearse(folder, world):
 
 def disk(cache):
     """Return {file: bytes} of what the start leaves on disk."""
-    sizes = {}
-    for path in (path for path in cache.rglob("*") if path.suffix in (".bin", ".tab", ".idx")):
-        kind = path.suffix[1:]
-        sizes[kind] = sizes.get(kind, 0) + path.stat().st_size
-    return sizes
+    return {kind: sum(path.stat().st_size for path in cache.rglob(f"*.{kind}"))
+            for kind in ("bin", "tab", "idx")}
 
 
 def plain_rate(vectors):
@@ -179,6 +164,7 @@ def plain_rate(vectors):
 def worker(folder):
     """Be one rank of a rehearsal; the main rank writes FOLDER/RANKS.json."""
     world = distributed.start("cpu")
+    torch.set_num_threads(1)
     measured = rehearse(Path(folder), world)
     if world.is_main:
         write_result(folder, world.size, measured)
@@ -189,17 +175,10 @@ def worker(folder):
 
 def launch(folder, ranks):
     """Run one rehearsal on some ranks; return what its main rank wrote."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                        "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1",
-                        "RAYON_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "experiments.rehearsal", f"--work={folder}"]
-    processes = [subprocess.Popen(command, cwd=ROOT, env={**env, "RANK": str(rank),
-                                                          "LOCAL_RANK": str(rank)})
-                 for rank in range(ranks)]
-    if any([process.wait() for process in processes]):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={ranks}", "-m", "experiments.rehearsal", f"--work={folder}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+    if subprocess.run(command, cwd=ROOT, env=env).returncode:
         raise ValueError(f"{folder}: a rank of {ranks} failed")
     return read_object(folder / f"{ranks}.json")
 

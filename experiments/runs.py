@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-from engine import checkpoint
 from engine.jsonl import read_object, write_object
 
 
@@ -33,14 +32,6 @@ def read_log(folder):
 def read_scores(folder):
     """Return the flat scores of a stage's eval.json. Raises Missing without it."""
     return read_json(Path(folder) / "eval.json", "train.py")
-
-
-def read_meta(folder):
-    """Return the config.json of a stage's newest checkpoint. Raises Missing without one."""
-    where = checkpoint.latest(folder)
-    if where is None:
-        raise Missing(f"{folder} has no checkpoint; train.py writes it")
-    return json.loads(checkpoint.load(where, "config.json"))
 
 
 def seconds(log):

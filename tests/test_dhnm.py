@@ -72,7 +72,6 @@ def test_a_history_by_hand():
     # query 1 was not touched, and has its own history
     assert pool.negatives([1]).tolist() == [[20, 21]]
     assert show(pool, 1, 0.5, 0.5) == [20, 21]
-    assert pool.histogram() == {0: 1, 4: 1}                 # one query unchanged, one with 4 swaps
 
 
 def test_a_swapped_in_negative_is_judged_by_its_own_first_score():
@@ -95,7 +94,6 @@ def test_an_exhausted_pool_keeps_the_hardest_seen_and_counts():
     assert show(pool, 0, 0.35) == [10]                      # still the hardest, still below 0.4
     assert pool.stats()["replaced"] == 0 and pool.stats()["exhausted"] == 1
     assert show(pool, 0, 0.24) == [12]                      # 12 had 0.25
-    assert pool.histogram() == {4: 1}
 
 
 def test_used_counts_swaps_that_a_step_trained_on():
@@ -121,7 +119,6 @@ def test_fixed_never_replaces_but_counts():
         assert show(pool, 0, *scores) == [10, 11]
     assert pool.stats() == {"replaced": 0, "used": 0, "exhausted": 0, "S": pytest.approx(-0.15),
                             "S_0": pytest.approx(0.5)}
-    assert pool.histogram() == {0: 1}
 
 
 # ---------------------------------------------------------------- pools of every size
@@ -192,7 +189,7 @@ def test_a_score_that_is_not_a_number_changes_nothing():
     pool = pool_of([10, 11, 12])
     with pytest.raises(ValueError, match="finite"):
         pool.update([0], torch.tensor([[0.1, math.nan]]))
-    assert pool.negatives([0]).tolist() == [[10, 11]] and pool.histogram() == {}
+    assert pool.negatives([0]).tolist() == [[10, 11]]
 
 
 def test_what_a_pool_refuses():

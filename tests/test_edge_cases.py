@@ -127,7 +127,6 @@ def test_a_pool_of_size_zero(candidates, policy):
     assert pool.stats() == {"replaced": 0, "used": 0, "exhausted": 0, "S": 0.0, "S_0": 0.0}
     again = HardNegativePool(candidates, n_negatives=2, policy=policy)
     again.load_state_dict(pool.state_dict())
-    assert again.visits.tolist() == [3, 0, 3]
 
 
 # ---------------------------------------------------------------- short texts

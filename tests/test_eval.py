@@ -162,7 +162,6 @@ def test_bm25_finds_only_what_shares_a_word():
 # ---------------------------------------------------------------- tasks
 
 COLLECTION = Collection(
-    name="three",
     corpus=[
         {"id": "d0", "title": "T", "text": "zero", "lang": "en"},
         {"id": "d1", "title": "", "text": "one", "lang": "en"},
@@ -198,14 +197,14 @@ def test_retrieval_by_hand():
 
 def test_of_equal_scores_the_larger_id_goes_first():
     """trec_eval's order; a corpus file's order must not decide."""
-    collection = Collection("x", [{"id": i, "text": "same"} for i in ("a", "c", "b")],
+    collection = Collection([{"id": i, "text": "same"} for i in ("a", "c", "b")],
                             [{"id": "q", "text": "query"}], {"q": {"b": 1.0}})
     assert evaluation.retrieval(Vectors(), collection)["mrr@10"] == 1 / 2
 
 
 def test_a_querys_own_document_is_left_out_on_request():
     corpus = [{"id": "q0", "text": "first"}, {"id": "d1", "text": "one"}]
-    collection = Collection("x", corpus, [{"id": "q0", "text": "first"}], {"q0": {"d1": 1.0}})
+    collection = Collection(corpus, [{"id": "q0", "text": "first"}], {"q0": {"d1": 1.0}})
     assert evaluation.retrieval(PLANE, collection)["mrr@10"] == 1 / 2
     collection = dataclasses.replace(collection, without_self=True)
     assert evaluation.retrieval(PLANE, collection)["mrr@10"] == 1
@@ -555,7 +554,7 @@ def test_what_was_measured_before_stays_in_the_runs_file(tmp_path, monkeypatch, 
     """The run's own numbers, DHNM's too, outlive a later evaluation; --out begins afresh."""
     monkeypatch.chdir(tmp_path)
     folder = write_collection(tmp_path / "docs", COLLECTION)
-    own = {"dhnm/clr/queries_changed_1_times": 5, "retrieval/docs/all/ndcg@10": 0.5}
+    own = {"sts/my/test/spearman": 5, "retrieval/docs/all/ndcg@10": 0.5}
     kept = tmp_path / "out" / "eval_bm25.json"
     kept.parent.mkdir()
     kept.write_text(json.dumps(own))
@@ -563,7 +562,7 @@ def test_what_was_measured_before_stays_in_the_runs_file(tmp_path, monkeypatch, 
     monkeypatch.setattr("sys.argv", argv)
     evaluation.main()
     merged = json.loads(kept.read_text())
-    assert merged["dhnm/clr/queries_changed_1_times"] == 5
+    assert merged["sts/my/test/spearman"] == 5
     assert merged["retrieval/docs/all/ndcg@10"] == 0.0         # measured anew
     assert "beside 1 earlier numbers" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", [*argv, f"--out={kept}"])

@@ -102,7 +102,7 @@ def drawn_collection(n_documents=1300, n_queries=40):
         other = draw.choice(n_documents, size=3, replace=False)
         grades = {f"d{j}": int(draw.integers(1, 4)) for j in own} | {f"d{j}": 0 for j in other}
         qrels[query["id"]] = grades if i else {f"d{other[0]}": 0}  # the first has none above 0
-    return Collection("drawn", corpus, queries, qrels)
+    return Collection(corpus, queries, qrels)
 
 
 def mteb_retrieval(mock, encoder, collection):
@@ -144,7 +144,7 @@ def test_identical_ids_are_ignored_as_in_mteb(mocks, tmp_path):
     plain, encoder = drawn_collection(), Drawn(noise=1.5)
     queries = [row for row in plain.queries if row["id"] in plain.qrels]
     own = [{"title": "", **row} for row in queries]
-    collection = Collection("arguana", plain.corpus + own, queries, plain.qrels)
+    collection = Collection(plain.corpus + own, queries, plain.qrels)
 
     class Ignoring(mocks.MockRetrievalTask):
         ignore_identical_ids = True
@@ -174,7 +174,7 @@ def test_retrieval_is_trec_evals_with_ties_and_zeros():
     qrels = {f"q{i}": {f"d{j}": int(draw.integers(0, 3)) for j in draw.choice(60, 5, replace=False)}
              if i else {"d1": 0} for i in range(20)}
     corpus = [{"id": name, "text": name} for name in names]
-    ours = evaluation.retrieval(Few(), Collection("x", corpus, queries, qrels))
+    ours = evaluation.retrieval(Few(), Collection(corpus, queries, qrels))
     runs = {f"q{i}": {name: float(known[f"d{i}"] @ known[name]) for name in names}
             for i in range(20)}
     wanted = {"ndcg_cut_10": "ndcg@10", "recall_10": "recall@10", "map": "map"}
@@ -300,7 +300,7 @@ def test_a_stock_model_gets_mtebs_prompts_for_each_type_of_task(mocks, tmp_path,
     expected = theirs(mocks.MockRetrievalTask, {"default": {"test": {
         "corpus": table(corpus), "queries": table(queries), "relevant_docs": qrels,
         "top_ranked": None}}})
-    ours = evaluation.retrieval(encoder, Collection("x", corpus, queries, qrels))
+    ours = evaluation.retrieval(encoder, Collection(corpus, queries, qrels))
     assert ours["ndcg@10"] == pytest.approx(expected["ndcg_at_10"], abs=2e-5)
 
 

@@ -9,8 +9,6 @@ half-open soft mask has no stock architecture. `embed.Embedder("DIR")` is the wa
 file has inputs and what they gave before the export; DIR appears after it was checked. Needs `pip
 install safetensors`. docs/serving.md is about servers.
 """
-import hashlib
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import torch
 from configurator import load_config, run_command
 from data import format_query, format_sft
 from embed import Embedder
+from engine.jsonl import read_object, sha256_of, write_object
 from engine.model_folder import EXPORTED
 from engine.mteb_bridge import OUR_TYPES
 from engine.run import MAY_CHANGE_ON_RESUME
@@ -64,7 +63,13 @@ def export(checkpoint, out, lm=False):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already; delete it, or choose another --out")
     embedder = Embedder(checkpoint, "cpu", "float32")
-    check_mask(embedder, lm)
+    mask, where = embedder.mask, embedder.checkpoint
+    if not (mask.is_full or mask.is_causal):
+        raise ValueError(f"{where}: its mask is half open, alpha {mask.alpha:g} (apply="
+                         f"{mask.apply!r}), and no stock architecture has that; export a stage "
+                         "that has run to its end")
+    if lm and not mask.is_causal:
+        raise ValueError(f"{where} is bidirectional, no language model any more; leave --lm out")
     part = out.parent / f".{out.name}.{os.getpid()}"
     try:
         write(embedder, part, out.name, lm)
@@ -74,17 +79,6 @@ def export(checkpoint, out, lm=False):
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
-
-
-def check_mask(embedder, lm):
-    """Raise ValueError if no stock architecture attends as this checkpoint does."""
-    mask, where = embedder.mask, embedder.checkpoint
-    if not (mask.is_full or mask.is_causal):
-        raise ValueError(f"{where}: its mask is half open, alpha {mask.alpha:g} (apply="
-                         f"{mask.apply!r}), and no stock architecture has that; export a stage "
-                         "that has run to its end")
-    if lm and not mask.is_causal:
-        raise ValueError(f"{where} is bidirectional, no language model any more; leave --lm out")
 
 
 def write(embedder, folder, name, lm):
@@ -107,18 +101,15 @@ def write(embedder, folder, name, lm):
             "padding_side": "left" if lm else "right",
             "model_max_length": embedder.model.config.block_size if lm else embedder.max_len},
         "golden.json": golden(embedder, lm),
-        "README.md": CARD.format(
-            name=name, library="transformers" if lm else "sentence-transformers",
-            loader="AutoModelForCausalLM" if lm else "SentenceTransformer"),
         EXPORTED: {key: meta[key] for key in ("model", "mask", "passage_len", "step", "versions")} |
         {"prompts": embedder.prompts, "train": recipe, "files": {
-            file: hashlib.sha256((folder / file).read_bytes()).hexdigest()
+            file: sha256_of(folder / file)
             for file in ("model.safetensors", "tokenizer.tiktoken")}}}
     for file, content in files.items():
-        text = content if isinstance(content, str) else json.dumps(
-            content, indent=1, ensure_ascii=False) + "\n"
-        (folder / file).parent.mkdir(exist_ok=True)
-        (folder / file).write_text(text, encoding="utf-8")
+        write_object(folder / file, content)
+    (folder / "README.md").write_text(CARD.format(
+        name=name, library="transformers" if lm else "sentence-transformers",
+        loader="AutoModelForCausalLM" if lm else "SentenceTransformer"), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the files
@@ -247,7 +238,7 @@ def golden(embedder, lm):
 
 def check_golden(folder):
     """Load an export by `Embedder`; raise ValueError if it does not give its golden values."""
-    expected = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
+    expected = read_object(folder / "golden.json")
     values = golden(Embedder(folder, "cpu", "float32"), "greedy" in expected)
     right = values == expected if "greedy" in expected else all(
         np.allclose(values[key], expected[key], rtol=0, atol=TOLERANCE)      # not so for NaN

@@ -68,9 +68,8 @@ def with_lexical(rows, passages, n):
     return given
 
 
-def recall(search, queries, depth, n=256):
+def recall(search, queries, depth):
     """Return the share of the exact nearest passages that approximate search finds."""
-    queries = queries[:n]
     ask = [[[] for _ in queries], depth, [True] * len(queries)]
     exact, _ = Exact(search.passages, search.device).nearest(queries, *ask)
     return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(
@@ -91,7 +90,7 @@ def mine_rows(cfg, world):
     if cfg.search == "faiss":
         search = Approximate(search.passages, folder / "index.faiss", world.device, world)
         if world.is_main:
-            sample = search.passages[:256] if queries is None else queries
+            sample = (search.passages if queries is None else queries)[:256]
             print(f"recall of faiss against exact search: {recall(search, sample, cfg.depth):.3f}")
     if cfg.lexical and world.is_main:
         print(f"BM25: about {1e-7 * len(rows) * len(passages) / world.size / 60:,.1f} minutes")

@@ -30,7 +30,7 @@ def main(argv=None):
         stream = data.token_stream(rows, tokenizer, cfg, world)
         if world.is_main:
             print(f"{stream.folder}: {len(rows):,} documents, {len(stream):,} tokens in "
-                  f"{len(stream.ends):,} shards")
+                  f"{len(stream.starts) - 1:,} shards")
     finally:
         distributed.stop()
 

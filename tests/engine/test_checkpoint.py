@@ -52,7 +52,7 @@ def assert_same(a, b):
 
 def step_of(path):
     """Return the step that a checkpoint holds, after reading all of its files."""
-    for name in verify(path):
+    for name in checkpoint.entries(path):
         load(path, name)
     return load(path, "model.pt")["step"]
 
@@ -88,7 +88,7 @@ def test_the_format_is_plain_files_and_a_manifest(tmp_path):
     for name, entry in manifest["files"].items():
         data = (path / name).read_bytes()
         assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    assert set(verify(path)) == set(state(1))
+    assert set(checkpoint.entries(path)) == set(state(1))
 
 
 def test_files_are_no_larger_than_their_tensors(tmp_path):
@@ -415,7 +415,7 @@ def test_a_hostile_pickle_beside_the_files_is_never_opened(tmp_path, monkeypatch
         load(path, "optimizer.pt")
     entry = {"size": (path / ".metadata").stat().st_size,
              "sha256": hashlib.sha256((path / ".metadata").read_bytes()).hexdigest()}
-    write_manifest(path, verify(path) | {".metadata": entry})
+    write_manifest(path, checkpoint.entries(path) | {".metadata": entry})
     with pytest.raises(CorruptCheckpoint, match="refused entry '.metadata'"):
         load(path, ".metadata")
     assert not (tmp_path / "hacked").exists()
@@ -425,7 +425,7 @@ def test_a_hostile_pickle_beside_the_files_is_never_opened(tmp_path, monkeypatch
                                   "a\\b", "x\n"])
 def test_a_manifest_that_leads_outside_is_refused(tmp_path, name):
     path = save(tmp_path / "run", 1, {"x": b"1"})
-    entry = verify(path)["x"]
+    entry = checkpoint.entries(path)["x"]
     (tmp_path / "run" / "x").write_bytes(b"1")  # what ../x would find
     write_manifest(path, {name: entry})
     for read in (verify, lambda path: load(path, name)):

@@ -30,7 +30,7 @@ from tokenizer import Tokenizer
 torch.set_num_threads(1)
 
 def peak():                                        # of this process, in MB; ru_maxrss would start
-    return memory.peak() * 1e3                     # at what its parent held
+    return memory.held() * 1e3                     # at what its parent held
 
 def tiny(block_size):
     tokenizer = Tokenizer.train(["the quick brown fox number 0123456789"] * 3, 285)

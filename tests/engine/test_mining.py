@@ -94,9 +94,9 @@ def test_a_broken_fill_continues_and_does_nothing_twice(tmp_path):
         calls.append((first, end))
         return np.arange(first, end, dtype=np.float32)[:, None] * [1, 10]
     with pytest.raises(OSError, match="no space left"):
-        mining.Shared(tmp_path / "a", (10, 2), np.float32, 4).fill(work)
+        mining.shared(tmp_path / "a", (10, 2), np.float32, 4, work)
     calls[:] = [*calls, None]
-    out = mining.Shared(tmp_path / "a", (10, 2), np.float32, 4).fill(work)
+    out = mining.shared(tmp_path / "a", (10, 2), np.float32, 4, work)
     assert calls == [(0, 4), (4, 8), None, (8, 10)]
     assert out.tolist() == [[i, 10 * i] for i in range(10)]
 
@@ -104,8 +104,8 @@ def test_a_broken_fill_continues_and_does_nothing_twice(tmp_path):
 @pytest.mark.parametrize("lost", ["a", "a.done"])
 def test_a_file_without_its_notes_or_notes_without_their_file_are_made_anew(tmp_path, lost):
     for number in (1, 2):
-        out = mining.Shared(tmp_path / "a", (10, 2), np.float32, 4).fill(
-            lambda first, end: np.full((end - first, 2), number))
+        out = mining.shared(tmp_path / "a", (10, 2), np.float32, 4,
+                            lambda first, end: np.full((end - first, 2), number))
         (tmp_path / lost).unlink()
     assert out.tolist() == [[2, 2]] * 10
 
@@ -113,7 +113,8 @@ def test_a_file_without_its_notes_or_notes_without_their_file_are_made_anew(tmp_
 def test_what_a_link_leads_to_is_cleared(tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "mining").symlink_to(tmp_path / "far")
-    mining.Shared(tmp_path / "mining" / "a", (10, 2), np.float32, 4)
+    mining.shared(tmp_path / "mining" / "a", (10, 2), np.float32, 10,
+                  lambda first, end: np.ones((10, 2)))
     mining.Miner(tmp_path / "mining", None).clear()
     assert not list((tmp_path / "far").iterdir())
 
@@ -122,7 +123,7 @@ def fill_on(world, path):
     def work(first, end):
         assert first // 3 % world.size == world.rank
         return np.arange(first, end)[:, None]
-    out = mining.Shared(path, (20, 1), np.int32, 3, world).fill(work)
+    out = mining.shared(path, (20, 1), np.int32, 3, work, world)
     assert out[:, 0].tolist() == list(range(20))
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from data import parse_pair
 from engine import passages
-from engine.index import JsonlFiles, text_id, together
+from engine.index import JsonlFiles, together
 from engine.passages import Passages
 from ranks import on_ranks, write_lines
 
@@ -37,7 +37,6 @@ def write_files(folder, n=300):
 def assert_right(rows, table):
     texts, positives, given = plain(rows)
     assert [table.text(i) for i in range(len(table))] == texts
-    assert table.ids(range(len(table))).tolist() == [text_id(text) for text in texts]
     assert [table.positives(q).tolist() for q in range(len(rows))] == positives
     assert [table.negatives(q).tolist() for q in range(len(rows))] == given
 

@@ -62,7 +62,7 @@ def test_the_plain_loop_computes_the_same(tiny):
     """Else a ratio would compare two different models."""
     model = bench.load_config(BenchConfig, tiny).model()
     windows = torch.randint(0, 4096, (3, 20))
-    batch = bench.lm_batch(windows)
+    batch = bench.data.lm_batch(windows, None)
     ours = model(batch.ids, batch.lengths, CAUSAL, batch.targets)
     assert bench.plain_lm_loss(model, windows).item() == pytest.approx(ours.item(), rel=1e-5)
 

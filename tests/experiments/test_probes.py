@@ -11,7 +11,7 @@ from embed import Embedder
 from experiments import probes
 from mask import CAUSAL, MaskSpec, effective_rank, soft_mask
 
-BOOK = Collection("book", [{"id": "a", "text": "The body of the function is here."}],
+BOOK = Collection([{"id": "a", "text": "The body of the function is here."}],
                   [{"id": "a", "text": "Convert a string to bytes."},
                    {"id": "b", "text": "Return nothing at all."}], {"a": {"a": 1}, "b": {"a": 1}})
 
@@ -70,7 +70,7 @@ def test_a_late_sentence_needs_a_reader_of_the_whole():
     corpus = [{"id": str(i), "text": " ".join(
         f"w{rng.integers(10 ** 6)} is followed by the word w{rng.integers(10 ** 6)}."
         for _ in range(60))} for i in range(8)]
-    collection = Collection("long", corpus, [], {})
+    collection = Collection(corpus, [], {})
     encoder = Words()
     encoder.max_len = 10
     encoder.model = type("Model", (), {"config": type("Config", (), {"block_size": 300})})
