@@ -3,15 +3,14 @@
 One example a line, JSONL or JSONL.gz, UTF-8, in the formats that users already have:
 
     text            {"text"}
-    pairs           {"instruction"?, "input"?, "output"}  or  {"query", "pos", "prompt"?}; of the
-                    first two keys at least one
+    pairs           {"instruction", "input"?, "output"}  or  {"query", "pos", "prompt"?}
     retrieval, clr, classification    {"query", "pos": [..], "neg": [..]?, "prompt"?, "cosines"?}
     sts             {"sentence1", "sentence2", "score"}
     a collection    corpus.jsonl, queries.jsonl, qrels.tsv (the BEIR form)
 
 PAPER Sec. 3.1, App. A, Table 11. The rows of a step depend only on the seed and the step number
 (engine/order.py), their hard negatives on DHNM's pools. So resuming needs no reader state.
-UNSPECIFIED: the templates; `format_query` and `format_sft` are the one place that knows them.
+UNSPECIFIED: the templates. `format_query` and `format_sft` alone know them.
 """
 from collections import Counter
 from functools import partial

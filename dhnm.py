@@ -88,9 +88,9 @@ class HardNegativePool:
         is_first = in_use & self.initial[query_ids].isnan()
         initial = torch.where(is_first, scores, self.initial[query_ids])    # S_0; NaN if empty
         self.initial[query_ids] = initial
-        is_visited = (self.last[query_ids] > -torch.inf).any(1, keepdim=True)       # before
-        replaced, is_swap = 0, is_first & is_visited                        # first use of a swap
-        easy = should_replace(initial, scores) & in_use & (self.policy == "v2")
+        is_visited = (self.last[query_ids] > -torch.inf).any(1, keepdim=True)
+        is_swap = is_first & is_visited                                     # first use of a swap
+        easy, replaced = should_replace(initial, scores) & in_use & (self.policy == "v2"), 0
         for row, q in enumerate(query_ids.tolist()):
             self.last[q, self.slots[q, in_use[row]]] = scores[row, in_use[row]]
             for slot in easy[row].nonzero()[:, 0].tolist():

@@ -53,7 +53,7 @@ STAGES = ("pretrain", "sft", "embed_weak", "embed_sup")
 TASKS = ("retrieval", "clr", "classification", "sts")
 GRAD_CLIP = 1.0                    # UNSPECIFIED: the norm that gradients are cut to
 TOKENIZER_TEXTS = 400_000          # documents that the tokenizer learns from
-PYTHON_BPE_TEXTS = 100_000         # of more, rustbpe learns the same faster, where installed
+PYTHON_BPE_TEXTS = 100_000         # of more, rustbpe learns the same and faster, if installed
 VALIDATE_EVERY = 50                # steps between two validation losses of an LM stage
 
 
@@ -76,8 +76,8 @@ class TrainConfig:
     sts: tuple[str, ...] = ()              # embed_sup, CoSENT
     evaluate: tuple[str, ...] = ()         # collections scored at the end; empty: DATA's own
     skip_bad_lines: bool = False   # count bad lines instead of stopping at them
-    query_len: int = 48            # tokens of a query, or an STS sentence; more are cut, counted
-    passage_len: int = 64          # tokens of a passage, an example of stages 1 and 2, any in use
+    query_len: int = 48            # tokens of a query or STS sentence; longer ones are cut, counted
+    passage_len: int = 64          # of a passage, an example of stages 1 and 2, any text in use
     # --- model (ConanConfig)
     vocab_size: int = 8192
     n_layer: int = 4
@@ -89,7 +89,7 @@ class TrainConfig:
     pooling: Literal["mean", "last"] = "mean"
     pool_prompt: bool = False      # whether an instruction's tokens are part of the mean
     # --- losses
-    temperature: float = 0.05      # of InfoNCE, and of CoSENT; Eq. 1 alone prints none
+    temperature: float = 0.05      # of InfoNCE and CoSENT; UNSPECIFIED
     dims: tuple[int, ...] = ()     # MRL dims of embed_sup, besides the full width
     task_weights: dict[str, float] = dataclasses.field(     # Table 11: million rows of each task
         default_factory=lambda: {"retrieval": 3.0, "clr": 3.0, "classification": 2.8, "sts": 1.8})
@@ -178,7 +178,7 @@ def embedding_loss(x, batch, temperature, dims):
 
 
 def step_loss(model, batch, cfg, step):
-    """Backpropagate one step's loss; return (loss, cosines): see `embedding_loss`; LM stages: None.
+    """Backpropagate one step's loss; return it and the cosines of `embedding_loss`, or None.
 
     Texts go through the model in one call, or in chunks of `micro_batch_size` with the same result:
     LM losses add up over chunks, contrastive ones take two passes (engine/microbatch.py).

@@ -104,43 +104,44 @@ def step_texts(cfg):
     """
     if cfg.stage in ("pretrain", "sft"):
         return {cfg.passage_len: cfg.batch_size}
+    passages = 1 + (cfg.n_negatives if cfg.stage == "embed_sup" else 0)
     tasks = [{cfg.query_len: 2 * n} if kind == "sts" else
-             dict(Counter([cfg.query_len] * n + [cfg.passage_len] * n * (1 + negatives)))
-             for kind, n, negatives in batches_of(cfg)]
+             dict(Counter([cfg.query_len] * n + [cfg.passage_len] * n * passages))
+             for kind, n in batches_of(cfg).items()]
     return max(tasks, key=lambda texts: sum(t * b for t, b in texts.items()))
 
 
 def batches_of(cfg):
-    """Return [(kind, rows of a batch, hard negatives of a row)] of the tasks of stage 3 or 4."""
-    if cfg.stage == "embed_weak":
-        return [("pairs", cfg.batch_size, 0)]
-    return [(kind, cfg.batch_sizes.get(kind, cfg.batch_size), cfg.n_negatives)
-            for kind, weight in cfg.task_weights.items() if weight > 0]
+    """Return {kind: rows of a batch}; stage 4 has several kinds, its tasks."""
+    if cfg.stage != "embed_sup":
+        return {"text" if cfg.stage == "pretrain" else "pairs": cfg.batch_size}
+    return {kind: cfg.batch_sizes.get(kind, cfg.batch_size)
+            for kind, weight in cfg.task_weights.items() if weight > 0}
 
 
 def visits(cfg):
-    """Return what the steps of a stage visit: tokens or rows; of stage 4 {task: rows}."""
+    """Return {kind: what the steps of a stage visit}: tokens of "text", rows of all others."""
+    sizes = batches_of(cfg)
     if cfg.stage != "embed_sup":
-        return cfg.steps * cfg.batch_size * (cfg.passage_len if cfg.stage == "pretrain" else 1)
-    sizes = {kind: n for kind, n, _ in batches_of(cfg)}
+        return {kind: cfg.steps * n * (cfg.passage_len if kind == "text" else 1)
+                for kind, n in sizes.items()}
     steps = cfg.steps / sum(cfg.task_weights[kind] / n for kind, n in sizes.items())
     return {kind: steps * cfg.task_weights[kind] for kind in sizes}
 
 
-def total_of(amount):
-    """Return the sum of {task: rows}, or a number as it is."""
-    return sum(amount.values()) if isinstance(amount, dict) else amount
+def mined(amount):
+    """Return the rows of each task that has hard negatives."""
+    return [n for kind, n in amount.items() if kind not in ("text", "pairs", "sts")]
 
 
 def start_minutes(law, stage, amount, world, shape=None):
-    """Return {part: minutes on one rank} of a stage's start; amount: its tokens or rows.
+    """Return {part: minutes on one rank} of a stage's start; amount: {kind: tokens or rows}.
 
-    Of stage 4 it is {task: rows}, all but STS with twice as many passages, each task searched by
-    itself; it needs `shape`. Embedding and search run on cards, at the share of a matmul's rate
-    that exact search reached in the rehearsal.
+    Mined tasks have twice as many passages as rows, and each is searched by itself; they need
+    `shape`. Embedding and search run on cards, at the share of a matmul's rate that exact search
+    reached in the rehearsal.
     """
-    mined = [n for task, n in amount.items() if task != "sts"] if stage == "embed_sup" else []
-    total, million, size = total_of(amount), sum(mined) / 1e6, law["bytes"]
+    total, million, size = sum(amount.values()), sum(mined(amount)) / 1e6, law["bytes"]
     parts = {"pretrain": {"index": ("index of text", total * size["a token of text"] / 1e9),
                           "tokens": ("token shards", total / 1e6)},
              "embed_sup": {"index": ("index of stage 4", total / 1e6),
@@ -149,11 +150,11 @@ def start_minutes(law, stage, amount, world, shape=None):
         stage, {"index": ("index of pairs", total * size["a pair"] / 1e9)})
     minutes = {name: law[part]["seconds"] * units / world / 60
                for name, (part, units) in parts.items()}
-    if mined:
+    if million:
         rate = CARD * law["exact search"]["share"] * world * 60
         weights = sum(parameters(shape).values()) - parameters(shape)["embedding"]
-        minutes["embedding"] = 3 * sum(mined) * TEXT * 2 * weights / rate
-        minutes["search"] = sum(2 * n * 2 * n for n in mined) * shape.n_embd / rate
+        minutes["embedding"] = 3e6 * million * TEXT * 2 * weights / rate
+        minutes["search"] = sum(2 * n * 2 * n for n in mined(amount)) * shape.n_embd / rate
     return minutes
 
 
@@ -161,12 +162,12 @@ def start_bytes(law, stage, amount, cfg):
     """Return {what: bytes}: files on disk, and DHNM's pools in the memory of all ranks together."""
     disk = law["disk"]
     if stage == "pretrain":
-        return {"disk": amount * disk["a token"]}
+        return {"disk": sum(amount.values()) * disk["a token"]}
     if stage != "embed_sup":
-        return {"disk": amount * 8}
+        return {"disk": sum(amount.values()) * 8}
     pool = 8 * cfg.pool_size + 12 * cfg.n_negatives + 9       # dhnm.py's tensors, a row
-    mined = sum(n for task, n in amount.items() if task != "sts")
-    return {"disk": total_of(amount) * disk["a row of stage 4"], "pools": mined * pool}
+    return {"disk": sum(amount.values()) * disk["a row of stage 4"],
+            "pools": sum(mined(amount)) * pool}
 
 
 def start_report(cfg, shape):
@@ -176,9 +177,9 @@ def start_report(cfg, shape):
     law = read_object(LAW)["law"]
     amount = visits(cfg)
     minutes = {w: start_minutes(law, cfg.stage, amount, w, shape) for w in WORLDS}
-    lines = ["", f"the start, minutes on each rank: at most {total_of(amount):.3g} "
-             f"{'tokens' if cfg.stage == 'pretrain' else 'rows'}, each visit of the steps another "
-             "one, by the law of results/rehearsal.json",
+    lines = ["", f"the start, minutes on each rank: at most {sum(amount.values()):.3g} "
+             f"{'tokens' if cfg.stage == 'pretrain' else 'rows'} (each visit counts), by the law "
+             "of results/rehearsal.json",
              *(f"    {part:<12}" + "".join(f"{minutes[w][part]:>12,.1f}" for w in WORLDS)
                for part in minutes[1]),
              f"    {'ranks':<12}" + "".join(f"{world:>12}" for world in WORLDS)]

@@ -43,8 +43,9 @@ UNITS = {                              # part of a start: the unit that its cost
     "index of text": "GB", "token shards": "million tokens", "index of pairs": "GB",
     "second start": "GB", "index of stage 4": "million rows", "passage tables": "million rows",
     "pools of mined rows": "million rows", "exact search": "TFLOP"}
-PAPER = {"pretrain": 3e12, "sft": 0.6e9, "embed_weak": 1.77e9, "embed_sup": {
-    "retrieval": 3e6, "clr": 3e6, "classification": 2.8e6, "sts": 1.8e6}}
+PAPER = {                              # tokens of stage 1, rows of the others
+    "pretrain": {"text": 3e12}, "sft": {"pairs": 0.6e9}, "embed_weak": {"pairs": 1.77e9},
+    "embed_sup": {"retrieval": 3e6, "clr": 3e6, "classification": 2.8e6, "sts": 1.8e6}}
 SEARCH, WIDTH = 16_384, 256            # queries and passages of the exact search, and their width
 WORDS = "sort list tree graph node edge file open read write matrix vector random time".split()
 
@@ -234,7 +235,7 @@ def projection(law):
         amount, shape = PAPER[cfg.stage], cfg.model_config()
         sizes = budget.start_bytes(law, cfg.stage, amount, cfg)
         for part, alone in budget.start_minutes(law, cfg.stage, amount, 1, shape).items():
-            rows.append({"stage": cfg.stage, "amount": f"{budget.total_of(amount):.3g}",
+            rows.append({"stage": cfg.stage, "amount": f"{sum(amount.values()):.3g}",
                          "part": part,
                          **{f"min, {n} ranks": alone / n for n in (1, 16, 64)},
                          "GB on disk": sizes["disk"] / 1e9 if part == "index" else None,

@@ -63,7 +63,7 @@ def test_the_law_is_the_cost_of_a_unit(runs, tmp_path, monkeypatch, capsys):
     law, parts = rehearsal.fit(runs), runs[8000][1]["parts"]
     assert law["index of pairs"]["seconds"] == pytest.approx(
         parts["index of pairs"]["seconds"] / parts["index of pairs"]["amount"])
-    cost = budget.start_minutes(law, "embed_weak", 8000, 2)
+    cost = budget.start_minutes(law, "embed_weak", {"pairs": 8000}, 2)
     assert cost["index"] == pytest.approx(parts["index of pairs"]["seconds"] / 60 / 2)
     assert [row["part"] for row in rehearsal.table_of(runs)] == list(rehearsal.UNITS)
     assert {row["stage"] for row in rehearsal.projection(law)} == set(rehearsal.PAPER)
