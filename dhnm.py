@@ -90,7 +90,8 @@ class HardNegativePool:
         self.initial[query_ids] = initial
         is_visited = (self.last[query_ids] > -torch.inf).any(1, keepdim=True)
         is_swap = is_first & is_visited                                     # first use of a swap
-        easy, replaced = should_replace(initial, scores) & in_use & (self.policy == "v2"), 0
+        easy = should_replace(initial, scores) & in_use & (self.policy == "v2")
+        replaced = 0
         for row, q in enumerate(query_ids.tolist()):
             self.last[q, self.slots[q, in_use[row]]] = scores[row, in_use[row]]
             for slot in easy[row].nonzero()[:, 0].tolist():
