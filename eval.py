@@ -28,8 +28,8 @@ from embed import Embedder
 from engine.bm25 import BM25, split_words
 from engine.collection import HELD_OUT, choose_split, languages_in, read_groups, set_name
 from engine.jsonl import read_jsonl, read_object, write_object
-from engine.metrics import (average_precision, hit_at_k, mean_average_precision,
-                            mrr_at_k, ndcg_at_k, recall_at_k, spearman)
+from engine.metrics import (average_precision, hit_at_k, mean_average_precision,  # noqa: F401
+                            mrr_at_k, ndcg_at_k, recall_at_k, spearman, v_measure)
 from engine.mining import top
 from engine.mteb_bridge import (MTEBModel, SentenceTransformerBaseline,  # noqa: F401
                                 evaluate_mteb, join_names, prompt_of)
