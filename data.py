@@ -98,7 +98,7 @@ def parse_pair(row):
     pos is never empty, neg may be; prompt is None where the row says nothing. Where Alpaca's input
     is empty, the instruction is the query. cosines: of the negatives, where tools/mine.py wrote it.
     """
-    if "output" in row or "input" in row:
+    if ("output" in row or "input" in row) and not {"query", "pos"} <= row.keys():
         prompt, pos = row.get("instruction"), [_text(row, "output")]
         if prompt and row.get("input") in ("", None):
             query, prompt = _text(row, "instruction"), ""
@@ -106,6 +106,7 @@ def parse_pair(row):
             query = _text(row, "input")
     else:
         query, pos, prompt = _text(row, "query"), _texts(row, "pos"), row.get("prompt")
+        prompt = row.get("instruction") if prompt is None else prompt
     if not pos:
         raise ValueError("key 'pos' is an empty list")
     if not isinstance(prompt, (str, type(None))):
@@ -186,7 +187,7 @@ class Task:
 
     def __init__(self, kind, cfg, tokenizer, world, files):
         self.kind, self.cfg, self.tokenizer, self.world = kind, cfg, tokenizer, world
-        self.rows = Rows(files, kind, skip_bad=cfg.skip_bad_lines, world=world)
+        self.rows = task_rows(cfg, kind, files, world)
         self.size = cfg.batch_sizes.get(kind, cfg.batch_size)
         self.pool = self.passages = self.stream = None
         self.prompt = PROMPTS.get("retrieval" if kind == "pairs" else kind, "")  # of rows without
@@ -197,9 +198,6 @@ class Task:
             self.passages = Passages(self.rows, world=world)
         if kind == "text":
             self.stream = token_stream(self.rows, tokenizer, cfg, world)
-        elif len(self.rows) < self.size:
-            raise ValueError(f"{', '.join(map(str, files))}: {len(self.rows)} rows are too few for "
-                             f"a batch of {self.size}")
         if self.size % world.size:
             raise ValueError(f"a batch of {self.size} cannot be split over {world.size} ranks")
 
@@ -248,15 +246,18 @@ class Task:
                         skip=skip, scores=torch.tensor([row["score"] for row in rows]))
 
     def _contrastive_batch(self, indices, epoch):
-        """Return a `Batch` of queries, positives and, with a pool, the present negatives."""
+        """Return a `Batch` of queries, positives and, with a pool, hard negatives.
+
+        An absent one is an empty text: all ranks have as many texts, and as many passes.
+        """
         triples = self.pairs_of(indices, epoch)
         queries = [format_query(query, prompt) for prompt, query, _ in triples]
         texts, ids = queries + [positive for *_, positive in triples], None
         if self.pool:
             negatives = self.pool.negatives(indices)                        # (B, N), -1: absent
-            present = [self.passages.text(p) for p in negatives[negatives >= 0].tolist()]
-            texts, ids = texts + present, torch.full(negatives.shape, -1, dtype=torch.int64)
-            ids[negatives >= 0] = torch.tensor([text_id(text) for text in present]).long()
+            hard = [self.passages.text(p) if p >= 0 else "" for p in negatives.flatten().tolist()]
+            ids = torch.tensor([text_id(text) for text in hard]).view_as(negatives)
+            texts, ids = texts + hard, ids.masked_fill(negatives < 0, -1)
         cfg = self.cfg
         limits = [cfg.query_len] * len(queries) + [cfg.passage_len] * (len(texts) - len(queries))
         skip = [prompt_length(self.tokenizer, prompt) for prompt, *_ in triples]
@@ -282,7 +283,8 @@ def sources(cfg, kind):
     folder = Path(cfg.data)
     files = [path for path in folder.glob("*") if path.name.startswith((f"{kind}.", f"{kind}-"))]
     files += (folder / kind).glob("*")
-    return tuple(sorted(str(path) for path in files if is_json(path)))
+    return tuple(sorted(str(path) for path in files
+                        if is_json(path) and not path.name.endswith(".report.json")))
 
 
 def uses_folder(cfg):
@@ -290,33 +292,52 @@ def uses_folder(cfg):
     return not any(getattr(cfg, kind) for kind in PARSERS)
 
 
+def task_files(cfg):
+    """Return [(kind, files)], one for each task of a stage; ValueError if it has no data.
+
+    UNSPECIFIED: the weak stage takes one file a step, so that negatives come from the positive's
+    own origin. The others shuffle all files of a kind together.
+    """
+    kinds = {"pretrain": ["text"], "sft": ["pairs"], "embed_weak": ["pairs"]}.get(
+        cfg.stage, [kind for kind in PARSERS if cfg.task_weights.get(kind, 0) > 0])
+    tasks = [(kind, sources(cfg, kind)) for kind in kinds if sources(cfg, kind)]
+    if not tasks and uses_folder(cfg):
+        raise ValueError(f"{cfg.stage} needs data: {cfg.data} has no "
+                         f"{' or '.join(f'{kind}.jsonl' for kind in kinds)}")
+    if not tasks:
+        raise ValueError(f"{cfg.stage} needs data: "
+                         f"{', '.join(f'--{kind}=FILE' for kind in kinds)}; where files are named, "
+                         "the folder --data is not read")
+    return [("pairs", [file]) for file in tasks[0][1]] if cfg.stage == "embed_weak" else tasks
+
+
+def task_rows(cfg, kind, files, world=ALONE):
+    """Return the rows of a task's files; ValueError if they do not fill a batch."""
+    rows = Rows(files, kind, skip_bad=cfg.skip_bad_lines, world=world)
+    size = cfg.batch_sizes.get(kind, cfg.batch_size)
+    if kind != "text" and len(rows) < size:
+        raise ValueError(f"{', '.join(map(str, files))}: {len(rows)} rows are too few for a batch "
+                         f"of {size}")
+    return rows
+
+
 def hashes(cfg, world=ALONE):
     """Return {kind: {file: SHA-256}} of the data files of a stage; all ranks must call."""
-    kinds = {"pretrain": ["text"], "sft": ["pairs"], "embed_weak": ["pairs"]}.get(
-        cfg.stage, [kind for kind, weight in cfg.task_weights.items() if weight > 0])
-    return {kind: Rows(sources(cfg, kind), kind, skip_bad=cfg.skip_bad_lines, world=world).hashes()
-            for kind in kinds if sources(cfg, kind)}
+    found = {}
+    for kind, files in task_files(cfg):
+        found.setdefault(kind, {}).update(task_rows(cfg, kind, files, world).hashes())
+    return found
 
 
 def build_tasks(cfg, tokenizer, world):
-    """Return [(task, weight)] of a stage.
+    """Return [(task, weight)] of a stage; the weak stage's files are weighted by rows.
 
-    Pretraining and SFT shuffle all files together. UNSPECIFIED: the weak stage takes one file a
-    step, so that negatives come from the positive's own origin. PAPER Table 11: stage 4 is a
-    mixture of tasks, weighted by rows, so a task with larger batches takes fewer steps.
+    PAPER Table 11: stage 4 is a mixture of tasks, weighted by rows, so a task with larger batches
+    takes fewer steps.
     """
-    if cfg.stage in ("pretrain", "sft"):
-        kind = "text" if cfg.stage == "pretrain" else "pairs"
-        return [(Task(kind, cfg, tokenizer, world, sources(cfg, kind)), 1.0)]
-    if cfg.stage == "embed_weak":
-        if not sources(cfg, "pairs"):
-            raise ValueError("embed_weak needs data: --pairs=FILE")
-        tasks = [Task("pairs", cfg, tokenizer, world, [file]) for file in sources(cfg, "pairs")]
+    tasks = [Task(kind, cfg, tokenizer, world, files) for kind, files in task_files(cfg)]
+    if cfg.stage != "embed_sup":
         return [(task, len(task.rows)) for task in tasks]
-    kinds = [k for k in PARSERS if cfg.task_weights.get(k, 0) > 0 and sources(cfg, k)]
-    if not kinds:
-        raise ValueError("embed_sup needs data: --retrieval=, --clr=, --classification= or --sts=")
-    tasks = [Task(kind, cfg, tokenizer, world, sources(cfg, kind)) for kind in kinds]
     return [(task, cfg.task_weights[task.kind] / task.size) for task in tasks]
 
 

@@ -65,12 +65,13 @@ class Embedder:
             if max_len < 1 or n_tokens > config.vocab_size or not are_texts:
                 raise ValueError(f"passage_len {max_len}, prompts {prompts}, {n_tokens} tokens "
                                  f"for a model of {config.vocab_size}")
-            model = Conan(config, ops=kernels.pick(device))
-            model.load_state_dict(weights)
+            with torch.device("meta"):             # neither memory nor random numbers
+                model = Conan(config, ops=kernels.pick(device))
+            model.to_empty(device=device).load_state_dict(weights)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{where}: its config is not train.py's, or does not fit its weights: "
                              f"{error!r}") from None
-        self._set(model.to(device).eval(), tokenizer, mask, max_len, prompts, dtype)
+        self._set(model.eval(), tokenizer, mask, max_len, prompts, dtype)
         self.checkpoint, self.meta = where, meta
         kernels.pack(model, getattr(torch, self.dtype))
 
@@ -193,6 +194,8 @@ def run(args):
     """Embed a file of texts, or search; `args` as `main` parses them."""
     if args.texts and not args.out:
         raise ValueError("--texts needs --out=FILE.npy")
+    if not args.texts and (args.out or args.truncate_dim) or args.texts and args.query:
+        raise ValueError("--out and --truncate_dim are for --texts, --query is for a search")
     if args.k < 1:
         raise ValueError(f"--k must be at least 1, not {args.k}")
     embedder = Embedder(args.checkpoint, args.device)

@@ -317,7 +317,10 @@ def evaluate(encoder, task, path, split=None, dims=(), ignore_identical_ids=None
 # ---------------------------------------------------------------- what a stage of a run is worth
 
 def collections_in(folder):
-    """Return the collections in a folder of data that are read once, at the end: all but dev's."""
+    """Return the collections in a folder of data that are read once, at the end.
+
+    Those named dev and clr_dev are for choosing, search for searching.
+    """
     folders = {path.parent for name in ("corpus.jsonl", "corpus.jsonl.gz")
                for path in Path(folder).rglob(name)}
     return sorted(path for path in folders if path.name not in ("dev", "clr_dev", "search"))
@@ -371,10 +374,12 @@ def validation_loss(state):
     """Return the next-token loss on DATA's held-out documents or pairs; None if there is none."""
     cfg, folder = state.cfg, Path(state.cfg.data)
     file = {"pretrain": "text_dev.jsonl", "sft": "dev/corpus.jsonl"}.get(cfg.stage)
-    if file is None or not data.uses_folder(cfg) or not (folder / file).is_file():
+    path = next((folder / name for name in (f"{file}", f"{file}.gz") if (folder / name).is_file()),
+                None)
+    if path is None or not data.uses_folder(cfg):
         return None
     if cfg.stage == "pretrain":
-        texts = islice(read_jsonl(folder / file, {"text": str}), VALIDATION_TEXTS)
+        texts = islice(read_jsonl(path, {"text": str}), VALIDATION_TEXTS)
         rows = [(None, "", row["text"]) for row in texts]
     else:
         dev = load_collection(folder / "dev")
@@ -383,7 +388,7 @@ def validation_loss(state):
         rows = [(state.prompts["retrieval"], query["text"], body[best[query["id"]]])
                 for query in dev.queries if query["id"] in best][:VALIDATION_TEXTS]
     if not rows:
-        raise ValueError(f"{folder / file}: no text to measure the loss on")
+        raise ValueError(f"{path}: no text to measure the loss on")
     total = count = 0
     for i in range(0, len(rows), 50):
         batch = data.sft_batch(rows[i:i + 50], range(i, i + 50), state.tokenizer, cfg.passage_len)
@@ -420,6 +425,9 @@ class EvalConfig:
         if self.bm25 and self.dims or self.mteb and not self.checkpoint:
             raise ValueError(f"a checkpoint is needed for mteb={self.mteb}, and vectors for "
                              f"dims={self.dims}")
+        if self.mteb and (self.split or self.ignore_identical_ids is not None):
+            raise ValueError(f"split={self.split} and ignore_identical_ids="
+                             f"{self.ignore_identical_ids} are not for mteb: its tasks have theirs")
 
     @property
     def place(self):

@@ -166,11 +166,8 @@ def embedding_loss(x, batch, temperature, dims):
             return cosent_loss(cosine, batch.scores, temperature=temperature), None
         return matryoshka(sts, x.chunk(2), dims)                            # Eq. 2
     b = len(batch.query_ids)
-    query, positive, present = x.split([b, b, len(x) - 2 * b])
-    negatives = x.new_zeros(b, 0, x.shape[1])
-    if batch.negative_ids is not None:                     # empty places stay zero, and unused
-        negatives = x.new_zeros(*batch.negative_ids.shape, x.shape[1])      # (B, N, D)
-        negatives[batch.negative_ids >= 0] = present
+    query, positive, hard = x.split([b, b, len(x) - 2 * b])
+    negatives = hard.view(b, -1, x.shape[1])                                # (B, N, D)
     wrong = false_negatives(batch.query_ids, batch.positive_ids, batch.negative_ids,
                             batch.known_ids)                                # (B, M)
     nce = partial(info_nce, wrong=wrong, temperature=temperature)
@@ -227,7 +224,7 @@ def prepare(cfg):
         toy.ensure(cfg.data)
     elif data.uses_folder(cfg) and not Path(cfg.data).is_dir():
         raise ValueError(f"data: there is no folder {cfg.data}; `python -m tools.sets` makes one")
-    for folder in collections(cfg) if cfg.evaluate else ():
+    for folder in collections(cfg):
         data.load_collection(folder)               # a mistake there would show at the very end
 
 
@@ -245,18 +242,19 @@ def finished(cfg, world, before):
 def build_model(state, weights):
     """Set the state's model, and the model as its ranks train it; weights None: random ones.
 
-    Under fsdp no device ever holds the model: it is built without memory, sharded, then filled.
+    It is built without memory, then filled. Under fsdp it is sharded before: no device ever holds
+    all of it.
     """
     cfg, world = state.cfg, state.world
     sharded = cfg.parallel == "fsdp" and world.size > 1
     generator = torch.Generator().manual_seed(cfg.seed)
-    with torch.device("meta") if sharded else contextlib.nullcontext():
+    with torch.device("meta"):
         model = Conan(cfg.model_config(), ops=kernels.pick(world.device, cfg.compile))
     if not sharded:
+        model.to_empty(device=world.device)
         model.load_state_dict(weights) if weights else model.init_weights(generator)
         if cfg.lora_rank:
             add_lora(model, cfg.lora_rank)
-        model.to(world.device)
     model.checkpointing = cfg.checkpointing
     state.wrapped = distributed.parallelize(model, world, cfg.parallel, state.dtype)
     if sharded:
@@ -337,8 +335,9 @@ def whole_embedder(state):
     """Return the state's embedder; under fsdp that of a whole copy, so that ranks share work."""
     cfg, world, embedder = state.cfg, state.world, copy.copy(state.embedder)
     if cfg.parallel == "fsdp" and world.size > 1:
-        model = Conan(cfg.model_config(), ops=kernels.pick(world.device)).to(world.device)
-        embedder.model = distributed.copy_whole(state.model, model)
+        with torch.device("meta"):
+            model = Conan(cfg.model_config(), ops=kernels.pick(world.device))
+        embedder.model = distributed.copy_whole(state.model, model.to_empty(device=world.device))
     return embedder
 
 
@@ -436,9 +435,12 @@ def main(argv=None):
         with torch.device("meta"):                 # shapes without memory
             model = Conan(cfg.model_config())
         return print(budget.report(cfg, add_lora(model, cfg.lora_rank) if cfg.lora_rank else model))
-    world, began, code = distributed.start(cfg.device), time.perf_counter(), 0
+    world, began, code = distributed.ALONE, time.perf_counter(), 0
     try:
+        world = distributed.start(cfg.device)
         world.on_main(lambda: prepare(cfg))
+        for stage in configs:
+            data.hashes(stage, world)              # so would one in a later stage's data
         done, trained = None, False
         for stage in configs:
             before, done = done, finished(stage, world, done)

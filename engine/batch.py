@@ -45,18 +45,11 @@ class Batch:
         return self
 
     def chunks(self, n_texts):
-        """Yield (ids, lengths, targets or None, skip or None) of about `n_texts` texts; 0: all.
-
-        Absent negatives count as texts: all ranks then have the same number of chunks. FSDP
-        synchronises at every chunk, so they must.
-        """
-        texts = sure = len(self.lengths)
-        if self.negative_ids is not None:
-            sure = 2 * len(self.negative_ids)              # queries and positives are never absent
-            texts = sure + self.negative_ids.numel()
-        count, start = min(-(-texts // (n_texts or texts)), sure), 0
-        cuts = [-(-i * len(self.lengths) // count) for i in range(count + 1)]
-        for first, last in zip(cuts, cuts[1:]):
+        """Yield (ids, lengths, targets or None, skip or None) of up to `n_texts` texts; 0: all."""
+        texts, start = len(self.lengths), 0
+        n_texts = n_texts or texts
+        for first in range(0, texts, n_texts):
+            last = min(first + n_texts, texts)
             lengths = self.lengths[first:last]
             end = start + sum(lengths)
             yield (self.ids[start:end], lengths,

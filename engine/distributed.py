@@ -155,11 +155,11 @@ def start(device="auto"):
     else:
         memory.keep_freed_memory()
         memory.bound_kernel_caches()
-        # torchrun sets one thread for each process; that would leave cores idle
-        if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") \
-                else os.cpu_count()            # macOS has no affinity
-            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    # torchrun sets one thread for each process; that would leave cores idle
+    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") \
+            else os.cpu_count()                # macOS has no affinity
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if size > 1 and not dist.is_initialized():
         from torch.distributed.nn import functional  # noqa: F401  before the group: see `stop`
         dist.init_process_group(BACKENDS[kind], timeout=PATIENCE, **_fresh_store(rank, size))
@@ -324,7 +324,7 @@ def load_optimizer_state(optimizer, state):
 
     def own(value, p):
         if not value.dim() or not hasattr(p, "full_tensor"):
-            return value.clone()
+            return value.to(p.device if value.dim() else "cpu", copy=True)
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(value.to(p.device), p.device_mesh, p.placements,
                                  src_data_rank=None).clone()   # every rank has read the file

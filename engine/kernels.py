@@ -302,19 +302,22 @@ class _SwiGLU(torch.autograd.Function):
 # ---------------------------------------------------------------- matmuls of a finished model
 
 def pack(model, dtype, tokens=4096):
-    """Lay out the weights of a CPU model's matmuls for oneDNN once, for texts without a gradient.
+    """Round the weights of a model's matmuls to `dtype` once, for texts without a gradient.
 
-    torch rounds and lays them out in every pass, and takes a slower library in float32. The
-    parameters stay as they are; the packed copy serves inputs of `dtype`. tokens: of a usual pass.
+    Autocast would round them in every pass. On a CPU they are laid out for oneDNN as well, which
+    torch would do in every pass, too; in float32 it takes a slower library. The parameters stay as
+    they are; the copy serves inputs of `dtype`. tokens: of a usual pass.
     """
     onednn, known = torch.ops.mkldnn, torch.backends.mkldnn.is_available()
-    if not known or dtype == torch.bfloat16 and not onednn._is_mkldnn_bf16_supported():
-        return
+    known = known and (dtype == torch.float32 or onednn._is_mkldnn_bf16_supported())
     for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear) and layer.weight.device.type == "cpu":
-            weight = layer.weight.detach().to(dtype)
-            layer.forward = partial(packed_linear, layer.weight, layer.weight._version,
-                                    onednn._reorder_linear_weight(weight, tokens))
+        if isinstance(layer, torch.nn.Linear):
+            weight, on_cpu = layer.weight.detach().to(dtype), layer.weight.device.type == "cpu"
+            if on_cpu and known:
+                weight = onednn._reorder_linear_weight(weight, tokens)
+            elif on_cpu or dtype == torch.float32:
+                continue                               # nothing to gain
+            layer.forward = partial(packed_linear, layer.weight, layer.weight._version, weight)
 
 
 def packed_linear(weight, version, packed, x):
@@ -322,6 +325,8 @@ def packed_linear(weight, version, packed, x):
     same = (x.dtype, x.device) == (packed.dtype, packed.device) and weight._version == version
     if torch.is_grad_enabled() or not same:
         return F.linear(x, weight)
+    if not packed.is_mkldnn:
+        return F.linear(x, packed)
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 

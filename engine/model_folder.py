@@ -20,8 +20,9 @@ def read_model(path):
     if not ((where / "manifest.json").is_file() and (where / "config.json").is_file()):
         where = checkpoint.latest(path)
     if where is None:
-        raise FileNotFoundError(f"{path}: no checkpoint here; train one with "
-                                f"`python train.py config/{Path(path).name}.py`")
+        inside = sorted(str(p) for p in Path(path).glob("*/") if checkpoint.latest(p))
+        raise FileNotFoundError(f"{path}: no checkpoint here; train.py writes them to OUT/STAGE"
+                                + f" ({', '.join(inside)})" * bool(inside))
     checkpoint.load(where, "tokenizer.tiktoken")
     return where, checkpoint.load(where, "config.json"), checkpoint.load(where, "model.pt")
 

@@ -96,7 +96,7 @@ class Log:
 
         measured: this rank's, to be averaged over ranks; known: the same on all ranks. `mfu`, the
         share of the chip's nominal FLOP/s that the model's own FLOPs make, is there on chips whose
-        figure is known.
+        figure is known; `device_gb`, the most memory so far, on every accelerator.
         """
         lm = batch.targets is not None
         if self.peak:
@@ -111,6 +111,8 @@ class Log:
                "tokens_per_second": self.tokens / seconds, "data_share": self.data / seconds}
         if self.peak:
             row["mfu"] = self.flops / seconds / self.peak
+        if module := distributed.device_module(self.world.device.type):
+            row["device_gb"] = module.max_memory_allocated() / 1e9
         if self.file:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
@@ -191,5 +193,8 @@ def summarise(cfg, stages, scores, minutes, trained):
     print(f"\ncheckpoint: {checkpoint.latest(cfg.run_dir)}   ({spent})")
     if cfg.stage.startswith("embed"):
         where = "" if cfg.run_dir == Path("out/embed_sup") else f" --checkpoint={cfg.run_dir}"
+        corpora = [*cfg.evaluate, f"{cfg.data}/search", f"{cfg.data}/test"]
+        corpus = next((c for c in corpora if any(Path(c).glob("corpus.jsonl*"))), "FOLDER")
+        where += "" if corpus == "out/installed_docs/search" else f" --corpus={corpus}"
         print(f"search:     python embed.py{where} --query \"how do I compute the determinant of a "
               "matrix\"")

@@ -89,6 +89,8 @@ def check_values(cfg, tasks):
             raise ValueError(f"{name} {values}: tasks are {', '.join(tasks)}")
         if any(not least <= v < 1e12 for v in values.values()):
             raise ValueError(f"{name} {values}: values must be at least {least}, and finite")
+    if not any(cfg.task_weights.values()):
+        raise ValueError(f"task_weights {cfg.task_weights}: no task is left")
 
 
 # ---------------------------------------------------------------- the chain of stages

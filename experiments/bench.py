@@ -62,7 +62,7 @@ class BenchConfig:
     only: tuple[str, ...] = ()     # names of MEASUREMENTS; empty: all
     device: Literal["cpu", "cuda"] = "cpu"
     results: str = "results"       # folder of bench_cpu.json and bench_gpu.json
-    config: str = "config/small"   # folder of the recipe whose shape and batches the rows have
+    config: str = ""               # the recipe's folder; empty: config/small, on CUDA config/full
     pairs: int = 64                # of a contrastive step
     texts: int = 1000              # to encode
     head_vocab: int = 150_000      # words of the cross-entropy
@@ -71,7 +71,8 @@ class BenchConfig:
 
     def stage(self, number=0):
         """Return the recipe's `TrainConfig` of stage 1 to 4, counted from 0."""
-        return run.chain(TrainConfig, [f"{self.config}/embed_sup.py"])[number]
+        folder = self.config or f"config/{'full' if self.device == 'cuda' else 'small'}"
+        return run.chain(TrainConfig, [f"{folder}/embed_sup.py"])[number]
 
     def model(self, **changes):
         """Return a `Conan` of the recipe's shape with fresh weights, always the same ones."""
@@ -456,7 +457,8 @@ class Rows:
         self.tables[caption] = rows
         write_result(self.cfg.results, self.name, {
             "title": f"Speed, {self.cfg.device}", "command": f"python -m experiments.bench "
-            f"--device={self.cfg.device}", "tables": self.tables,
+            f"--device={self.cfg.device}" + f" --config={self.cfg.config}" * bool(self.cfg.config),
+            "tables": self.tables,
             "notes": [f"Machine: {self.machine}.", *NOTES]})
 
 

@@ -33,9 +33,11 @@ def record(request):
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_a_seed():
+def one_thread_a_seed_and_the_cpu(monkeypatch):
+    """A test that wants a card names it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    monkeypatch.setattr("embed.accelerator", lambda: "cpu")
 
 
 @pytest.fixture(scope="session")

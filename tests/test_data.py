@@ -46,6 +46,7 @@ def texts_of(batch, tokenizer):
     {"instruction": "do", "input": "x", "output": "y"},
     {"prompt": "do", "query": "x", "pos": "y"},            # a string is one positive, not letters
     {"prompt": "do", "query": "x", "pos": ["y"], "neg": []},
+    {"instruction": "do", "query": "x", "pos": ["y"], "input": "a column", "output": "of its own"},
     {"prompt": "do", "query": "x", "pos": ["y"], "neg": None, "more": {"ignored": 1}},
 ])
 def test_pairs_come_in_several_spellings(row):
@@ -133,7 +134,8 @@ def test_a_long_prompt_is_cut_only_as_far_as_its_output_needs(tokenizer):
 
 # ---------------------------------------------------------------- contrastive batches
 
-def test_a_contrastive_batch_holds_queries_positives_and_present_negatives(tokenizer):
+def test_a_contrastive_batch_holds_queries_positives_and_negatives(tokenizer):
+    """An absent negative is an empty text."""
     rows = [{"query": "the", "pos": ["fox"], "neg": ["dog"]},
             {"query": "lazy", "pos": ["dog"], "neg": [], "prompt": "over"}]
     t = task(tokenizer, rows, n_negatives=2)
@@ -142,12 +144,13 @@ def test_a_contrastive_batch_holds_queries_positives_and_present_negatives(token
     batch = t.batch(0)
     texts = ["Find\nthe", "over\nlazy"][::1 if order == [0, 1] else -1]    # "Find": no own prompt
     positives = ["fox", "dog"] if order == [0, 1] else ["dog", "fox"]
-    assert texts_of(batch, tokenizer) == texts + positives + ["dog"]
+    negatives = ["dog", "", "", ""] if order == [0, 1] else ["", "", "dog", ""]
+    assert texts_of(batch, tokenizer) == texts + positives + negatives
     assert batch.positive_ids.tolist() == [data.text_id(text) for text in positives]
     assert batch.negative_ids[order.index(0)].tolist() == [data.text_id("dog"), -1]
     assert batch.negative_ids[order.index(1)].tolist() == [-1, -1]
     skip = [len(tokenizer.encode(text)) for text in ("Find\n", "over\n")]
-    assert batch.skip == [skip[i] for i in order] + [0] * 3
+    assert batch.skip == [skip[i] for i in order] + [0] * 6
     assert t.prompts == {"Find": 1, "over": 1}
     assert batch.rows.tolist() == order
 
@@ -301,7 +304,8 @@ def test_queries_are_embedded_under_their_own_instruction(embedder, tmp_path):
 def test_a_stage_takes_the_files_that_are_named_or_those_of_its_folder(tmp_path):
     for name in ("text.jsonl", "text-zh.jsonl", "text_dev.jsonl", "pairs/a.jsonl", "pairs/b.NDJSON",
                  "pairs/c.jsonl.gz", "pairs/d.en-de.jsonl", "pairs/d.en-fr.jsonl", "sts.json",
-                 "pairs/a.jsonl.bak", "pairs/notes.txt", "clr.jsonl.bak", "clr_old.jsonl"):
+                 "pairs/a.jsonl.bak", "pairs/notes.txt", "clr.jsonl.bak", "clr_old.jsonl",
+                 "text.jsonl.report.json", "pairs/a.jsonl.report.json"):
         write_lines(tmp_path / "set" / name, [{"text": name}])
     cfg = tiny_config(data=str(tmp_path / "set"))
 

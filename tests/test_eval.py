@@ -579,7 +579,8 @@ def test_what_was_measured_before_stays_in_the_runs_file(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("options, reason", [
     ({}, "one of --checkpoint"), ({"checkpoint": "x", "bm25": True}, "one of --checkpoint"),
     ({"bm25": True, "dims": (64,)}, r"vectors for dims=\(64,\)"),
-    ({"bm25": True, "mteb": ("STS17",)}, "a checkpoint is needed for mteb=.*STS17")])
+    ({"bm25": True, "mteb": ("STS17",)}, "a checkpoint is needed for mteb=.*STS17"),
+    ({"checkpoint": "x", "mteb": ("STS17",), "split": "dev"}, "split=dev .* are not for mteb")])
 def test_options_that_do_not_fit(options, reason):
     with pytest.raises(ValueError, match=reason):
         evaluation.EvalConfig(**options)
@@ -601,4 +602,8 @@ def test_sft_is_validated_causally_on_the_document_that_answers_best(tmp_path, t
                             dtype=torch.float32)
     batch = data.sft_batch([("Find", "asked", "best")], [0], tokenizer, state.cfg.passage_len)
     loss = float(model(batch.ids, batch.lengths, CAUSAL, batch.targets).detach())
+    assert evaluation.validation_loss(state) == pytest.approx(loss, rel=1e-6)
+    corpus = tmp_path / "dev/corpus.jsonl"
+    (tmp_path / "dev/corpus.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+    corpus.unlink()
     assert evaluation.validation_loss(state) == pytest.approx(loss, rel=1e-6)

@@ -246,25 +246,25 @@ def unit(*degrees):
 
 def test_the_contrastive_loss_by_hand():
     """Two queries, their positives and one hard negative; the other query has none."""
-    x = unit(0, 90, 30, 60, 45)                    # q0, q1, p0, p1, n0
-    batch = data.Batch("retrieval", torch.zeros(5), [1] * 5, None, query_ids=torch.tensor([1, 2]),
+    x = unit(0, 90, 30, 60, 45, 90)                # q0, q1, p0, p1, n0, an empty text
+    batch = data.Batch("retrieval", torch.zeros(6), [1] * 6, None, query_ids=torch.tensor([1, 2]),
                        positive_ids=torch.tensor([3, 4]), negative_ids=torch.tensor([[5], [-1]]),
                        known_ids=torch.tensor([[3], [4]]))
     loss, cosines = train.embedding_loss(x, batch, 1.0, (2,))
     c30, c60, c45 = (math.cos(math.radians(d)) for d in (30, 60, 45))
     each = math.log(1 + math.exp(c60 - c30) + math.exp(c45 - c30))          # n0 counts for both
     assert loss.item() == pytest.approx(each, abs=1e-6)
-    assert cosines.tolist() == [[pytest.approx(c45)], [0]]
+    assert cosines[0].item() == pytest.approx(c45)
 
 
 @pytest.mark.parametrize("place", ["in batch", "hard negative"])
 def test_all_positives_of_a_row_leave_its_denominator(place):
     """Row 0 has the positives 3 and 4, of which 3 was drawn; row 1 has 4 alone."""
     negatives = {"in batch": [[-1], [-1]], "hard negative": [[4], [-1]]}[place]
-    batch = data.Batch("retrieval", torch.zeros(5), [1] * 5, None, query_ids=torch.tensor([1, 2]),
+    batch = data.Batch("retrieval", torch.zeros(6), [1] * 6, None, query_ids=torch.tensor([1, 2]),
                        positive_ids=torch.tensor([3, 4]), negative_ids=torch.tensor(negatives),
                        known_ids=torch.tensor([[3, 4], [4, -1]]))
-    x = unit(0, 90, 30, 60, 60)[:5 if place == "hard negative" else 4]
+    x = unit(0, 90, 30, 60, 60, 90)
     loss, _ = train.embedding_loss(x, batch, 1.0, (2,))
     c30, c60 = (math.cos(math.radians(d)) for d in (30, 60))
     row_1 = math.log(1 + math.exp(c60 - c30))      # against row 0's positive; its own is 4
@@ -346,7 +346,8 @@ def test_a_save_that_takes_long_warns(rows, tmp_path, capsys, monkeypatch):
 # ---------------------------------------------------------------- what is refused, and how
 
 @pytest.mark.parametrize("more, message", [
-    (["--task_weights=clr:1"], "embed_sup needs data: --retrieval="),
+    (["--task_weights=clr:1"], "embed_sup needs data: --clr=FILE; where files are named"),
+    (["--task_weights=clr:0"], "no task is left"),
     (["--retrieval=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--batch_size=25"], "24 rows are too few for a batch of 25"),
     (["--parallel=fsdp", "--lora_rank=4"], "needs parallel ddp or zero1"),
@@ -362,6 +363,24 @@ def test_a_mistake_is_one_clear_line(rows, tmp_path, more, message):
         train.main(arguments(rows, stage, tmp_path, *more))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*/step_*"))     # before anything was trained
+
+
+def test_a_mistake_in_a_later_stages_data_shows_before_the_first_stage(tmp_path):
+    folder, out = tmp_path / "data", tmp_path / "out"
+    argv = ["config/embed_sup.py", f"--data={folder}", f"--out={out}", "--device=cpu"]
+    for name, row, message in (
+            ("none.jsonl", {}, "pretrain needs data: .*data has no text.jsonl"),
+            ("text.jsonl", {"text": "fox"}, "sft needs data: .*data has no pairs.jsonl"),
+            ("pairs.jsonl", {"query": "a", "pos": "b"}, "pairs.jsonl: 70 rows are too few for a b"),
+            ("pairs.jsonl", {"query": "a", "pos": "b"}, "has no retrieval.jsonl or clr.jsonl or"),
+            ("sts.jsonl", {"s1": "a", "score": 1}, "sts.jsonl:1: key 'sentence1' is missing"),
+            ("test/corpus.jsonl", {"_id": 1, "text": "a"}, "corpus.jsonl:1: id or _id must be a")):
+        rows = 200 if "retrieval" in message else 70
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_lines(folder / name, [row] * rows)
+        with pytest.raises(SystemExit, match=message):
+            train.main(argv)
+    assert not out.exists()
 
 
 def test_a_folder_of_data_must_exist_unless_it_is_the_embedded_one(tmp_path):

@@ -15,7 +15,8 @@ Every folder below FOLDER is a set. Its files (.jsonl, .ndjson, also .gz) tell w
     rows with id?, title, text, keywords?   documents: title -> text; equal ids are translations
     rows with text                          running text
 
-Only rows of split "train", or of none, are trained on. A folder named *_dev or *_test never is: its
+Questions, passages, documents and paraphrases have a `lang`; without one they are English. Only
+rows of split "train", or of none, are trained on. A folder named *_dev or *_test never is: its
 collection is copied to OUT, where the evaluation looks. Of sets without a split a share is held out
 and written to OUT/held_out in the same format: bitext by the English sentence, documents whole,
 paraphrases by id. Professional translations stand in for machine ones in CLR: the query's language
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from configurator import run_command
 from data import PARSERS, document_text, load_collection, parse_pair, text_id
-from engine.jsonl import read_jsonl, write_jsonl
+from engine.jsonl import read_jsonl, write_jsonl, write_object
 
 HELD_OUT_SHARE = 5                 # one in five of what carries no split is held out
 WINDOW = 4                         # sentences of a paragraph that is cut from a document
@@ -41,12 +42,18 @@ SUPERVISED = 500                   # rows of a set in stage 4: few enough to com
 SMALLEST = 512                     # pairs of a file; smaller ones share one
 LABELS_AS_NEGATIVES = 15           # other labels of a classification row
 FOR_EVALUATION = ("_dev", "_test")     # how the names of sets end that nothing is trained on
+MADE_HERE = "sets.json"            # marks a folder that this tool wrote
 SUFFIX = re.compile(r"\.(jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
 
 
 def for_training(rows):
     """Return the rows of split "train" and those of none."""
     return [row for row in rows if row.get("split", "train") == "train"]
+
+
+def language(row):
+    """Return the language of a row; one that names none is English, as in BEIR's collections."""
+    return row.get("lang", "en")
 
 
 class Builder:
@@ -139,15 +146,15 @@ class Builder:
             same[row["id"].split("/")[-1]].append(row)
             for key in (key for key, score in collection.qrels[row["id"]].items() if score > 0):
                 passage = documents[key]
-                crossing |= passage["lang"] != row["lang"]
-                self.ask(row["text"], document_text(passage), row["lang"], passage["lang"])
+                crossing |= language(passage) != language(row)
+                self.ask(row["text"], document_text(passage), language(row), language(passage))
         for rows in same.values() if crossing else ():
             for i, row in enumerate(rows):
                 for other in rows[:i]:
-                    self.bitext(row["text"], other["text"], row["lang"], other["lang"])
+                    self.bitext(row["text"], other["text"], language(row), language(other))
         for row in for_training(collection.corpus):
             self.text(document_text(row))
-            self.crop(row["text"], row["lang"])
+            self.crop(row["text"], language(row))
         for row in queries:
             self.text(row["text"])
 
@@ -227,7 +234,7 @@ class Builder:
         for row in self.to_train_on(rows, lambda row: row["id"]):
             self.text(row["sentence1"])
             if row["label"] == 1:
-                self.bitext(row["sentence1"], row["sentence2"], row["lang"], row["lang"])
+                self.bitext(row["sentence1"], row["sentence2"], language(row), language(row))
 
     def labels(self, rows):
         """Take {text, label}: the label's text is the positive, other labels the negatives."""
@@ -253,9 +260,9 @@ class Builder:
             head = ". ".join(filter(None, (row.get("title"), row.get("summary")))) \
                 or (words if isinstance(words, str) else " ".join(words))
             self.text(document_text({"title": head, "text": row["text"]}))
-            self.crop(row["text"], row["lang"])
+            self.crop(row["text"], language(row))
             if head:
-                by_language[row.get("id", row["text"])][row["lang"]] = (head, row["text"])
+                by_language[row.get("id", row["text"])][language(row)] = (head, row["text"])
         for languages in by_language.values():
             for lang, (head, text) in languages.items():
                 self.ask(head, text, lang, lang)
@@ -342,12 +349,16 @@ def columns_of(path):
 def build(root, out):
     """Build the files of `root`'s sets in `out`, in place of older ones; return {kind: rows}.
 
-    The older ones stay until all is built. Raises ValueError if one folder lies in the other.
+    The older ones stay until all is built. Raises ValueError if one folder lies in the other, or
+    `out` holds what this tool did not write.
     """
     root, out = Path(root), Path(out)
     one, other = root.resolve(), out.resolve()
     if one in (other, *other.parents) or other in one.parents:
         raise ValueError(f"{out} and {root} lie in each other: choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / MADE_HERE).is_file():
+        raise ValueError(f"{out} holds other files, and has no {MADE_HERE} of this tool: choose "
+                         "another --out")
     folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
     if not any(files_of(folder) for folder in folders):
         raise ValueError(f"{root}: no folder with sets in it (.jsonl or .jsonl.gz files)")
@@ -362,6 +373,7 @@ def build(root, out):
     for kind, rows in files.items():
         builder.rng.shuffle(rows)
         write_jsonl(part / f"{kind}.jsonl", rows)
+    write_object(part / MADE_HERE, {kind: len(rows) for kind, rows in sorted(files.items())})
     for folder in held_out_collections(root):
         shutil.copytree(folder, part / folder.name)
     out.mkdir(parents=True, exist_ok=True)

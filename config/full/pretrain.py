@@ -10,6 +10,7 @@ out = "out/full"
 passage_len = 32_768               # tokens of a window
 query_len = 32_768
 batch_size = 256
+micro_batch_size = 1               # a window fills a card; the result is the same
 steps = 3_000_000_000_000 // (256 * 32_768)
 learning_rate = 1e-4
 warmup = 0.05

@@ -1,6 +1,7 @@
 """The fast operations against the plain ones of model.py, forward and backward; their parts."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -92,6 +93,19 @@ def test_packed_weights_give_the_same_vectors_and_leave_training_alone(dtype, cl
         for p in packed.parameters():
             p.mul_(1.5)
         assert relative(packed(ids, lengths, FULL), want) > 0.1 and calls
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])
+def test_a_rounded_copy_gives_what_autocast_gives(device):
+    """On a card the copy is a plain tensor."""
+    weight, x = torch.randn(8, 6, device=device), torch.randn(5, 6, device=device).bfloat16()
+    layer = partial(kernels.packed_linear, weight, weight._version, weight.bfloat16())
+    with torch.autocast(device, torch.bfloat16):
+        with torch.no_grad():
+            assert torch.equal(layer(x), F.linear(x, weight))
+            weight.mul_(2)                             # no longer the copy's
+            assert torch.equal(layer(x), F.linear(x, weight))
 
 
 def test_a_layout_by_hand():

@@ -63,10 +63,13 @@ def synchronisations(world):
 
 
 def unequal_ranks(world):
-    """Take a two-pass step under fsdp whose hard negatives are all on the first rank."""
+    """Take a two-pass step under fsdp whose hard negatives are all on the first rank.
+
+    The other ranks' are empty texts.
+    """
     model = distributed.parallelize(tiny_model(), world, "fsdp")
     absent = world.rank > 0
-    lengths = [4] * (6 if absent else 12)              # 3 queries, 3 positives, 2 negatives of each
+    lengths = [4] * 6 + [1 if absent else 4] * 6       # 3 queries, 3 positives, 2 negatives of each
     ids = torch.full((3, 2), -1) if absent else torch.arange(6).view(3, 2) + 20
     batch = data.Batch("", torch.arange(sum(lengths)) % 7, lengths, None, negative_ids=ids,
                              query_ids=torch.arange(3) + 10 * world.rank,

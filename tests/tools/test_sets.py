@@ -201,11 +201,24 @@ def test_what_it_does_not_know_is_named(tmp_path):
     with pytest.raises(ValueError, match="data.jsonl:2: key 'label' is missing"):
         sets.build(tmp_path / "root", tmp_path / "out")
     write(tmp_path / "root" / "odd" / "data.jsonl", [{"text": "a", "title": "b", "id": "c"}])
+    sets.build(tmp_path / "root", tmp_path / "english")            # no `lang`
+    assert list((tmp_path / "english" / "pairs").glob("*.jsonl"))
+    write(tmp_path / "root" / "odd" / "data.jsonl", [{"id": 1, "sentence1": "a", "sentence2": "b",
+                                                      "score": 1, "lang": lang} if lang else
+                                                     {"id": 1, "sentence1": "c", "sentence2": "d",
+                                                      "score": 1} for lang in ("de", None)])
     with pytest.raises(ValueError, match="odd/data.jsonl: a row has no key 'lang'"):
         sets.build(tmp_path / "root", tmp_path / "out")
     (tmp_path / "root" / "odd" / "data.jsonl").write_text("")
     with pytest.raises(ValueError, match="odd.*no rows"):
         sets.build(tmp_path / "root", tmp_path / "out")
+
+
+def test_a_folder_of_the_users_own_is_left_alone(root, tmp_path):
+    write(tmp_path / "own" / "pairs" / "mine.jsonl", [{"query": "a", "pos": "b"}])
+    with pytest.raises(ValueError, match="own holds other files, and has no sets.json"):
+        sets.build(root, tmp_path / "own")
+    assert (tmp_path / "own" / "pairs" / "mine.jsonl").is_file()
 
 
 def test_small_files_are_joined_by_set_then_all(tmp_path):
