@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mask import future_weight
 
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.MATH]           # in the order of their speed on Hopper
+            SDPBackend.MATH]           # in the order of preference
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def packed(q, k, v, texts):
 
 
 def equal_lengths(q, k, v, b, is_causal):
-    """Return (S, H, E) for b texts of one length by SDPA, whose cuDNN kernel is Hopper's fastest.
+    """Return (S, H, E) for b texts of one length by SDPA; of its kernels cuDNN's comes first.
 
     That kernel is built anew for every length: only for lengths that come again and again.
     """

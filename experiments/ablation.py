@@ -301,8 +301,8 @@ def curve(lab):
 
     A shorter stage 1 is the beginning of the longest. The last cells have no language model, and
     their stage 3 gets the time of stages 1 and 2 as well. The rate of stage 3 was tuned after the
-    longest stage 1; after a shorter one half of it is better (docs/log.md), and without one half of
-    it is as good on dev. The last row has all of it.
+    longest stage 1; after a shorter one half of it is better (docs/log.md), the other points were
+    not tuned. The last row has all of it.
     """
     base = lab.base[PRETRAIN]
     window = base.batch_size * base.passage_len    # tokens of a step

@@ -11,7 +11,7 @@ is what CLR is for, questions in other languages on English passages (PAPER Sec.
 A bag needs no training: each token is a random vector times its IDF, a text their mean. It finds
 words that a query and a document share. IBM model 1 (Brown et al. 1993) learns from bitext which
 tokens translate each other, and mixes their vectors: the bag becomes bilingual.
-DEVIATES: none of this is the paper's. It stands beside the method, not inside it.
+None of this is the paper's. It stands beside the method, not inside it.
 """
 import sys
 from collections import defaultdict

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node=8 --nnodes=2 train.py config/full/embed_weak.py --data=FOLDER
 
 The paper: the pairs of stage 2 without those scored below 0.4; 16 x Ascend 910B, 97 hours.
-Drop those before stage 2: python -m tools.filters --min_score=0.4 --scorer=MODEL (Sec. 3.1.2).
+DEVIATES: stage 2 reads the same files, so those are dropped before it (Sec. 3.1.2):
+python -m tools.filters --min_score=0.4 --scorer=MODEL
 """
 stage = "embed_weak"
 previous = "config/full/sft.py"
