@@ -374,9 +374,10 @@ def validation_loss(state):
     """Return the next-token loss on DATA's held-out documents or pairs; None if there is none."""
     cfg, folder = state.cfg, Path(state.cfg.data)
     file = {"pretrain": "text_dev.jsonl", "sft": "dev/corpus.jsonl"}.get(cfg.stage)
-    path = next((folder / name for name in (f"{file}", f"{file}.gz") if (folder / name).is_file()),
-                None)
-    if path is None or not data.uses_folder(cfg):
+    if file is None or not data.uses_folder(cfg):
+        return None
+    path = next((p for p in (folder / file, folder / f"{file}.gz") if p.is_file()), None)
+    if path is None:
         return None
     if cfg.stage == "pretrain":
         texts = islice(read_jsonl(path, {"text": str}), VALIDATION_TEXTS)

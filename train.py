@@ -225,7 +225,7 @@ def prepare(cfg):
     elif data.uses_folder(cfg) and not Path(cfg.data).is_dir():
         raise ValueError(f"data: there is no folder {cfg.data}; `python -m tools.sets` makes one")
     for folder in collections(cfg):
-        data.load_collection(folder)               # a mistake there would show at the very end
+        data.load_collection(folder)               # a mistake shows now, not at the very end
 
 
 def finished(cfg, world, before):
@@ -440,7 +440,7 @@ def main(argv=None):
         world = distributed.start(cfg.device)
         world.on_main(lambda: prepare(cfg))
         for stage in configs:
-            data.hashes(stage, world)              # so would one in a later stage's data
+            data.hashes(stage, world)      # its mistakes show now, not after the stages before it
         done, trained = None, False
         for stage in configs:
             before, done = done, finished(stage, world, done)

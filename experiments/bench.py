@@ -69,10 +69,14 @@ class BenchConfig:
     head_tokens: int = 2048
     soft_lengths: tuple[int, ...] = (512, 1024, 2048)
 
+    @property
+    def recipe(self):
+        """The recipe's folder."""
+        return self.config or f"config/{'full' if self.device == 'cuda' else 'small'}"
+
     def stage(self, number=0):
         """Return the recipe's `TrainConfig` of stage 1 to 4, counted from 0."""
-        folder = self.config or f"config/{'full' if self.device == 'cuda' else 'small'}"
-        return run.chain(TrainConfig, [f"{folder}/embed_sup.py"])[number]
+        return run.chain(TrainConfig, [f"{self.recipe}/embed_sup.py"])[number]
 
     def model(self, **changes):
         """Return a `Conan` of the recipe's shape with fresh weights, always the same ones."""
@@ -457,8 +461,7 @@ class Rows:
         self.tables[caption] = rows
         write_result(self.cfg.results, self.name, {
             "title": f"Speed, {self.cfg.device}", "command": f"python -m experiments.bench "
-            f"--device={self.cfg.device}" + f" --config={self.cfg.config}" * bool(self.cfg.config),
-            "tables": self.tables,
+            f"--device={self.cfg.device} --config={self.cfg.recipe}", "tables": self.tables,
             "notes": [f"Machine: {self.machine}.", *NOTES]})
 
 
