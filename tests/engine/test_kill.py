@@ -12,12 +12,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import train
 from engine import checkpoint
@@ -84,6 +86,7 @@ def live(rows, stage, out, *more, dies=0, rank=0, size=1, port=0):
     try:
         os.chdir(rows)
         torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())     # the one that forks share stays held by a killed one
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
         if dies:
