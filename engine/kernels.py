@@ -24,6 +24,7 @@ from mask import mask_weights
 
 SMALL = 1 << 15                    # numbers in a group's queries, up to which SDPA is faster
 LONG_ROW = 128                     # numbers in a row, from which softmax in 16 bits is faster
+FEW = 32                           # tokens, below which oneDNN loses in float32: it begins slowly
 
 
 def pick(device, compile=False):
@@ -323,7 +324,8 @@ def pack(model, dtype, tokens=4096):
 def packed_linear(weight, version, packed, x):
     """Return x weight^T, x (S, D), weight (F, D): by the packed weight if it is still the same."""
     same = (x.dtype, x.device) == (packed.dtype, packed.device) and weight._version == version
-    if torch.is_grad_enabled() or not same:
+    few = len(x) < FEW and x.dtype == torch.float32
+    if torch.is_grad_enabled() or few or not same:
         return F.linear(x, weight)
     if not packed.is_mkldnn:
         return F.linear(x, packed)

@@ -425,6 +425,7 @@ class Rows:
         info, gpu = Path("/proc/cpuinfo"), cfg.device == "cuda"
         names = re.findall("model name\\s*: (.*)", info.read_text()) if info.is_file() else []
         chip = torch.cuda.get_device_name() if gpu else (names or [platform.machine()])[0]
+        self.title = f"Speed, {cfg.device}, {chip}"
         self.machine = (f"{chip}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
                         f"torch {torch.__version__}")
         path = Path(cfg.results) / f"{self.name}.json"
@@ -460,7 +461,7 @@ class Rows:
         """Write everything; what is measured before an interruption is not lost."""
         self.tables[caption] = rows
         write_result(self.cfg.results, self.name, {
-            "title": f"Speed, {self.cfg.device}", "command": f"python -m experiments.bench "
+            "title": self.title, "command": f"python -m experiments.bench "
             f"--device={self.cfg.device} --config={self.cfg.recipe}", "tables": self.tables,
             "notes": [f"Machine: {self.machine}.", *NOTES]})
 

@@ -75,7 +75,7 @@ def layout_of(lengths, mask=FULL, dtype=torch.float32):
 @pytest.mark.parametrize("dtype, close", [("float32", 1e-5), ("bfloat16", 0.02)])
 def test_packed_weights_give_the_same_vectors_and_leave_training_alone(dtype, close, monkeypatch):
     """The packed copy serves texts without a gradient; parameters and gradients stay."""
-    lengths, calls = [9, 4, 7], []
+    lengths, calls = [19, 4, 17], []
     ids = torch.cat(texts_of(*lengths))
     packed, model = tiny(kernels.pick("cpu")), tiny(kernels.pick("cpu"))
     kernels.pack(packed, getattr(torch, dtype))
@@ -85,6 +85,10 @@ def test_packed_weights_give_the_same_vectors_and_leave_training_alone(dtype, cl
             want = model(ids, lengths, FULL)
             monkeypatch.setattr(F, "linear", lambda *args: calls.append(1) or linear(*args))
             assert relative(packed(ids, lengths, FULL), want) < close and not calls
+            few = packed(ids[:19], lengths[:1], FULL)
+            assert relative(few, want[:1]) < close
+            assert bool(calls) == (dtype == "float32")
+            calls.clear()
         packed(ids, lengths, FULL).square().sum().backward()
         model(ids, lengths, FULL).square().sum().backward()
     for (name, p), q in zip(packed.named_parameters(), model.parameters()):
