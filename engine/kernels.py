@@ -306,8 +306,8 @@ def pack(model, dtype, tokens=4096):
     """Round the weights of a model's matmuls to `dtype` once, for texts without a gradient.
 
     Autocast would round them in every pass. On a CPU they are laid out for oneDNN as well, which
-    torch would do in every pass, too; in float32 it takes a slower library. The parameters stay as
-    they are; the copy serves inputs of `dtype`. tokens: of a usual pass.
+    torch would do in every pass, too; in float32 it takes MKL, which is slower on many tokens. The
+    parameters stay as they are; the copy serves inputs of `dtype`. tokens: of a usual pass.
     """
     onednn, known = torch.ops.mkldnn, torch.backends.mkldnn.is_available()
     known = known and (dtype == torch.float32 or onednn._is_mkldnn_bf16_supported())

@@ -6,7 +6,8 @@
 
 Sides of a comparison run in turn, `rounds` times after a warm-up. A row is the median of the paired
 ratios, with their quartiles. The shape is that of a recipe (`--config`). Results go to
-results/bench_cpu.json or bench_gpu.json. Rows that need a missing optional package are left out.
+results/bench_cpu.json or bench_gpu.json, which begins anew on another processor. Rows that need a
+missing optional package are left out.
 The minutes of a whole run are not here: `python -m experiments.results record` has them by stage.
 """
 import dataclasses
@@ -418,7 +419,7 @@ def quartiles(values):
 
 
 class Rows:
-    """The rows of one device; a measurement that is taken again replaces its own alone."""
+    """The rows of one processor; a measurement that is taken again replaces its own alone."""
 
     def __init__(self, cfg):
         self.cfg, self.name = cfg, f"bench_{'gpu' if cfg.device == 'cuda' else 'cpu'}"
@@ -429,7 +430,8 @@ class Rows:
         self.machine = (f"{chip}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
                         f"torch {torch.__version__}")
         path = Path(cfg.results) / f"{self.name}.json"
-        self.tables = read_object(path)["tables"] if path.is_file() else {}
+        before = read_object(path) if path.is_file() else {}
+        self.tables = before["tables"] if before.get("title") == self.title else {}
 
     def compare(self, name, above, below, amount=None):
         """Measure two callables in turn, and keep the ratio of their seconds."""

@@ -88,8 +88,11 @@ def test_verdicts_and_merging(tmp_path):
         rows.add(name, [value])
         assert rows.tables["speed"][-1]["met"] == verdict
     bench.Rows(cfg).add("head time", [1.0])
-    table = json.loads((tmp_path / "bench_cpu.json").read_text())["tables"]["speed"]
+    path = tmp_path / "bench_cpu.json"
+    table = json.loads(path.read_text())["tables"]["speed"]
     assert [row["measured"] for row in table] == [1.05, 2.5, 5.0, 1.0]
+    path.write_text(path.read_text().replace(rows.title, "Speed, cpu, another processor"))
+    assert bench.Rows(cfg).tables == {}                    # rows of two machines do not mix
 
 
 def test_the_peak_of_memory_is_seen():
