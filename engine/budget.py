@@ -71,20 +71,19 @@ def activations(config, tokens, checkpointing=False, head=False):
     A block keeps for each token: its float32 input and the sum in its middle (8 D), the norms'
     outputs (4 D), q, k, v (2 D + 4 K E), attention's output twice (4 D) and row sums (4 H), gate,
     up and product (6 F); with `checkpointing` only the input, and of one block at a time the rest.
-    The weights' bfloat16 copies, made in the forward pass, live as long. `head`: the float32
-    gradient of the output embedding and its bfloat16 copies, and the logits of a chunk, twice in
-    float32.
+    Autocast keeps the weights' bfloat16 copies to the end of the step. `head`: the float32 gradient
+    of the output embedding, a bfloat16 copy of that embedding, and the logits of a chunk, twice in
+    float32. They are gone before a block is computed again.
     """
     c, part = config, parameters(config)
     block = 12 * c.n_embd + (6 * c.n_head + 4 * c.n_kv_head) * c.head_dim + 4 * c.n_head \
         + 6 * c.ffn_dim
-    copies = 2 * (part["attention"] + part["ffn"]) / c.n_layer
-    one = tokens * block + copies                  # of a layer
-    total = (one + c.n_layer * 4 * c.n_embd * tokens if checkpointing else c.n_layer * one)
-    total += 8 * c.n_embd * tokens                 # the last norm: input and output
-    if head:
-        total += 12 * part["embedding"] + 8 * logits_chunk(c.vocab_size, "cuda") * c.vocab_size
-    return total
+    kept = c.n_layer * tokens * (4 * c.n_embd if checkpointing else block)
+    kept += 8 * c.n_embd * tokens                  # the last norm: input and output
+    kept += 2 * (part["attention"] + part["ffn"])  # copies
+    chunk = min(logits_chunk(c.vocab_size, "cuda"), tokens)
+    logits = 6 * part["embedding"] + 8 * chunk * c.vocab_size if head else 0
+    return kept + max(logits, tokens * block if checkpointing else 0)
 
 
 def unsharded(config):

@@ -1,27 +1,33 @@
-"""The arithmetic of --dry_run: by hand, against the model, and against what autograd keeps."""
+"""The arithmetic of --dry_run: by hand, against the model, and against what a step allocates."""
+
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train
 from engine import budget, kernels
+from engine.microbatch import backward
+from mask import FULL
 from model import Conan, ConanConfig
 
-FULL = ConanConfig()                       # PAPER Sec. 4.2
+PAPER = ConanConfig()                       # PAPER Sec. 4.2
 TINY = ConanConfig(vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=128, ffn_dim=256,
                    block_size=512)
 
 
 def test_full_size_by_hand():
-    assert budget.parameters(FULL) == {
+    assert budget.parameters(PAPER) == {
         "embedding": 150_000 * 3584,                       # 537,600,000, once: tied
         "attention": 8 * (3584 * 3584 * 2 + 3584 * 896 * 2),       # q and o; k and v of 8 x 112
         "ffn": 8 * 3 * 3584 * 8192,
         "norms": 17 * 3584}
-    assert sum(budget.parameters(FULL).values()) == 1_499_205_120
+    assert sum(budget.parameters(PAPER).values()) == 1_499_205_120
 
 
-@pytest.mark.parametrize("shape", [FULL, TINY, ConanConfig(n_layer=3, n_kv_head=32, ffn_dim=100)])
+@pytest.mark.parametrize("shape", [PAPER, TINY, ConanConfig(n_layer=3, n_kv_head=32, ffn_dim=100)])
 def test_parameters_are_those_of_the_model(shape):
     with torch.device("meta"):
         assert Conan(shape).count_params() == sum(budget.parameters(shape).values())
@@ -29,21 +35,21 @@ def test_parameters_are_those_of_the_model(shape):
 
 def test_memory_by_hand():
     n = 1_499_205_120
-    assert sum(budget.memory(FULL).values()) == 16 * n
-    assert budget.memory(FULL, "zero1", 8) == {"weights": 4 * n, "gradients": 4 * n,
+    assert sum(budget.memory(PAPER).values()) == 16 * n
+    assert budget.memory(PAPER, "zero1", 8) == {"weights": 4 * n, "gradients": 4 * n,
                                                "optimizer": n}
-    assert budget.memory(FULL, "fsdp", 16) == {"weights": n / 4, "gradients": n / 4,
+    assert budget.memory(PAPER, "fsdp", 16) == {"weights": n / 4, "gradients": n / 4,
                                                "optimizer": n / 2}
-    assert budget.memory(FULL, "ddp", 64) == budget.memory(FULL)
+    assert budget.memory(PAPER, "ddp", 64) == budget.memory(PAPER)
     # fsdp gathers the embedding in float32, and its gradient; two blocks and a gradient in bfloat16
-    assert budget.unsharded(FULL) == 8 * 537_600_000 + 6 * (961_544_192 // 8)
+    assert budget.unsharded(PAPER) == 8 * 537_600_000 + 6 * (961_544_192 // 8)
 
 
 def test_flops_by_hand():
     dense = 961_544_192
-    assert budget.flops(FULL, {1: 1}) == 6 * dense + 12 * 8 * 3584
+    assert budget.flops(PAPER, {1: 1}) == 6 * dense + 12 * 8 * 3584
     # 3 texts of 10 and 2 of 20 tokens, causal, with logits
-    assert budget.flops(FULL, {10: 3, 20: 2}, lm=True) == \
+    assert budget.flops(PAPER, {10: 3, 20: 2}, lm=True) == \
         70 * 6 * (dense + 537_600_000) + (3 * 10 * 10 + 2 * 20 * 20) * 6 * 8 * 3584
 
 
@@ -56,33 +62,36 @@ def test_flops_are_those_that_torch_counts():
     assert counter.get_total_flops() == pytest.approx(budget.flops(TINY, {100: 4}), rel=0.1)
 
 
-def kept(checkpointing, texts, length=320):
-    """Return the bytes that autograd keeps of a forward pass, parameters apart."""
-    model = Conan(TINY, ops=kernels.pick("cpu")).init_weights()
-    model.checkpointing = checkpointing
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages, alive = {}, []
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside hold at a time; `known` were made before."""
 
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)           # else its address could come again
-        return tensor
-    with torch.autocast("cpu", torch.bfloat16), \
-            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(torch.zeros(texts * length, dtype=torch.int64), [length] * texts)
-    return sum(storages.values())
+    def __init__(self, known):
+        super().__init__()
+        self.alive, self.most = {x.untyped_storage()._cdata: 0 for x in known}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if torch.is_tensor(x) and (storage := x.untyped_storage())._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata)
+        self.most = max(self.most, sum(self.alive.values()))
+        return out
 
 
-def test_activations_are_what_autograd_keeps():
-    grown = kept(False, 4) - kept(False, 2)                # the weights' copies cancel
-    assert budget.activations(TINY, 1280) - budget.activations(TINY, 640) == \
-        pytest.approx(grown, rel=0.05)
-    grown = kept(True, 4) - kept(True, 2)
-    block = (budget.activations(TINY, 640) - 8 * 128 * 640) / 3       # recomputed one by one
-    assert budget.activations(TINY, 640, checkpointing=True) == \
-        pytest.approx(grown + block, rel=0.05)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("head", [False, True])
+def test_activations_are_what_a_step_allocates(checkpointing, head):
+    shape = ConanConfig(vocab_size=5000, n_layer=3, n_head=4, n_kv_head=2, n_embd=256, ffn_dim=768,
+                        block_size=512)
+    model = Conan(shape, ops=kernels.pick("cpu")).init_weights()
+    model.checkpointing, ids = checkpointing, torch.zeros(3 * 320, dtype=torch.int64)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)               # `memory` counts them
+    with Peak([p.grad for p in model.parameters()]) as peak, torch.autocast("cpu", torch.bfloat16):
+        backward(model(ids, [320] * 3, FULL, ids if head else None).sum())
+    assert budget.activations(shape, len(ids), checkpointing, head) == \
+        pytest.approx(peak.most, rel=0.1)
 
 
 def test_a_dry_run_prints_and_allocates_nothing(capsys, monkeypatch, tmp_path):

@@ -174,6 +174,20 @@ def test_nothing_of_t_times_t_is_ever_made(monkeypatch, axis, lengths):
     assert largest.numel <= 2 * sum(lengths) * (H + 2 * K) * E < max(lengths) ** 2 / 4
 
 
+# ---------------------------------------------------------------- the operators, without a GPU
+
+@pytest.mark.parametrize("lengths", [[9], [1, 1], [5, 1, 12], [128, 128]], ids=str)
+@pytest.mark.parametrize("mask", [CAUSAL, FULL, MaskSpec(0.3), MaskSpec(0.3, "col")], ids=str)
+@pytest.mark.parametrize("e", [64, 20])
+def test_torch_takes_these_arguments_and_returns_these_shapes(lengths, mask, e):
+    """On "meta" torch runs its own operators by shape alone: the real signatures, no numbers."""
+    qkv = qkv_of(lengths, torch.bfloat16, "meta", e)
+    texts = flash.Texts(lengths, mask, "meta")
+    out, *grads = run(lambda q, k, v: flash.packed(q, k, v, texts), qkv)
+    assert (out.shape, out.dtype) == (qkv[0].shape, torch.bfloat16)
+    assert [(g.shape, g.dtype) for g in grads] == [(x.shape, x.dtype) for x in qkv]
+
+
 # ---------------------------------------------------------------- the whole model on packed texts
 
 @pytest.mark.parametrize("lengths", [[9, 30, 1, 28], [12], [128, 128]], ids=str)
