@@ -26,7 +26,7 @@ from tqdm import tqdm
 from configurator import run_command
 from data import (PROMPTS, document_text, end_text, find_packed, format_query, prompt_length,
                   read_with_ids)
-from engine import kernels
+from engine import kernels, memory
 from engine.distributed import accelerator, device_module, matmul_dtype
 from engine.jsonl import atomic, read_texts
 from engine.model_folder import EXPORTED, read_model
@@ -34,7 +34,7 @@ from mask import MaskSpec
 from model import Conan, ConanConfig
 from tokenizer import Tokenizer
 
-INDEX_VERSION = 2                  # of the way that texts are embedded; raise it when that changes
+INDEX_VERSION = 3                  # of the way that texts are embedded; raise it when that changes
 TEXTS_AT_A_TIME = 20_000           # tokenised and sorted together: memory stays bounded
 TOKENS_AT_A_TIME = 4096            # short texts fill a batch up to this
 MOST_TOKENS = 131_072              # of a batch of long texts
@@ -45,9 +45,9 @@ class Embedder:
 
     path: a folder of train.py (its newest good checkpoint is taken), one checkpoint in it, or a
     folder that tools/export.py wrote. device: "cpu", "cuda", "npu"; None takes the best one here.
-    dtype: float32 or bfloat16, by name or as torch has it; None is float32 on a CPU, and elsewhere
-    bfloat16 where its matmuls are in hardware. Raises FileNotFoundError or ValueError with the path
-    if there is no checkpoint or it is damaged.
+    dtype: of the weights, float32 or bfloat16, by name or as torch has it; None is float32 on a
+    CPU, and elsewhere bfloat16 where its matmuls are in hardware. Raises FileNotFoundError or
+    ValueError with the path if there is no checkpoint or it is damaged.
     """
     checkpoint = meta = None       # of a model in memory
 
@@ -57,6 +57,7 @@ class Embedder:
         device = device or accelerator()
         device_module(str(device).partition(":")[0])       # ValueError if it is not there
         device = torch.device(device)
+        self.dtype = _dtype(dtype, device)
         try:
             meta = json.loads(raw)
             config, mask = ConanConfig(**meta["model"]), MaskSpec(**meta["mask"])
@@ -66,30 +67,27 @@ class Embedder:
                 raise ValueError(f"passage_len {max_len}, prompts {prompts}, {n_tokens} tokens "
                                  f"for a model of {config.vocab_size}")
             with torch.device("meta"):             # neither memory nor random numbers
-                model = Conan(config, ops=kernels.pick(device))
+                model = Conan(config, ops=kernels.pick(device)).to(getattr(torch, self.dtype))
             model.to_empty(device=device).load_state_dict(weights)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{where}: its config is not train.py's, or does not fit its weights: "
                              f"{error!r}") from None
-        self._set(model.eval(), tokenizer, mask, max_len, prompts, dtype)
+        self._set(model.eval(), tokenizer, mask, max_len, prompts)
         self.checkpoint, self.meta = where, meta
-        kernels.pack(model, getattr(torch, self.dtype))
+        kernels.pack(model)
 
     @classmethod
     def of(cls, model, tokenizer, mask, max_len, prompts=PROMPTS, dtype=None):
-        """Wrap a model that is in memory, as training does for mining and evaluation."""
+        """Wrap a model that is in memory, as training does; its weights stay float32."""
         self = cls.__new__(cls)
-        self._set(model, tokenizer, mask, max_len, prompts, dtype)
+        self.dtype = _dtype(dtype, next(model.parameters()).device)
+        self._set(model, tokenizer, mask, max_len, prompts)
         return self
 
-    def _set(self, model, tokenizer, mask, max_len, prompts, dtype):
+    def _set(self, model, tokenizer, mask, max_len, prompts):
         self.model, self.tokenizer, self.mask, self.prompts = model, tokenizer, mask, dict(prompts)
         self.max_len = min(max_len, model.config.block_size)
         self.device = next(model.parameters()).device
-        default = "float32" if self.device.type == "cpu" else matmul_dtype("auto", self.device)
-        self.dtype = str(dtype or default).removeprefix("torch.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype {dtype!r} is unknown; choose float32 or bfloat16")
 
     @property
     def dim(self):
@@ -139,6 +137,15 @@ class Embedder:
         flat = torch.tensor([i for text in ids for i in text], device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             return self.model(flat, [len(text) for text in ids], self.mask, skip=[skip] * len(ids))
+
+
+def _dtype(name, device):
+    """Return "float32" or "bfloat16", by default the one that suits the device."""
+    default = "float32" if device.type == "cpu" else matmul_dtype("auto", device)
+    dtype = str(name or default).removeprefix("torch.")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {name!r} is unknown; choose float32 or bfloat16")
+    return dtype
 
 
 def _batches(ids, batch_size):
@@ -198,6 +205,7 @@ def run(args):
         raise ValueError("--out and --truncate_dim are for --texts, --query is for a search")
     if args.k < 1:
         raise ValueError(f"--k must be at least 1, not {args.k}")
+    memory.keep_freed_memory()                         # paging it in anew takes a third of the time
     embedder = Embedder(args.checkpoint, args.device)
     if args.texts:
         vectors = embedder.encode(read_texts(args.texts), prompt=args.prompt,

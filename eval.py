@@ -25,6 +25,7 @@ import data
 from configurator import load_config, run_command
 from data import document_text, load_collection
 from embed import Embedder
+from engine import memory
 from engine.bm25 import BM25, split_words
 from engine.collection import HELD_OUT, choose_split, languages_in, read_groups, set_name
 from engine.jsonl import read_jsonl, read_object, write_object
@@ -458,6 +459,7 @@ def run(config):
             and (config.place.parent / ".lock").is_file():
         raise ValueError(f"{config.place} is train.py's to begin: run its stage to the end, or "
                          "give --out")
+    memory.keep_freed_memory()                     # paging it in anew takes a third of the time
     encoder = LexicalBaseline()
     if config.checkpoint:
         encoder = Embedder(config.checkpoint)

@@ -48,7 +48,7 @@ def run(args):
     """Print the prompt, and what the model writes after it."""
     if not args.temperature >= 0:                      # nor what is no number
         raise ValueError(f"--temperature must not be negative, not {args.temperature}")
-    embedder = Embedder(args.checkpoint)
+    embedder = Embedder(args.checkpoint, dtype="float32")
     prompt = args.prompt if args.instruction is None else format_sft(args.instruction, args.prompt)
     print(prompt + generate(embedder.model, embedder.tokenizer, prompt, args.n_tokens,
                             args.temperature, args.seed))

@@ -13,7 +13,7 @@ of a padded block; otherwise as in model.py.
 """
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
@@ -184,9 +184,9 @@ def attention(q, k, v, texts):
 def block_attention(q, k, v, group, mask):
     """Choose the kernel of one group: q (B, H, T, E), k, v (B, K, T, E) -> like q."""
     # measured on a CPU in bfloat16: up to 256 tokens plain matmuls beat SDPA 2 to 4 times, but not
-    # for a few short texts
+    # for a few short texts, nor where SDPA can use AMX and needs no gradient
     plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256 \
-        and q.numel() > SMALL
+        and q.numel() > SMALL and (torch.is_grad_enabled() or not has_amx())
     if group.weights is not None or plain:
         return explicit_attention(q, k, v, group.bias, mask.is_causal, group.weights)
     if q.is_cuda and q.dtype == torch.float32:     # SDPA's kernels take no groups in float32
@@ -194,6 +194,12 @@ def block_attention(q, k, v, group, mask):
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=group.bias, enable_gqa=k.shape[1] < q.shape[1],
         is_causal=mask.is_causal and q.shape[2] > 1)
+
+
+@cache
+def has_amx():
+    """Tell whether this CPU multiplies tiles of bfloat16 (AMX)."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def explicit_attention(q, k, v, bias=None, is_causal=False, weights=None):
@@ -302,23 +308,20 @@ class _SwiGLU(torch.autograd.Function):
 
 # ---------------------------------------------------------------- matmuls of a finished model
 
-def pack(model, dtype, tokens=4096):
-    """Round the weights of a model's matmuls to `dtype` once, for texts without a gradient.
+def pack(model, tokens=4096):
+    """Lay the weights of a model's matmuls out for oneDNN once, for texts without a gradient.
 
-    Autocast would round them in every pass. On a CPU they are laid out for oneDNN as well, which
-    torch would do in every pass, too; in float32 it takes MKL, which is slower on many tokens. The
-    parameters stay as they are; the copy serves inputs of `dtype`. tokens: of a usual pass.
+    On a CPU torch would do so in every pass; in float32 it takes MKL, which is slower on many
+    tokens. The parameters stay as they are. tokens: of a usual pass.
     """
-    onednn, known = torch.ops.mkldnn, torch.backends.mkldnn.is_available()
-    known = known and (dtype == torch.float32 or onednn._is_mkldnn_bf16_supported())
+    onednn, weight = torch.ops.mkldnn, model.embed_tokens.weight
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or \
+            weight.dtype != torch.float32 and not onednn._is_mkldnn_bf16_supported():
+        return
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear):
-            weight, on_cpu = layer.weight.detach().to(dtype), layer.weight.device.type == "cpu"
-            if on_cpu and known:
-                weight = onednn._reorder_linear_weight(weight, tokens)
-            elif on_cpu or dtype == torch.float32:
-                continue                               # nothing to gain
-            layer.forward = partial(packed_linear, layer.weight, layer.weight._version, weight)
+            packed = onednn._reorder_linear_weight(layer.weight.detach(), tokens)
+            layer.forward = partial(packed_linear, layer.weight, layer.weight._version, packed)
 
 
 def packed_linear(weight, version, packed, x):
@@ -327,8 +330,6 @@ def packed_linear(weight, version, packed, x):
     few = len(x) < FEW and x.dtype == torch.float32
     if torch.is_grad_enabled() or few or not same:
         return F.linear(x, weight)
-    if not packed.is_mkldnn:
-        return F.linear(x, packed)
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 

@@ -1,7 +1,6 @@
 """The fast operations against the plain ones of model.py, forward and backward; their parts."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -44,6 +43,18 @@ def test_fast_is_plain_forward_and_backward(mask, lengths, dtype, close, device)
             assert relative(fast[name], want) < close, name
 
 
+@pytest.mark.parametrize("has_amx", [False, True])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_both_kernels_of_a_cpu_without_a_gradient_are_plain(mask, has_amx, monkeypatch):
+    """SDPA where it can use AMX, plain matmuls elsewhere; both run on any CPU."""
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(kernels, "has_amx", lambda: has_amx)
+    ids = torch.cat(texts_of(23, 40, 9, 39))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        fast, slow = (tiny(ops)(ids, [23, 40, 9, 39], mask) for ops in (kernels.pick("cpu"), None))
+    assert relative(fast, slow) < 0.05
+
+
 def test_what_torch_compile_fuses_is_left_plain():
     ops = plain.Conan(tiny().config, kernels.pick("cpu", compile=True)).ops
     assert (ops.rms_norm, ops.rope, ops.swiglu) == (plain.rms_norm, plain.rope, plain.swiglu)
@@ -77,39 +88,25 @@ def test_packed_weights_give_the_same_vectors_and_leave_training_alone(dtype, cl
     """The packed copy serves texts without a gradient; parameters and gradients stay."""
     lengths, calls = [19, 4, 17], []
     ids = torch.cat(texts_of(*lengths))
-    packed, model = tiny(kernels.pick("cpu")), tiny(kernels.pick("cpu"))
-    kernels.pack(packed, getattr(torch, dtype))
+    packed, model = (tiny(kernels.pick("cpu")).to(getattr(torch, dtype)) for _ in range(2))
+    kernels.pack(packed)
     linear = F.linear
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        with torch.no_grad():
-            want = model(ids, lengths, FULL)
-            monkeypatch.setattr(F, "linear", lambda *args: calls.append(1) or linear(*args))
-            assert relative(packed(ids, lengths, FULL), want) < close and not calls
-            few = packed(ids[:19], lengths[:1], FULL)
-            assert relative(few, want[:1]) < close
-            assert bool(calls) == (dtype == "float32")
-            calls.clear()
-        packed(ids, lengths, FULL).square().sum().backward()
-        model(ids, lengths, FULL).square().sum().backward()
+    with torch.no_grad():
+        want = model(ids, lengths, FULL)
+        monkeypatch.setattr(F, "linear", lambda *args: calls.append(1) or linear(*args))
+        assert relative(packed(ids, lengths, FULL), want) < close and not calls
+        few = packed(ids[:19], lengths[:1], FULL)
+        assert relative(few, want[:1]) < close
+        assert bool(calls) == (dtype == "float32")
+        calls.clear()
+    packed(ids, lengths, FULL).square().sum().backward()
+    model(ids, lengths, FULL).square().sum().backward()
     for (name, p), q in zip(packed.named_parameters(), model.parameters()):
         assert torch.equal(p, q) and torch.equal(p.grad, q.grad), name
     with torch.no_grad():                              # a changed weight is not the packed one
         for p in packed.parameters():
             p.mul_(1.5)
         assert relative(packed(ids, lengths, FULL), want) > 0.1 and calls
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU"))])
-def test_a_rounded_copy_gives_what_autocast_gives(device):
-    """On a card the copy is a plain tensor."""
-    weight, x = torch.randn(8, 6, device=device), torch.randn(5, 6, device=device).bfloat16()
-    layer = partial(kernels.packed_linear, weight, weight._version, weight.bfloat16())
-    with torch.autocast(device, torch.bfloat16):
-        with torch.no_grad():
-            assert torch.equal(layer(x), F.linear(x, weight))
-            weight.mul_(2)                             # no longer the copy's
-            assert torch.equal(layer(x), F.linear(x, weight))
 
 
 def test_a_layout_by_hand():
