@@ -65,22 +65,22 @@ def memory(config, mode="ddp", world=1, adapters=0):
             "optimizer": 8 * trained / share[2]}
 
 
-def activations(config, tokens, checkpointing=False, head=False):
+def activations(config, tokens, checkpointing=False, head=False, copies=True):
     """Estimate the bytes that one pass over `tokens` tokens keeps for backward, and its buffers.
 
     A block keeps for each token: its float32 input and the sum in its middle (8 D), the norms'
     outputs (4 D), q, k, v (2 D + 4 K E), attention's output twice (4 D) and row sums (4 H), gate,
     up and product (6 F); with `checkpointing` only the input, and of one block at a time the rest.
-    Autocast keeps the weights' bfloat16 copies to the end of the step. `head`: the float32 gradient
-    of the output embedding, a bfloat16 copy of that embedding, and the logits of a chunk, twice in
-    float32. They are gone before a block is computed again.
+    `copies`: autocast keeps bfloat16 ones of the weights to the end of the step. `head`: the
+    float32 gradient of the output embedding, a bfloat16 copy of that embedding, and the logits of a
+    chunk, twice in float32. They are gone before a block is computed again.
     """
     c, part = config, parameters(config)
     block = 12 * c.n_embd + (6 * c.n_head + 4 * c.n_kv_head) * c.head_dim + 4 * c.n_head \
         + 6 * c.ffn_dim
     kept = c.n_layer * tokens * (4 * c.n_embd if checkpointing else block)
     kept += 8 * c.n_embd * tokens                  # the last norm: input and output
-    kept += 2 * (part["attention"] + part["ffn"])  # copies
+    kept += 2 * (part["attention"] + part["ffn"]) if copies else 0
     chunk = min(logits_chunk(c.vocab_size, "cuda"), tokens)
     logits = 6 * part["embedding"] + 8 * chunk * c.vocab_size if head else 0
     return kept + max(logits, tokens * block if checkpointing else 0)
@@ -213,8 +213,10 @@ def report(cfg, model):
     for mode in [m for m in MODES if m != "fsdp" or not adapters]:         # see TrainConfig
         for world in WORLDS:
             always = memory(shape, mode, world, adapters)
-            gathered = unsharded(shape) if mode == "fsdp" and world > 1 else 0
-            act = activations(shape, pass_tokens(cfg, texts, world), cfg.checkpointing, lm)
+            sharded = mode == "fsdp" and world > 1         # blocks come in bfloat16
+            gathered = unsharded(shape) if sharded else 0
+            act = activations(shape, pass_tokens(cfg, texts, world), cfg.checkpointing, lm,
+                              not sharded)
             numbers = [*always.values(), gathered, act]
             cells = "".join(f"{x / GB:>{w}.1f}" for x, w in zip(
                 [*numbers, sum(numbers)], (10, 11, 11, 10, 13, 9)))
