@@ -78,7 +78,7 @@ class Embedder:
 
     @classmethod
     def of(cls, model, tokenizer, mask, max_len, prompts=PROMPTS, dtype=None):
-        """Wrap a model that is in memory, as training does; its weights stay float32."""
+        """Wrap a model that is in memory, as training does; its weights stay as they are."""
         self = cls.__new__(cls)
         self.dtype = _dtype(dtype, next(model.parameters()).device)
         self._set(model, tokenizer, mask, max_len, prompts)
@@ -205,7 +205,7 @@ def run(args):
         raise ValueError("--out and --truncate_dim are for --texts, --query is for a search")
     if args.k < 1:
         raise ValueError(f"--k must be at least 1, not {args.k}")
-    memory.keep_freed_memory()                         # paging it in anew takes a third of the time
+    memory.keep_freed_memory()             # on a CPU paging it in anew takes a quarter of the time
     embedder = Embedder(args.checkpoint, args.device)
     if args.texts:
         vectors = embedder.encode(read_texts(args.texts), prompt=args.prompt,

@@ -459,7 +459,7 @@ def run(config):
             and (config.place.parent / ".lock").is_file():
         raise ValueError(f"{config.place} is train.py's to begin: run its stage to the end, or "
                          "give --out")
-    memory.keep_freed_memory()                     # paging it in anew takes a third of the time
+    memory.keep_freed_memory()             # on a CPU paging it in anew takes a quarter of the time
     encoder = LexicalBaseline()
     if config.checkpoint:
         encoder = Embedder(config.checkpoint)

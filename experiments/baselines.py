@@ -2,7 +2,7 @@
 
     python -m experiments.baselines                           # the embedded corpus
     python -m experiments.baselines --data=out/real/sets --root=FOLDER --out=results/real.json \\
-        --checkpoint=out/real/embed_sup --sentence_transformer=NAME
+        --checkpoint=out/real/embed_sup,out/seed1/embed_sup --sentence_transformer=NAME
 
 BM25, an IDF bag of random vectors, the same aligned where there is bitext, and a stock model if one
 is named. With --root: on the public sets that nothing was trained on (tools/sets.py); the headline
@@ -26,7 +26,7 @@ from data import Rows, sources
 from embed import Embedder
 from engine.jsonl import read_jsonl
 from eval import LexicalBaseline, SentenceTransformerBaseline, collections_in, evaluate
-from experiments.results import markdown
+from experiments.results import interval, markdown
 from experiments.runs import write_result
 from tokenizer import Tokenizer
 from tools import sets
@@ -37,6 +37,7 @@ METRICS = {"retrieval": "ndcg@10", "bitext": "accuracy", "sts": "spearman",
            "classification": "accuracy", "pair_classification": "ap"}
 SHOWN = {"en", "zh", "ja"}          # languages that the table shows; the file has all
 HEADLINE = "retrieval, other languages -> English, ndcg@10"
+OURS = "nanoConan, "               # and the checkpoint: a trained model's label
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class BaselinesConfig:
     """The settings of `python -m experiments.baselines`."""
     data: str = "out/installed_docs"       # a folder in the layout of train.py's `data`
     root: str = ""                 # folder of public sets to score on; empty: DATA's collections
-    checkpoint: str = ""           # a trained model, scored as well
+    checkpoint: tuple[str, ...] = ()       # trained models, scored as well: seeds of one recipe
     max_len: int = 0               # tokens it reads of a text; 0: its passage_len
     sentence_transformer: str = ""         # a stock model, scored as well: name or folder
     vocab_size: int = 24_576       # of the bags' tokenizer
@@ -184,14 +185,14 @@ def read_bitext(files, tokenizer):
 # ---------------------------------------------------------------- all of them, scored
 
 def encoders(cfg):
-    """Yield (label, encoder): the trained model, then what it is compared with."""
-    if cfg.checkpoint:
-        ours = Embedder(cfg.checkpoint)
+    """Yield (label, encoder): the trained models, then what they are compared with."""
+    for checkpoint in cfg.checkpoint:
+        ours = Embedder(checkpoint)
         most = ours.model.config.block_size
         if not 0 <= cfg.max_len <= most:
             raise ValueError(f"max_len {cfg.max_len} must lie in 0 .. {most}")
         ours.max_len = cfg.max_len or ours.max_len
-        yield "nanoConan", ours
+        yield f"{OURS}{checkpoint}", ours
     yield "BM25", LexicalBaseline()
     if cfg.sentence_transformer:
         name = cfg.sentence_transformer
@@ -246,6 +247,21 @@ def headline(scores):
     return ({HEADLINE: float(np.mean(foreign))} if foreign else {}) | rows
 
 
+def table_of(scores):
+    """Return the rows of the table: our models' mean and its 95 % interval, then all others."""
+    columns = {label: headline(own) for label, own in scores.items()}
+    ours = [columns.pop(label) for label in scores if label.startswith(OURS)]
+    rows = []
+    for name in dict.fromkeys(name for column in (*ours, *columns.values()) for name in column):
+        row = {"": name}
+        if ours:
+            row["nanoConan"], half = interval(column[name] for column in ours)
+        if len(ours) > 1:
+            row["± 95 %"] = half
+        rows.append(row | {label: column.get(name) for label, column in columns.items()})
+    return rows
+
+
 def main(argv=None):
     """Score every encoder on every set, print the table, write the file."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -259,9 +275,7 @@ def main(argv=None):
             if task in ("retrieval", "bitext") or not isinstance(encoder, LexicalBaseline):
                 scores[label] |= main_scores(evaluate(encoder, task, place))
                 print(f"{label}: {task} {place}", flush=True)
-    columns = {label: headline(own) for label, own in scores.items()}
-    rows = [{"": name, **{label: column.get(name) for label, column in columns.items()}}
-            for name in dict.fromkeys(name for column in columns.values() for name in column)]
+    rows = table_of(scores)
     print("\n".join(["", *markdown(rows)]))
     return write_result(Path(cfg.out).parent, Path(cfg.out).stem, {
         "title": "Public sets, from random weights" if cfg.root else "Baselines",

@@ -49,10 +49,13 @@ def test_both_kernels_of_a_cpu_without_a_gradient_are_plain(mask, has_amx, monke
     """SDPA where it can use AMX, plain matmuls elsewhere; both run on any CPU."""
     monkeypatch.setattr(kernels, "SMALL", 0)
     monkeypatch.setattr(kernels, "has_amx", lambda: has_amx)
-    ids = torch.cat(texts_of(23, 40, 9, 39))
+    ids, calls, sdpa = torch.cat(texts_of(23, 40, 9, 39)), [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *args, **rest: calls.append(1) or sdpa(*args, **rest))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         fast, slow = (tiny(ops)(ids, [23, 40, 9, 39], mask) for ops in (kernels.pick("cpu"), None))
     assert relative(fast, slow) < 0.05
+    assert bool(calls) == (has_amx and (mask.apply == "weights" or mask.is_full))
 
 
 def test_what_torch_compile_fuses_is_left_plain():

@@ -141,6 +141,15 @@ def test_the_headline_is_the_mean_of_the_foreign_directions():
                           "retrieval x mean, ndcg@10", "sts sim fi, spearman"]
 
 
+def test_several_checkpoints_are_one_column_with_its_interval():
+    scores = {"nanoConan, a": {"sts/sim/en/spearman": 0.4}, "BM25": {},
+              "nanoConan, b": {"sts/sim/en/spearman": 0.6}}
+    row, = baselines.table_of(scores)
+    assert list(row) == ["", "nanoConan", "± 95 %", "BM25"] and row["BM25"] is None
+    # t of one degree of freedom, 12.706, times 0.1414 / sqrt(2)
+    assert (row["nanoConan"], row["± 95 %"]) == pytest.approx((0.5, 1.2706), rel=1e-3)
+
+
 def test_public_sets_are_scored_beside_a_trained_model(home, tmp_path):
     root, word = tmp_path / "root", ("a list", "read", "tree")
     shutil.copytree(home.data / "clr_test", root / "qa_dev")
@@ -151,7 +160,9 @@ def test_public_sets_are_scored_beside_a_trained_model(home, tmp_path):
     flags = [f"--root={root}", f"--data={home.data}", f"--checkpoint={home.out / 'embed_sup'}",
              "--vocab_size=500", "--dim=64", f"--out={tmp_path / 'real.json'}"]
     table = json.loads(baselines.main(flags).read_text())
-    assert list(table["scores"]) == ["nanoConan", "BM25", "IDF bag of random vectors"]
+    label = f"nanoConan, {home.out / 'embed_sup'}"
+    assert list(table["scores"]) == [label, "BM25", "IDF bag of random vectors"]
+    assert list(table["tables"][""][0]) == ["", "nanoConan", "BM25", "IDF bag of random vectors"]
     names = [row[""] for row in table["tables"][""]]
     assert names[0] == baselines.HEADLINE and "sts sim en, spearman" in names
     assert "retrieval qa_dev mean, ndcg@10" in names
