@@ -135,7 +135,9 @@ class Embedder:
     @torch.no_grad()
     def _forward(self, ids, skip):
         flat = torch.tensor([i for text in ids for i in text], device=self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+        # the weights of training are float32; those of a loaded model need no casts
+        casts = self.dtype == "bfloat16" and self.model.norm.weight.dtype == torch.float32
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=casts):
             return self.model(flat, [len(text) for text in ids], self.mask, skip=[skip] * len(ids))
 
 

@@ -170,12 +170,12 @@ def attention(q, k, v, texts):
     if not texts.is_dense:
         q, k, v = (_Move.apply(x, texts.token_of_slot, texts.slot_of_token)
                    for x in (q, k, v))                                      # (P, H or K, E)
-    sizes = [b * t for b, t in (group.shape for group in texts.groups)]
-    out = []
-    for group, *parts in zip(texts.groups, *(x.split(sizes) for x in (q, k, v))):
+    sizes, out = [b * t for b, t in (group.shape for group in texts.groups)], []
+    one = len(sizes) == 1                          # then nothing is split, nor put together
+    for group, *parts in zip(texts.groups, *([x] if one else x.split(sizes) for x in (q, k, v))):
         parts = (x.view(*group.shape, *x.shape[1:]).transpose(1, 2) for x in parts)
         out.append(block_attention(*parts, group, texts.mask).transpose(1, 2).flatten(0, 1))
-    y = torch.cat(out)
+    y = out[0] if one else torch.cat(out)
     if texts.is_dense:
         return y
     return _Move.apply(y, texts.slot_of_token, texts.token_of_slot, ~texts.is_token[:, None, None])
