@@ -36,7 +36,7 @@ from tokenizer import Tokenizer
 
 INDEX_VERSION = 3                  # of the way that texts are embedded; raise it when that changes
 TEXTS_AT_A_TIME = 20_000           # tokenised and sorted together: memory stays bounded
-TOKENS_AT_A_TIME = 4096            # short texts fill a batch up to this
+TOKENS_AT_A_TIME = 16_384          # short texts fill a batch up to this
 MOST_TOKENS = 131_072              # of a batch of long texts
 
 

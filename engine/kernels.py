@@ -65,7 +65,7 @@ class Layout:
     is_token: (P,) bool. is_dense: the slots are the flat list itself, nothing needs to move; a text
     by itself has none of the three above.
     """
-    MIN_FILL = 0.85                # shortest / longest text of a group, apart from two tokens
+    MIN_FILL = 0.85                # shortest / longest text of a group, apart from eight tokens
 
     def __init__(self, lengths, mask, device, dtype):
         lengths, self.is_dense = torch.tensor(lengths), len(lengths) == 1
@@ -96,7 +96,7 @@ class Layout:
         """Yield the texts of each group; sizes are the lengths in falling order."""
         first = 0
         for i in range(1, len(sizes) + 1):
-            if i == len(sizes) or sizes[i] < self.MIN_FILL * sizes[first] - 2:
+            if i == len(sizes) or sizes[i] < self.MIN_FILL * sizes[first] - 8:
                 yield order[first:i]
                 first = i
 
@@ -308,7 +308,7 @@ class _SwiGLU(torch.autograd.Function):
 
 # ---------------------------------------------------------------- matmuls of a finished model
 
-def pack(model, tokens=4096):
+def pack(model, tokens=16_384):
     """Lay the weights of a model's matmuls out for oneDNN once, for texts without a gradient.
 
     On a CPU torch would do so in every pass; in float32 it takes MKL, which is slower on many

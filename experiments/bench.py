@@ -4,10 +4,10 @@
     python -m experiments.bench --only=lm,encoding           # some again; the others stay
     python -m experiments.bench --device=cuda --rounds=9     # all rows of a GPU
 
-Sides of a comparison run in turn, `rounds` times after a warm-up. A row is the median of the paired
-ratios, with their quartiles. The shape is that of a recipe (`--config`). Results go to
-results/bench_cpu.json or bench_gpu.json, which begins anew on another processor. Rows that need a
-missing optional package are left out.
+Sides of a comparison run in turn, `rounds` times after a warm-up, on new texts each time. A row is
+the median of the paired ratios, with their quartiles. The shape is that of a recipe (`--config`).
+Results go to results/bench_cpu.json or bench_gpu.json, which begins anew on another processor. Rows
+that need a missing optional package are left out.
 The minutes of a whole run are not here: `python -m experiments.results record` has them by stage.
 """
 import dataclasses
@@ -211,28 +211,42 @@ def make_texts(n, seed, mean=61, longest=256, fixed=None):
     return [" ".join(rng.choice(words()[0], int(k))) for k in lengths]
 
 
+def with_each(function, sets):
+    """Return a callable that takes the next of `sets` each time.
+
+    A corpus has no text twice. oneDNN builds a kernel for each number of tokens, and would find
+    those of repeated texts in its cache.
+    """
+    sets = iter(sets)
+    return lambda: function(next(sets))
+
+
 def pairs(n):
     """Return what a stage 3 `Batch` says of n queries and n passages."""
     ids = torch.arange(n)
     return {"rows": np.arange(n), "query_ids": ids, "positive_ids": ids + n}
 
 
-def our_backward(model, stage, texts, longest):
+def our_backward(model, stage, longest, texts):
     """Tokenise pairs, and run the trainer's own step; texts: queries, then passages."""
     batch = data.Batch.of("pairs", texts, [longest] * len(texts), words()[1],
                           **pairs(len(texts) // 2))
     train.step_loss(model, batch, stage, 0)
 
 
-def their_step(folder, stage, texts, longest, dtype):
+def their_step(folder, stage, longest, sets, dtype):
     """Return a callable: the same step with the model and the loss of sentence-transformers."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-    model, half = SentenceTransformer(folder, device="cpu").train(), len(texts) // 2
+    model = SentenceTransformer(folder, device="cpu").train()
     model.max_seq_length = longest
     loss = MultipleNegativesRankingLoss(model)
-    return step_of(model, stage, dtype, lambda: loss(
-        [model.preprocess(side) for side in (texts[:half], texts[half:])], None).backward())
+
+    def backward(texts):
+        half = len(texts) // 2
+        loss([model.preprocess(side) for side in (texts[:half], texts[half:])], None).backward()
+
+    return step_of(model, stage, dtype, with_each(backward, sets))
 
 
 def exported(cfg, folder, longest):
@@ -251,15 +265,16 @@ def exported(cfg, folder, longest):
 
 def contrastive(cfg, rows, name, longest, fixed):
     """Measure pairs/s of stage 3 in both dtypes; texts of `fixed` words, None: of real lengths."""
-    texts, sides = make_texts(2 * cfg.pairs, 1, fixed=fixed), {}
+    sets = [make_texts(2 * cfg.pairs, seed, fixed=fixed) for seed in range(cfg.rounds + 1)]
+    sides = {}
     stage = dataclasses.replace(cfg.stage(2), schedule="hard", micro_batch_size=0)
     with tempfile.TemporaryDirectory() as folder:
         path = exported(cfg, folder, longest)
         for dtype in DTYPES:
             model = cfg.model()
-            sides["ours", dtype] = step_of(model, stage, dtype, partial(
-                our_backward, model, stage, texts, longest))
-            sides["theirs", dtype] = their_step(path, stage, texts, longest, dtype)
+            sides["ours", dtype] = step_of(model, stage, dtype, with_each(
+                partial(our_backward, model, stage, longest), sets))
+            sides["theirs", dtype] = their_step(path, stage, longest, sets, dtype)
         seconds = in_turn(sides, cfg.rounds)
     for label, ours, theirs in (*zip(DTYPES, DTYPES, DTYPES), ("defaults", *DTYPES[::-1])):
         rows.ratio(f"{name} {label}", seconds["theirs", theirs], seconds["ours", ours], cfg.pairs)
@@ -268,18 +283,19 @@ def contrastive(cfg, rows, name, longest, fixed):
 def encoding(cfg, rows):
     """Measure encoding texts/s, and single short queries: the median, and the slowest of 100."""
     from sentence_transformers import SentenceTransformer
-    texts, queries = make_texts(cfg.texts, 2), make_texts(100, 3, mean=8, longest=16)
+    sets = [make_texts(cfg.texts, seed) for seed in range(cfg.rounds + 1)]
+    queries = make_texts(100, 3, mean=8, longest=16)
     with tempfile.TemporaryDirectory() as folder:
         path = exported(cfg, folder, 256)
         for dtype in DTYPES:
             ours = Embedder(path, cfg.device, dtype)
             theirs = SentenceTransformer(path, device=cfg.device,
                                          model_kwargs={"dtype": getattr(torch, dtype)})
-            near = (ours.encode(texts[:8]) * theirs.encode(texts[:8])).sum(1).min()
+            near = (ours.encode(queries[:8]) * theirs.encode(queries[:8])).sum(1).min()
             if near < 0.99:
                 raise ValueError(f"both sides should be one model: cosine {near}")
-            rows.compare(f"encoding {dtype}", partial(theirs.encode, texts),
-                         partial(ours.encode, texts), len(texts))
+            rows.compare(f"encoding {dtype}", with_each(theirs.encode, sets),
+                         with_each(ours.encode, sets), cfg.texts)
             seconds = in_turn({(side, i): partial(side.encode, [query]) for side in (theirs, ours)
                                for i, query in enumerate(queries)}, cfg.rounds, cfg.device)
             for share in (50, 99):

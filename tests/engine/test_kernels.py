@@ -113,23 +113,23 @@ def test_packed_weights_give_the_same_vectors_and_leave_training_alone(dtype, cl
 
 
 def test_a_layout_by_hand():
-    layout = layout_of([2, 9, 3, 8])
-    assert [g.shape for g in layout.groups] == [(2, 9), (2, 3)]
-    # the texts start at 0, 2, 11 and 14 of the list; the last slot of each block is a pad
-    tokens = [*range(2, 11), *range(14, 22), None, *range(11, 14), 0, 1, None]
+    layout = layout_of([2, 19, 3, 18])
+    assert [g.shape for g in layout.groups] == [(2, 19), (2, 3)]
+    # the texts start at 0, 2, 21 and 24 of the list; the last slot of each block is a pad
+    tokens = [*range(2, 21), *range(24, 42), None, *range(21, 24), 0, 1, None]
     assert layout.is_token.tolist() == [t is not None for t in tokens]
     assert layout.token_of_slot[layout.is_token].tolist() == [t for t in tokens if t is not None]
-    assert layout.slot_of_token.tolist() == [tokens.index(t) for t in range(22)]
-    assert layout.groups[0].bias[1].flatten().tolist() == [0] * 8 + [-torch.inf]
-    assert not layout.is_dense and layout_of([9, 9, 2]).is_dense
-    assert not layout_of([2, 9, 9]).is_dense                # no pads, but another order
+    assert layout.slot_of_token.tolist() == [tokens.index(t) for t in range(42)]
+    assert layout.groups[0].bias[1].flatten().tolist() == [0] * 18 + [-torch.inf]
+    assert not layout.is_dense and layout_of([19, 19, 2]).is_dense
+    assert not layout_of([2, 19, 19]).is_dense              # no pads, but another order
 
 
 def test_groups_hold_every_text_once_and_few_pads():
     lengths = torch.randint(1, 200, (300,))
     layout = layout_of(lengths.tolist())
     slots = sum(b * t for b, t in (g.shape for g in layout.groups))
-    assert lengths.sum() <= slots == len(layout.token_of_slot) < 1.1 * lengths.sum()
+    assert lengths.sum() <= slots == len(layout.token_of_slot) < 1.15 * lengths.sum()
     assert torch.equal(layout.token_of_slot[layout.slot_of_token],
                        torch.arange(int(lengths.sum())))
 
