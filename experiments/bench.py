@@ -4,10 +4,10 @@
     python -m experiments.bench --only=lm,encoding           # some again; the others stay
     python -m experiments.bench --device=cuda --rounds=9     # all rows of a GPU
 
-Sides of a comparison run in turn, `rounds` times after a warm-up, on new texts each time. A row is
-the median of the paired ratios, with their quartiles. The shape is that of a recipe (`--config`).
-Results go to results/bench_cpu.json or bench_gpu.json, which begins anew on another processor. Rows
-that need a missing optional package are left out.
+Sides of a comparison run in turn, there and back, `rounds` times after a warm-up, on new texts each
+time. A row is the median of the rounds' ratios, with quartiles. The shape is that of a recipe
+(`--config`). Results go to results/bench_cpu.json or bench_gpu.json, which begins anew on another
+processor. Rows that need a missing optional package are left out.
 The minutes of a whole run are not here: `python -m experiments.results record` has them by stage.
 """
 import dataclasses
@@ -59,7 +59,7 @@ NOTES = [                              # of what is compared
 @dataclass(frozen=True)
 class BenchConfig:
     """The settings of `python -m experiments.bench`."""
-    rounds: int = 5                # times that each side is measured
+    rounds: int = 5                # each runs every side twice, there and back
     only: tuple[str, ...] = ()     # names of MEASUREMENTS; empty: all
     device: Literal["cpu", "cuda"] = "cpu"
     results: str = "results"       # folder of bench_cpu.json and bench_gpu.json
@@ -89,12 +89,13 @@ class BenchConfig:
 # ---------------------------------------------------------------- how things are measured
 
 def in_turn(sides, rounds, device="cpu"):
-    """Return {name: [seconds]} of some callables, called in turn `rounds` times after a warm-up.
+    """Return {name: [seconds of each round]} of some callables, after a warm-up.
 
-    Every other turn runs backwards, since the first of a turn was seen to take 3 % longer.
+    A round calls them in turn, and then backwards. What came before a call was seen to change its
+    time by 3 to 40 percent: by caches, and by the blocks of memory that it left.
     """
     seconds = {name: [] for name in sides}
-    for turn in range(rounds + 1):
+    for turn in range(2 * rounds + 1):
         for name, work in list(sides.items())[::-1 if turn % 2 else 1]:
             began = time.perf_counter()
             work()
@@ -102,7 +103,8 @@ def in_turn(sides, rounds, device="cpu"):
                 torch.cuda.synchronize()
             if turn:                               # the first turn warms up
                 seconds[name].append(time.perf_counter() - began)
-    return seconds
+    return {name: [sum(pair) / 2 for pair in zip(taken[::2], taken[1::2])]
+            for name, taken in seconds.items()}
 
 
 def peak_memory(work, device="cpu"):
@@ -265,7 +267,7 @@ def exported(cfg, folder, longest):
 
 def contrastive(cfg, rows, name, longest, fixed):
     """Measure pairs/s of stage 3 in both dtypes; texts of `fixed` words, None: of real lengths."""
-    sets = [make_texts(2 * cfg.pairs, seed, fixed=fixed) for seed in range(cfg.rounds + 1)]
+    sets = [make_texts(2 * cfg.pairs, i, fixed=fixed) for i in range(2 * cfg.rounds + 1)]
     sides = {}
     stage = dataclasses.replace(cfg.stage(2), schedule="hard", micro_batch_size=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -283,7 +285,7 @@ def contrastive(cfg, rows, name, longest, fixed):
 def encoding(cfg, rows):
     """Measure encoding texts/s, and single short queries: the median, and the slowest of 100."""
     from sentence_transformers import SentenceTransformer
-    sets = [make_texts(cfg.texts, seed) for seed in range(cfg.rounds + 1)]
+    sets = [make_texts(cfg.texts, i) for i in range(2 * cfg.rounds + 1)]
     queries = make_texts(100, 3, mean=8, longest=16)
     with tempfile.TemporaryDirectory() as folder:
         path = exported(cfg, folder, 256)
