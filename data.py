@@ -162,11 +162,13 @@ def sft_batch(examples, rows, tokenizer, max_len):
     """
     ids, targets, lengths, truncated = [], [], [], 0
     prompts = tokenizer.encode_batch([format_sft(e[0], e[1]) for e in examples])
+    blank = tokenizer.encode("\n\n")                       # one token or two
     outputs = tokenizer.encode_batch([e[2] for e in examples])
     for prompt, output in zip(prompts, outputs):
         truncated += len(prompt) + len(output) > max_len
         room = max(max_len // 2, max_len - len(output), 1)
-        prompt = prompt if len(prompt) <= room else prompt[:room - 1] + prompt[-1:]
+        if len(prompt) > room:
+            prompt = prompt[:max(room - len(blank), 0)] + blank[-room:]
         whole = (prompt + output + [tokenizer.eos_id])[:max_len + 1]
         ids += whole[:-1]
         targets += [-100] * (len(prompt) - 1) + whole[len(prompt):]

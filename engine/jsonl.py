@@ -181,14 +181,16 @@ def lines_of(path):
         raise ValueError(f"{path}:{number + 1}: cannot be read to the end: {error}") from error
 
 
-def read_jsonl(path, required=None):
+def read_jsonl(path, required=None, check=None):
     """Yield the rows (dicts) of a JSONL file; ValueError "path:line: reason" for a bad line.
 
-    required: {key: type or tuple of types} that every row must have.
+    required: {key: type or tuple of types} that every row must have. check(row) may raise, too.
     """
     for number, line in lines_of(path):
         try:
             row = parse_line(line, required)
+            if check:
+                check(row)
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         yield row

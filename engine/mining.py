@@ -1,7 +1,7 @@
 """Hard negatives: embeddings on disk, exact search over them block by block, all of it shared out.
 
     texts     in blocks of 20,000   ->  embeddings, a file that all ranks map
-    queries   in units of up to 32,768   ->  candidates and cosines, two such files
+    queries   in units of up to 32,768   ->  candidates and cosines, side by side in another
 
 A block or unit belongs to one rank, is the same on any number of ranks, and is noted when it is
 done, so a broken run continues. Scores of a block of passages are held at a time: never Q x P, and
@@ -33,7 +33,7 @@ def mine(queries, passages, positives, depth=50, *, given=None, n_given=0):
     queries (Q, D), passages (P, D): normalised embeddings, float32 or float16, in memory or mapped;
     passages may be an `Exact` or `Approximate`. Candidates are int64 passage numbers padded with
     -1, cosines float32; equal cosines go by number. A query's `positives` are left out. Its `given`
-    negatives come first; passages are searched for only if there are fewer than `n_given` of them.
+    negatives come first; passages are searched for only if there are none, or fewer than `n_given`.
     """
     search = passages if isinstance(passages, Exact) else Exact(passages)
     own = [np.asarray(numbers, dtype=np.int64) for numbers in given or [()] * len(queries)]

@@ -14,6 +14,7 @@ from engine.distributed import ALONE, World
 from mask import FULL
 from model import Conan
 from ranks import tiny_config, write_collection, write_lines
+from tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +125,16 @@ def test_sft_predicts_the_output_and_nothing_of_the_prompt(tokenizer):
     assert cut.lengths == [8] and cut.truncated == 1
     assert (cut.targets != -100).sum() == 5                # the output has half of the room
     assert cut.ids[3] == batch.ids[(batch.targets == -100).sum()]      # after the blank line
+
+
+def test_a_cut_prompt_keeps_a_blank_line_of_two_tokens():
+    one_liners = Tokenizer.train(["the quick brown fox jumps"] * 5, 300)
+    assert len(one_liners.encode("\n\n")) == 2
+    for max_len, whole in ((16, True), (3, False)):
+        batch = data.sft_batch([("jumps", "the quick " * 10, "fox")], [0], one_liners, max_len)
+        asked = one_liners.decode(batch.ids[:int((batch.targets == -100).sum()) + 1].tolist())
+        assert asked.endswith("\n\n") == whole and asked.endswith("\n"), max_len
+        assert batch.lengths == [min(max_len, len(batch.ids))] and batch.truncated == 1
 
 
 def test_a_long_prompt_is_cut_only_as_far_as_its_output_needs(tokenizer):

@@ -53,8 +53,8 @@ class MineConfig:
 
 def parse_row(row):
     """Return a row of pairs as {query, pos, neg, prompt} and the keys that have no part in that."""
-    rest = {k: v for k, v in row.items() if k not in ("instruction", "input", "output", "cosines")}
-    return {**rest, **parse_pair(rest if "query" in rest else row)}
+    own = ("instruction", "input", "output", "cosines")
+    return {key: value for key, value in {**row, **parse_pair(row)}.items() if key not in own}
 
 
 def with_lexical(rows, passages, n):

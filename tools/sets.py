@@ -12,15 +12,16 @@ Every folder below FOLDER is a set. Its files (.jsonl, .ndjson, also .gz) tell w
     docs (id, doc) beside those             sentences of a document in order: sentence -> paragraph
     rows with sentence1, sentence2, score   STS; with label 0 / 1: paraphrases
     rows with text, label                   classification
-    rows with id?, title, text, keywords?   documents: title -> text; equal ids are translations
-    rows with text                          running text
+    rows with id, title, text               documents: title -> text; equal ids are translations
+    rows with text, keywords                documents: keywords -> text
+    rows with text                          running text; a title is not read
 
 Questions, passages, documents and paraphrases have a `lang`; without one they are English. Only
 rows of split "train", or of none, are trained on. A folder named *_dev or *_test never is: its
 collection is copied to OUT, where the evaluation looks. Of sets without a split a share is held out
 and written to OUT/held_out in the same format: bitext by the English sentence, documents whole,
-paraphrases by id. Professional translations stand in for machine ones in CLR: the query's language
-differs from the passage's.
+paraphrases by id or first sentence. Professional translations stand in for machine ones in CLR: the
+query's language differs from the passage's.
 """
 import argparse
 import random
@@ -43,17 +44,19 @@ SMALLEST = 512                     # pairs of a file; smaller ones share one
 LABELS_AS_NEGATIVES = 15           # other labels of a classification row
 FOR_EVALUATION = ("_dev", "_test")     # how the names of sets end that nothing is trained on
 MADE_HERE = "sets.json"            # marks a folder that this tool wrote
+TYPES = {"id": (str, int), "label": (str, int), "score": (int, float),    # all others: str
+         **dict.fromkeys(("pos", "title", "keywords"), object)}           # checked elsewhere
 SUFFIX = re.compile(r"\.(jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
 
 
 def for_training(rows):
     """Return the rows of split "train" and those of none."""
-    return [row for row in rows if row.get("split", "train") == "train"]
+    return [row for row in rows if (row.get("split") or "train") == "train"]
 
 
 def language(row):
     """Return the language of a row; one that names none is English, as in BEIR's collections."""
-    return row.get("lang", "en")
+    return row.get("lang") or "en"
 
 
 class Builder:
@@ -122,7 +125,7 @@ class Builder:
 
     def to_train_on(self, rows, key):
         """Return the rows of split train; where no row has a split, what `hold_out` leaves."""
-        return for_training(rows) if any("split" in row for row in rows) else \
+        return for_training(rows) if any(row.get("split") for row in rows) else \
             self.hold_out(rows, key)
 
     def join_small(self):
@@ -144,7 +147,8 @@ class Builder:
         same, crossing = defaultdict(list), False
         for row in queries:
             same[row["id"].split("/")[-1]].append(row)
-            for key in (key for key, score in collection.qrels[row["id"]].items() if score > 0):
+            for key in (key for key, score in collection.qrels.get(row["id"], {}).items()
+                        if score > 0):
                 passage = documents[key]
                 crossing |= language(passage) != language(row)
                 self.ask(row["text"], document_text(passage), language(row), language(passage))
@@ -196,7 +200,7 @@ class Builder:
                     self.bitext(text, by_language[other], lang, other)
                 target = "en" if (self.rng.random() < 0.5 or not others) and lang != "en" else \
                     self.rng.choice(others or [lang])
-                crossing = documents and target in by_language and target != lang
+                crossing = key in documents and target in by_language and target != lang
                 for kind in ("pairs", "clr") if crossing else ():
                     self.add(kind, text, self.paragraph(texts, key, target), lang_q=lang,
                              lang_p=target)
@@ -231,7 +235,7 @@ class Builder:
 
     def paraphrases(self, rows):
         """Take {sentence1, sentence2, label}: 1 is a pair, 0 is left out."""
-        for row in self.to_train_on(rows, lambda row: row["id"]):
+        for row in self.to_train_on(rows, lambda row: row.get("id", row["sentence1"])):
             self.text(row["sentence1"])
             if row["label"] == 1:
                 self.bitext(row["sentence1"], row["sentence2"], language(row), language(row))
@@ -281,7 +285,8 @@ class Builder:
 
     # ------------------------------------------------------------ which form it is
 
-    FORMS = ((bitext_rows, {"query", "pos", "lang_q", "lang_p"}), (questions, {"query", "pos"}),
+    FORMS = ((bitext_rows, {"query", "pos", "lang_q", "lang_p"}, parse_pair),
+             (questions, {"query", "pos"}, parse_pair),
              (sts, {"sentence1", "sentence2", "score"}),
              (paraphrases, {"sentence1", "sentence2", "label"}),
              (documents, {"text", "title", "id"}), (documents, {"text", "keywords"}),
@@ -312,9 +317,10 @@ class Builder:
     def read_rows(self, path):
         """Take the rows of a file, by the form of the first one; ValueError by file and line."""
         columns = columns_of(path)
-        for form, needed in self.FORMS:
+        for form, needed, *check in self.FORMS:
             if needed <= columns:
-                return form(self, list(read_jsonl(path, dict.fromkeys(needed, object))))
+                required = {key: TYPES.get(key, str) for key in sorted(needed)}
+                return form(self, list(read_jsonl(path, required, *check)))
         raise ValueError(f"{path}: no rows" if not columns else
                          f"{path}: rows with {sorted(columns)} have none of the known forms, see "
                          "`python -m tools.sets --help`")

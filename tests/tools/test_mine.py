@@ -159,6 +159,15 @@ def test_cosines_that_do_not_fit_are_named(tmp_path, monkeypatch, row, reason):
     assert str(caught.value).startswith(f"{path}:1: {reason}")
 
 
+def test_a_row_is_mined_with_the_instruction_that_training_reads(tmp_path):
+    for row, prompt in (({"query": "q", "pos": ["p"], "instruction": "Do", "id": 1}, "Do"),
+                        ({"query": "q", "pos": ["p"], "prompt": "", "cosines": []}, ""),
+                        ({"query": "x", "input": "", "instruction": "q", "output": "p"}, "")):
+        got = mine.parse_row(row)
+        assert (got["query"], got["pos"], got["prompt"]) == ("q", ["p"], prompt)
+        assert got.keys() - {"id"} == {"query", "pos", "neg", "prompt"}
+
+
 def test_alpaca_rows_are_mined_as_pairs(rows, run, tmp_path):
     row = mined(run, rows / "pairs.jsonl", tmp_path / "a.jsonl")[0]
     source = json.loads(open(rows / "pairs.jsonl").readline())

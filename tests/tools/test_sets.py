@@ -209,6 +209,13 @@ def test_what_it_does_not_know_is_named(tmp_path):
                                                       "score": 1} for lang in ("de", None)])
     with pytest.raises(ValueError, match="odd/data.jsonl: a row has no key 'lang'"):
         sets.build(tmp_path / "root", tmp_path / "out")
+    for rows, reason in (
+            ([{"text": 7, "label": "b"}], "1: key 'text' must be str, not int"),
+            ([{"query": "q", "pos": "p"}, {"query": "", "pos": "p"}], "2: key 'query' is empty"),
+            ([{"sentence1": "a", "sentence2": "b", "score": "1"}], "1: key 'score' must be")):
+        write(tmp_path / "root" / "odd" / "data.jsonl", rows)
+        with pytest.raises(ValueError, match=f"data.jsonl:{reason}"):
+            sets.build(tmp_path / "root", tmp_path / "out")
     (tmp_path / "root" / "odd" / "data.jsonl").write_text("")
     with pytest.raises(ValueError, match="odd.*no rows"):
         sets.build(tmp_path / "root", tmp_path / "out")
@@ -292,6 +299,26 @@ def test_blank_texts_are_passed_over(tmp_path):
     files = sets.build(root, tmp_path / "sets")
     assert [row["sentence1"] for row in files["sts"]] == ["a"]
     assert {row["text"] for row in files["text"]} == {"words", "a"}
+
+
+def test_what_a_row_may_lack_costs_no_row(tmp_path):
+    """A split that is null, a question that is not judged, a sentence of no document, no id."""
+    root = tmp_path / "root"
+    write(root / "asked" / "a.jsonl", [{"query": f"q{i}", "pos": "p", "split": split}
+                                       for i, split in enumerate(("train", None, "test"))])
+    write(root / "same" / "a.jsonl", [{"sentence1": f"one {i}", "sentence2": f"two {i}", "label": 1,
+                                       "split": None} for i in range(40)])
+    collection(root / "qa", [{"id": "1", "text": "judged?"},
+                             {"id": "2", "text": "answered?", "answers": ["yes"]}],
+               [{"id": "p", "text": "passage"}], [("1", "p")])
+    write(root / "news" / "docs.jsonl", [{"id": 0, "doc": "d"}])
+    write(root / "news" / "s.jsonl", [{"id": i, "lang": lang, "text": f"{lang} {i}"}
+                                      for i in range(9) for lang in ("en", "fr")])
+    files = sets.build(root, tmp_path / "out")
+    asked = {row["query"] for row in files["retrieval"]}
+    assert {"q0", "q1", "judged?"} <= asked and not {"q2", "answered?"} & asked
+    texts = {row["text"] for row in files["text"]}
+    assert "answered?" in texts and 20 < len(texts & {f"one {i}" for i in range(40)}) < 40
 
 
 def test_a_build_that_fails_leaves_the_one_before(root, tmp_path):
