@@ -107,7 +107,7 @@ class Embedder:
         first dims only, normalised again. A text ends with the end-of-text token, and one longer
         than the model was trained for is cut before it. batch_size: texts in a pass, more if they
         are short and fewer if they are very long; an embedding does not depend on its batch. Raises
-        TypeError for what is no string.
+        TypeError for what is no string, ValueError for an instruction that leaves no room.
         """
         if isinstance(texts, str):
             return self.encode([texts], batch_size, prompt, truncate_dim, normalize)[0]
@@ -118,6 +118,9 @@ class Embedder:
                 raise TypeError(f"text {i} is a {type(text).__name__}, not a string")
         out = np.empty((len(texts), truncate_dim or self.dim), dtype=np.float32)
         skip = prompt_length(self.tokenizer, prompt)
+        if skip > self.max_len - 2:
+            raise ValueError(f"the instruction has {skip} tokens, and the model reads "
+                             f"{self.max_len}: nothing is left of a text")
         bar = tqdm(total=len(texts), unit="text", disable=not show_progress_bar, desc="encode")
         for start in range(0, len(texts), TEXTS_AT_A_TIME):
             part = [format_query(text, prompt) for text in texts[start:start + TEXTS_AT_A_TIME]]
@@ -210,9 +213,10 @@ def run(args):
     memory.keep_freed_memory()             # on a CPU paging it in anew takes a quarter of the time
     embedder = Embedder(args.checkpoint, args.device)
     if args.texts:
-        vectors = embedder.encode(read_texts(args.texts), prompt=args.prompt,
-                                  truncate_dim=args.truncate_dim, show_progress_bar=True)
-        with atomic(args.out, "wb") as file:
+        texts = read_texts(args.texts)
+        with atomic(args.out, "wb") as file:       # a name that cannot be written shows now
+            vectors = embedder.encode(texts, prompt=args.prompt, truncate_dim=args.truncate_dim,
+                                      show_progress_bar=True)
             np.save(file, vectors)
         print(f"wrote {args.out}: {vectors.shape[0]:,} x {vectors.shape[1]} float32")
         return

@@ -484,6 +484,8 @@ def run(config):
         print(f"{table(scores)}\n({name}: {time.perf_counter() - start:.1f} s)", flush=True)
         write_object(path, before | results)
     added = f", beside {len(before.keys() - results.keys())} earlier numbers" if before else ""
+    if replaced := [key for key in before.keys() & results.keys() if before[key] != results[key]]:
+        added += f"; {len(replaced)} others replace earlier values"
     print(f"\nwrote {path}{added}")
 
 

@@ -179,10 +179,12 @@ def languages_in(rows):
 def choose_split(rows, split, path, with_train=False):
     """Return (the rows of a split, its name): `split`, or the first of HELD_OUT that is there.
 
-    Rows that carry no split, or none of those, are all taken, as "all". `with_train` keeps the
-    rows of "train" besides. Raises ValueError if a split is not there.
+    Where no split is asked for, rows with none, or none of those, are all taken, as "all".
+    `with_train` keeps the rows of "train" besides. Raises ValueError if a split is not there.
     """
     there = {row["split"] for row in rows if row.get("split")}
+    if split and not there:
+        raise ValueError(f"{path}: no rows of split {split!r}, as none has a split")
     chosen = split or next((name for name in HELD_OUT if name in there), None)
     if not there or chosen is None and not with_train:
         return rows, "all"

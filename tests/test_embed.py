@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import embed
-from data import Batch
+from data import Batch, prompt_length
 from embed import Embedder, load_index, search
 from engine import checkpoint
 from mask import FULL, MaskSpec
@@ -37,7 +37,7 @@ def write_run(folder, tokenizer, seed=0, **meta):
     folder.mkdir()
     tokenizer.save(folder.parent / "tokenizer.tiktoken")
     meta = {"model": dataclasses.asdict(config), "mask": dataclasses.asdict(FULL),
-            "train": {"dims": [4]}, "passage_len": 32, "step": 3, "prompts": TRAINED, **meta}
+            "train": {"dims": [4]}, "passage_len": 64, "step": 3, "prompts": TRAINED, **meta}
     checkpoint.save(folder, 3, {
         "model.pt": model.state_dict(), "config.json": json.dumps(meta),
         "tokenizer.tiktoken": (folder.parent / "tokenizer.tiktoken").read_bytes()})
@@ -150,6 +150,27 @@ def test_the_trained_prompts_travel(run, tmp_path, tokenizer):
         bad = write_run(tmp_path / f"bad{type(prompts).__name__}", tokenizer, prompts=prompts)
         with pytest.raises(ValueError, match="its config is not train.py's"):
             Embedder(bad, "cpu")
+
+
+def test_an_instruction_that_leaves_no_room_is_refused(run, tokenizer):
+    """Else every query would have one vector: that of the instruction's end."""
+    embedder = Embedder(run, "cpu")                    # reads 64 tokens; an x is one
+    around = prompt_length(tokenizer, "x") - 1
+    one, other = embedder.encode(["lists", "a matrix"], prompt="x" * (62 - around))
+    assert not np.array_equal(one, other)
+    with pytest.raises(ValueError, match="has 63 tokens, and the model reads 64"):
+        embedder.encode(["lists"], prompt="x" * (63 - around))
+
+
+def test_a_name_that_cannot_be_written_shows_before_the_work(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("one\n")
+    monkeypatch.setattr(Embedder, "encode", lambda *_, **__: pytest.fail("encoded in vain"))
+    for out in (tmp_path, tmp_path / "x.npy.gz"):
+        monkeypatch.setattr("sys.argv", ["embed.py", f"--checkpoint={run}", f"--out={out}",
+                                         f"--texts={tmp_path / 'a.txt'}"])
+        with pytest.raises(SystemExit):
+            embed.main()
+    assert not list(tmp_path.glob("x.npy*"))
 
 
 # ---------------------------------------------------------------- search

@@ -429,6 +429,10 @@ def test_the_held_out_split_is_chosen(tmp_path):
     assert evaluation.choose_split(rows, None, "f") == (rows[3:], "dev")
     assert evaluation.choose_split(rows, "train", "f") == (rows[:3], "train")
     assert evaluation.choose_split(rows[:3], None, "f") == (rows[:3], "all")
+    bare = [{"sentence1": "a", "sentence2": "b", "score": 1}]
+    assert evaluation.choose_split(bare, None, "f") == (bare, "all")
+    with pytest.raises(ValueError, match="f: no rows of split 'dev', as none has a split"):
+        evaluation.choose_split(bare, "dev", "f")
     assert evaluation.choose_split(rows, None, "f", with_train=True) == (rows, "dev")
     path = write_rows(tmp_path / "my_sts.jsonl", rows)
     assert evaluate(Vectors(), "sts", path).keys() == {"sts/my_sts/dev/spearman"}
@@ -564,7 +568,7 @@ def test_what_was_measured_before_stays_in_the_runs_file(tmp_path, monkeypatch, 
     merged = json.loads(kept.read_text())
     assert merged["sts/my/test/spearman"] == 5
     assert merged["retrieval/docs/all/ndcg@10"] == 0.0         # measured anew
-    assert "beside 1 earlier numbers" in capsys.readouterr().out
+    assert "beside 1 earlier numbers; 1 others replace earlier values" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", [*argv, f"--out={kept}"])
     evaluation.main()
     assert json.loads(kept.read_text()).keys() == merged.keys() - own.keys() | {
