@@ -170,15 +170,21 @@ def attention(q, k, v, texts):
     if not texts.is_dense:
         q, k, v = (_Move.apply(x, texts.token_of_slot, texts.slot_of_token)
                    for x in (q, k, v))                                      # (P, H or K, E)
-    sizes, out = [b * t for b, t in (group.shape for group in texts.groups)], []
-    one = len(sizes) == 1                          # then nothing is split, nor put together
-    for group, *parts in zip(texts.groups, *([x] if one else x.split(sizes) for x in (q, k, v))):
-        parts = (x.view(*group.shape, *x.shape[1:]).transpose(1, 2) for x in parts)
-        out.append(block_attention(*parts, group, texts.mask).transpose(1, 2).flatten(0, 1))
-    y = out[0] if one else torch.cat(out)
+    if len(texts.groups) == 1:                     # nothing to split, nor to put together
+        y = group_attention(q, k, v, texts.groups[0], texts.mask)
+    else:
+        sizes = [b * t for b, t in (group.shape for group in texts.groups)]
+        parts = zip(*(x.split(sizes) for x in (q, k, v)), texts.groups)
+        y = torch.cat([group_attention(*part, texts.mask) for part in parts])
     if texts.is_dense:
         return y
     return _Move.apply(y, texts.slot_of_token, texts.token_of_slot, ~texts.is_token[:, None, None])
+
+
+def group_attention(q, k, v, group, mask):
+    """Return the attention of one group's slots: q (B T, H, E), k, v (B T, K, E) -> like q."""
+    q, k, v = (x.view(*group.shape, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    return block_attention(q, k, v, group, mask).transpose(1, 2).flatten(0, 1)
 
 
 def block_attention(q, k, v, group, mask):
