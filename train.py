@@ -116,7 +116,7 @@ class TrainConfig:
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
     checkpointing: bool = False    # recompute blocks in backward: memory for time
-    compile: bool = False          # torch.compile of each block: a minute at the start, then faster
+    compile: bool = False          # torch.compile of each block, which needs a C++ compiler
     parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"  # with torchrun (engine/distributed.py)
     dry_run: bool = False          # print parameters, memory, tokens and FLOPs; train nothing
     log_every: int = 10            # steps between two lines of OUT/STAGE/log.jsonl

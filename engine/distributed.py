@@ -7,6 +7,7 @@ comes with torch_npu, which registers `torch.npu` when it is imported.
 import contextlib
 import gc
 import os
+import shutil
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -239,12 +240,22 @@ def copy_whole(model, target):
     return target
 
 
+def compilers():
+    """Return the paths of this machine's C++ compilers that torch.compile would take."""
+    names = os.environ.get("CXX", "").split()[:1] or ["g++", "clang++", "cl"]
+    return list(filter(None, map(shutil.which, names)))
+
+
 def compile_blocks(model, backend="inductor"):
     """Compile the blocks of a model in place, for any number of tokens; weights keep their names.
 
     All blocks share one piece of machine code. The kernels keep attention out of it, since its
     shapes change with every batch. A block is small enough for DDP: it is not cut further.
+    Raises ValueError where there is no C++ compiler.
     """
+    if backend == "inductor" and not compilers():
+        raise ValueError("compile=True: torch.compile needs a C++ compiler: g++, clang++, cl, or "
+                         f"the one that CXX names (now {os.environ.get('CXX')!r})")
     torch._dynamo.config.optimize_ddp = False
     for block in model.layers:
         block.forward = torch.compile(block.forward, dynamic=True, backend=backend)

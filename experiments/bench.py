@@ -79,10 +79,12 @@ class BenchConfig:
         """Return the recipe's `TrainConfig` of stage 1 to 4, counted from 0."""
         return run.chain(TrainConfig, [f"{self.recipe}/embed_sup.py"])[number]
 
-    def model(self, **changes):
+    def model(self, compile=False, **changes):
         """Return a `Conan` of the recipe's shape with fresh weights, always the same ones."""
         config = dataclasses.replace(self.stage().model_config(), **changes)
-        model = Conan(config, ops=kernels.pick(torch.device(self.device)))
+        model = Conan(config, ops=kernels.pick(torch.device(self.device), compile))
+        if compile:
+            distributed.compile_blocks(model)
         return model.init_weights(torch.Generator().manual_seed(0)).to(self.device)
 
 
@@ -166,15 +168,22 @@ def plain_lm_loss(model, windows):
 
 
 def lm(cfg, rows):
-    """Measure tokens/s of stage 1 against the plain loop, at the recipe's windows and batch."""
-    stage, model, plain = cfg.stage(), cfg.model(), cfg.model()
+    """Measure tokens/s of stage 1 against the plain loop, at the recipe's windows and batch.
+
+    The plain loop is not compiled.
+    """
+    stage, plain = cfg.stage(), cfg.model()
     windows = torch.randint(0, stage.vocab_size, (stage.batch_size, stage.passage_len + 1))
     batch = data.lm_batch(windows, None)
     for dtype in DTYPES:
-        rows.compare(f"LM {dtype}",
-                     step_of(plain, stage, dtype, lambda: plain_lm_loss(plain, windows).backward()),
-                     step_of(model, stage, dtype, lambda: train.step_loss(model, batch, stage, 0)),
-                     amount=len(batch.ids))
+        sides = {"": step_of(plain, stage, dtype, lambda: plain_lm_loss(plain, windows).backward())}
+        names = [f"LM {dtype}", *[f"LM {dtype}, --compile=true"] * bool(distributed.compilers())]
+        for compile, name in enumerate(names):
+            sides[name] = step_of(model := cfg.model(compile), stage, dtype,
+                                  partial(train.step_loss, model, batch, stage, 0))
+        seconds = in_turn(sides, cfg.rounds)
+        for name in list(sides)[1:]:
+            rows.ratio(name, seconds[""], seconds[name], len(batch.ids))
 
 
 def growth(cfg, rows):

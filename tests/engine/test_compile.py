@@ -62,6 +62,12 @@ def test_compiled_blocks_give_the_same_and_compile_once(dtype, checkpointing, ra
     assert graphs[0] > 0 and set(graphs) == {graphs[0]} and graphs[0] <= (8 if rank else 4)
 
 
+def test_without_a_compiler_the_error_says_so(monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++ -O2")
+    with pytest.raises(ValueError, match="C\\+\\+ compiler.*now '/nowhere/c\\+\\+ -O2'"):
+        compile_blocks(model_of(compile=True))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -31,9 +31,12 @@ def rows_of(tiny, tmp_path, only):
 def test_every_row_without_extras_runs(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)        # not installed
+    monkeypatch.setattr(bench.distributed, "compile_blocks", lambda model: None)
+    monkeypatch.setattr(bench.distributed, "compilers", lambda: ["/usr/bin/c++"])
     rows = rows_of(tiny, tmp_path, ",".join(bench.MEASUREMENTS["cpu"]))
     assert set(rows) == {
-        "LM float32", "LM bfloat16", "soft step 64", "soft step 128", "DHNM step",
+        "LM float32", "LM float32, --compile=true", "LM bfloat16",
+        "LM bfloat16, --compile=true", "soft step 64", "soft step 128", "DHNM step",
         "two-pass memory", "two-pass time", "head time", "head memory"}
     assert all(row["measured"] > 0 for row in rows.values())
     content = json.loads((tmp_path / "bench_cpu.json").read_text())
