@@ -35,8 +35,8 @@ def test_counts_are_the_largest_remainder(n):
 
 
 def test_largest_remainder_by_hand():
-    # 10 * (0.47, 0.16, 0.37): floors 4, 1, 3; the two that are left go to .7 and .7, not to .6
-    assert Counter(allot(10, {"en": 47, "zh": 16, "es": 37})) == {"en": 5, "zh": 1, "es": 4}
+    # 10 * (0.54, 0.17, 0.29): floors 5, 1, 2; the two that are left go to .9 and .7, not to .4
+    assert Counter(allot(10, {"en": 54, "zh": 17, "es": 29})) == {"en": 5, "zh": 2, "es": 3}
     assert Counter(allot(3, {"en": 1, "zh": 1, "es": 0})) == {"en": 2, "zh": 1}
 
 
@@ -93,6 +93,7 @@ def test_dropped_rows_are_counted_by_reason():
 
 def test_a_language_of_no_known_script_passes_the_script_gate():
     assert script_gate(0.5)(["a", "a"], ["жар", "heat"], ["uk", "ru"]) == [None, "script"]
+    assert script_gate(0.5)(["a"], ["жxaр"], ["ru"]) == [None]              # just enough
 
 
 # ---------------------------------------------------------------- gates
@@ -103,7 +104,7 @@ def test_a_language_of_no_known_script_passes_the_script_gate():
     ("ar", "مصفوفة", 1), ("he", "מטריצה", 1), ("hi", "सारणिक", 1), ("bn", "নির্ণায়ক", 1),
     ("th", "ดีเทอร์มิแนนต์", 1), ("km", "ម៉ាទ្រីស", 1), ("ru", "определитель", 1),
     ("vi", "định thức", 1), ("tr", "sıralı dizi", 1), ("pl", "łańcuch", 1),
-    ("ru", "det матрицы", 7 / 10), ("zh", "numpy 数组", 2 / 7), ("de", "行列", 0),
+    ("ru", "det матрицы", 7 / 10), ("zh", "numpy 数组", 2 / 7), ("de", "行列", 0), ("zh", "好", 1),
     ("en", "12 !", 0)])
 def test_script_share(lang, text, share):
     assert script_share(text, lang) == pytest.approx(share)
@@ -113,6 +114,7 @@ def test_length_and_copies():
     gate = length_gate(0.5, 2.0)
     assert gate(["abcd"] * 4, ["a", "ab", "abcdefgh", "abcdefghi"], ["de"] * 4) == [
         "length", None, None, "length"]
+    assert gate(["a"], ["abc"], ["de"]) == ["length"]
     sources = ["Sort the list"] * 3
     assert copy_gate(sources, ["sort list!", "Liste sort", "the list"], ["de"] * 3) == [
         "copy", None, "copy"]

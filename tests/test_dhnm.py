@@ -58,6 +58,7 @@ def show(pool, query, *scores):
 
 def test_a_history_by_hand():
     pool = pool_of([10, 11, 12, 13, 14], [20, 21, 22])
+    assert set(pool.stats().values()) == {0}
     assert pool.negatives([1, 0]).tolist() == [[20, 21], [10, 11]]
     # first scores are S_0; 11 is below 0.4 from the start and 12 takes its place
     assert show(pool, 0, 0.80, 0.39) == [10, 12]
@@ -134,6 +135,13 @@ def test_a_pool_smaller_than_n_is_filled_up_with_minus_one():
     pool.update([0], torch.tensor([[0.1, 0.0]]))            # the only candidate stays
     assert pool.negatives([0]).tolist() == [[10, -1]]
     assert pool.stats()["replaced"] == 0 and pool.stats()["exhausted"] == 1
+
+
+def test_passage_0_is_a_candidate_like_any_other():
+    pool = pool_of([10, 0, 11], [0], n=1)
+    assert pool.negatives([0, 1]).tolist() == [[10], [0]]
+    assert show(pool, 0, 0.1) == [0]
+    assert pool_of([0], n=3).negatives([0]).tolist() == [[0, -1, -1]]
 
 
 def test_a_padded_tensor_is_the_same_pool_as_lists():

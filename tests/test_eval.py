@@ -104,7 +104,7 @@ def test_spearman_by_hand():
     # Ranks 1.5, 1.5, 3 and 1, 2, 3: covariance 1.5, variances 1.5 and 2.
     assert spearman([7, 7, 9], [1, 2, 3]) == pytest.approx(1.5 / math.sqrt(1.5 * 2))
     x = np.random.default_rng(0).normal(size=40)
-    assert spearman(x, np.exp(x)) == pytest.approx(1)
+    assert spearman(x, np.exp(x)) == spearman([1, 2], [3, 4]) == pytest.approx(1)
     assert spearman(x, -(x**3)) == pytest.approx(-1)
     assert spearman(x, np.ones(40)) == spearman([], []) == spearman([1], [2]) == 0.0
 

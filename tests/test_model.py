@@ -81,6 +81,8 @@ def test_rms_norm_and_swiglu_by_hand():
     # the mean square of (3, 4) is 12.5
     got = plain.rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 10.0]), 0.0)
     assert got.tolist() == pytest.approx([3 / math.sqrt(12.5), 40 / math.sqrt(12.5)])
+    got = plain.rms_norm(torch.tensor([0.3, -0.3]), torch.ones(2), 0.07)    # 0.09 + 0.07 = 0.4^2
+    assert got.tolist() == pytest.approx([0.75, -0.75])
     got = plain.swiglu(torch.tensor([0.0, math.log(3)]), torch.tensor([5.0, 4.0]))
     assert got.tolist() == pytest.approx([0, 3 * math.log(3)])     # sigmoid(log 3) = 3 / 4
 
