@@ -150,16 +150,16 @@ def test_a_contrastive_batch_holds_queries_positives_and_negatives(tokenizer):
     rows = [{"query": "the", "pos": ["fox"], "neg": ["dog"]},
             {"query": "lazy", "pos": ["dog"], "neg": [], "prompt": "over"}]
     t = task(tokenizer, rows, n_negatives=2)
-    t.pool = HardNegativePool([[1], []], 2)
+    t.pool = HardNegativePool([[1], [0]], 2)                # of the passages "fox" and "dog"
     order = data.shuffled(np.arange(2), 2, 0).tolist()
     batch = t.batch(0)
     texts = ["Find\nthe", "over\nlazy"][::1 if order == [0, 1] else -1]    # "Find": no own prompt
     positives = ["fox", "dog"] if order == [0, 1] else ["dog", "fox"]
-    negatives = ["dog", "", "", ""] if order == [0, 1] else ["", "", "dog", ""]
+    negatives = ["dog", "", "fox", ""] if order == [0, 1] else ["fox", "", "dog", ""]
     assert texts_of(batch, tokenizer) == texts + positives + negatives
     assert batch.positive_ids.tolist() == [data.text_id(text) for text in positives]
     assert batch.negative_ids[order.index(0)].tolist() == [data.text_id("dog"), -1]
-    assert batch.negative_ids[order.index(1)].tolist() == [-1, -1]
+    assert batch.negative_ids[order.index(1)].tolist() == [data.text_id("fox"), -1]
     skip = [len(tokenizer.encode(text)) for text in ("Find\n", "over\n")]
     assert batch.skip == [skip[i] for i in order] + [0] * 6
     assert t.prompts == {"Find": 1, "over": 1}
@@ -213,6 +213,7 @@ def test_batches_never_hold_a_query_twice_and_all_ranks_share_them(tokenizer, mo
         indices = alone.batch(k).rows.tolist()
         assert len(set(indices)) == 4
         assert indices == [i for t in ranks for i in t.batch(k).rows.tolist()]
+        assert k % 2 == 0 or not {*indices} & {*alone.batch(k - 1).rows.tolist()}
     monkeypatch.setattr(World, "gather_objects", lambda world, value: [value])
     with pytest.raises(ValueError, match="a batch of 4 cannot be split over 3 ranks"):
         task(tokenizer, rows, "pairs", "embed_weak", World(0, 3, torch.device("cpu")), batch_size=4)
