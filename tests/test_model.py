@@ -87,6 +87,14 @@ def test_rms_norm_and_swiglu_by_hand():
     assert got.tolist() == pytest.approx([0, 3 * math.log(3)])     # sigmoid(log 3) = 3 / 4
 
 
+@pytest.mark.parametrize("loss_of", [plain.next_token_loss, kernels.next_token_loss])
+def test_next_token_loss_by_hand(loss_of):
+    hidden, weight = torch.tensor([[1.0], [5.0]]), torch.tensor([[0.0], [math.log(3)]])
+    loss = loss_of(hidden, weight, torch.tensor([1, -100]))        # its probability is 3 / 4
+    assert loss.item() == pytest.approx(math.log(4 / 3))
+    assert loss_of(hidden, weight, torch.tensor([-100, -100])) == 0
+
+
 def test_pooling_by_hand():
     hidden = torch.tensor([[5.0, 5.0], [1.0, 0.0], [2.0, 0.0], [6.0, 3.0]])
     assert pool(hidden, [1, 3]).tolist() == [[5, 5], [3, 1]]
