@@ -611,3 +611,27 @@ def test_sft_is_validated_causally_on_the_document_that_answers_best(tmp_path, t
     (tmp_path / "dev/corpus.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
     corpus.unlink()
     assert evaluation.validation_loss(state) == pytest.approx(loss, rel=1e-6)
+
+
+def test_validation_loss_is_a_mean_over_tokens(tmp_path, tokenizer):
+    """More texts than are scored at once, of unequal lengths."""
+    texts = ["the quick brown fox" * (1 + i // 20) for i in range(60)]
+    write_rows(tmp_path / "text_dev.jsonl", [{"text": text} for text in texts])
+    model = tiny_model(std=0.3, vocab_size=tokenizer.vocab_size)
+    state = SimpleNamespace(cfg=TrainConfig(stage="pretrain", data=str(tmp_path)), wrapped=model,
+                            tokenizer=tokenizer, world=ALONE, dtype=torch.float32)
+    batch = data.sft_batch([(None, "", text) for text in texts], range(60), tokenizer,
+                           state.cfg.passage_len)
+    loss = float(model(batch.ids, batch.lengths, CAUSAL, batch.targets).detach())
+    assert evaluation.validation_loss(state) == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_run_is_scored_on_what_is_named_or_on_its_folders_test_splits(tmp_path):
+    for name in ("test", "b/clr_test", "dev", "clr_dev", "search"):
+        write_rows(tmp_path / name / "corpus.jsonl", [{"id": "d", "text": "a"}])
+    cfg = TrainConfig(data=str(tmp_path))
+    assert evaluation.collections(cfg) == [tmp_path / "b/clr_test", tmp_path / "test"]
+    named = dataclasses.replace(cfg, evaluate=("x/dev", "y/dev"))
+    assert evaluation.collections(named) == [Path("x/dev"), Path("y/dev")]
+    files = dataclasses.replace(cfg, retrieval=("rows.jsonl",))
+    assert evaluation.collections(files) == []
