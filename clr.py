@@ -53,7 +53,8 @@ def build_clr(rows, translate, shares=TABLE_7, source_lang="en", seed=0, gates=N
 
     Every other key is untouched. translate: (text, lang) -> text or None; if it has a method
     `many(jobs)`, that is used: jobs in, translations out, in their order. shares: {language:
-    weight}; the source language is no target. Raises ValueError if no other one has a share.
+    weight}; the source language is no target. seed: of the languages' order. gates: a `Gates`.
+    Raises ValueError, at the first row, if no other language has a share.
     """
     rows, gates = list(rows), gates or Gates()
     targets = {lang: share for lang, share in shares.items() if lang != source_lang}

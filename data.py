@@ -10,7 +10,7 @@ One example a line, JSONL or JSONL.gz, UTF-8, in the formats that users already 
 
 PAPER Sec. 3.1, App. A, Table 11. The rows of a step depend only on the seed and the step number
 (engine/order.py), their hard negatives on DHNM's pools. So resuming needs no reader state.
-UNSPECIFIED: the templates. `format_query` and `format_sft` alone know them.
+UNSPECIFIED: the templates, of `format_query` and `format_sft`.
 """
 from collections import Counter
 from functools import partial
@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from dhnm import should_replace
-from engine.batch import Batch, end_text  # noqa: F401
+from engine.batch import Batch, end_text  # noqa: F401  unused names: others take them from here
 from engine.collection import (Collection, document_text, find_packed,  # noqa: F401
                                load_collection, read_with_ids)
 from engine.distributed import ALONE
@@ -46,7 +46,7 @@ PROMPTS = {                        # a query's instruction by task, unless its r
 def format_query(text, instruction=None):
     """Put an instruction in front of a query; passages never carry one (PAPER Sec. 3.1.2).
 
-    The line end keeps the instruction's tokens apart from the text's: see `prompt_length`.
+    The line end keeps the instruction's tokens apart from the text's, unless that begins with one.
     """
     return f"{instruction}\n{text}" if instruction else text
 
@@ -162,7 +162,7 @@ def sft_batch(examples, rows, tokenizer, max_len):
     """
     ids, targets, lengths, truncated = [], [], [], 0
     prompts = tokenizer.encode_batch([format_sft(e[0], e[1]) for e in examples])
-    blank = tokenizer.encode("\n\n")                       # one token or two
+    blank = tokenizer.encode("\n\n")                       # ends a prompt: one token or two
     outputs = tokenizer.encode_batch([e[2] for e in examples])
     for prompt, output in zip(prompts, outputs):
         truncated += len(prompt) + len(output) > max_len
@@ -361,8 +361,8 @@ def fill_pools(tasks, embedder):
 
     UNSPECIFIED: a row's own negatives come first; others are mined where it has fewer than
     `n_negatives`: the passages nearest to the query by cosine. UNSPECIFIED: for CLR those nearest
-    to its positive, as a model after stage 3 hardly reads a translated query. Rows of tools/mine.py
-    bring their cosines: nothing is embedded for them. Ranks share the work (engine/mining.py).
+    to its positive, as a model after stage 3 hardly reads a translated query. Where all rows of a
+    task bring their cosines (tools/mine.py), nothing is embedded. Ranks share the work.
     """
     tasks = [task for task in tasks if task.passages]
     if not tasks:

@@ -132,8 +132,9 @@ class HardNegativePool:
 
     def load_state_dict(self, state):
         """Take over a state. Raises ValueError if its shape is another pool's."""
-        if state["slots"].shape != self.slots.shape:
-            raise ValueError(f"the pool's state has {tuple(state['slots'].shape)} (queries, "
-                             f"negatives), this pool {tuple(self.slots.shape)}")
+        for name in ("slots", "candidates"):
+            if state[name].shape != getattr(self, name).shape:
+                raise ValueError(f"the pool's state has {name} {tuple(state[name].shape)}, this "
+                                 f"pool {tuple(getattr(self, name).shape)}")
         for name in self.STATE:
             setattr(self, name, state[name].clone())

@@ -52,7 +52,7 @@ def info_nce(query, positive, negatives=None, wrong=None, *, temperature):
     query, positive: (B, D), negatives: (B, N, D) or None, of any norm and float dtype.
     wrong: (B, M) bool or None, the candidates that leave a query's sum (see false_negatives).
     negative_scores: (B, N) detached cosines of each query with its own hard negatives, for DHNM.
-    Raises ValueError for a temperature that is not positive or shapes that do not fit.
+    Raises ValueError for a temperature that is not positive, or embeddings that do not fit.
     """
     b, d = query.shape
     negatives = query.new_zeros(b, 0, d) if negatives is None else negatives
@@ -125,7 +125,7 @@ def cosent_loss(cosine, score, *, temperature):
 def matryoshka(loss_fn, embeddings, dims):
     """Return (loss, rest): the mean loss over prefixes of the embeddings, each renormalised.
 
-    PAPER Sec. 3.1.2, App. A. UNSPECIFIED: the weights; equal here. embeddings: tensors (..., D).
+    PAPER Sec. 4.6.1, App. A. UNSPECIFIED: the weights; equal here. embeddings: tensors (..., D).
     loss_fn(*prefixes) returns (loss, rest); the rest of the largest dim is handed through, which is
     the full width in training: DHNM reads it. Raises ValueError for a dim outside 1 .. D.
     """

@@ -134,7 +134,8 @@ def main():
     """Print the rank along all three schedules, in both readings, beside the law."""
     n = 64
     print(f"M of Eq. (4) for a text of N = {n} tokens; law: N - floor(alpha N), one more for "
-          "columns\n\nschedule      axis step   alpha  rank   law  effective rank")
+          "columns; N at alpha 0, 1 at alpha 1\n\n"
+          "schedule      axis step   alpha  rank   law  effective rank")
     for kind, axis, step in itertools.product(KINDS, ("row", "col"), range(9)):
         a = alpha(step, 8, kind)
         m = soft_mask(n, a, axis)

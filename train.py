@@ -13,7 +13,7 @@
     python train.py config/embed_sup.py --dhnm=fixed --seed=1 --out=out/fixed
 
 A stage starts from the checkpoint of the stage before it, which is trained first if it is missing.
-An interrupted stage resumes exactly where it stopped.
+A stopped stage resumes exactly where it stopped, a killed one at its last checkpoint.
 """
 import contextlib
 import copy
@@ -140,12 +140,11 @@ class TrainConfig:
 # ---------------------------------------------------------------- the centre: one step's loss
 
 def stage_mask(cfg, step):
-    """Return the mask of a step: causal, soft (PAPER Sec. 3.2, weak stage only), bidirectional.
+    """Return the mask of a step: causal, soft (PAPER Fig. 2, weak stage only), bidirectional.
 
-    UNSPECIFIED: in which stages M is soft; Figure 2 shows the weak one. DEVIATES: tau is the number
-    of the last step, as steps count from 0. So the first weak step has alpha 0 and the last one
-    exactly 1. For comparison: "hard" is 1 from the first step on, "causal" stays at 0 in stages 3
-    and 4.
+    DEVIATES: tau is the number of the last step, as steps count from 0. So the first weak step has
+    alpha 0 and the last one exactly 1. For comparison: "hard" is 1 from the first step on, "causal"
+    stays at 0 in stages 3 and 4.
     """
     if cfg.stage in ("pretrain", "sft") or cfg.schedule == "causal":
         return CAUSAL

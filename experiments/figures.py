@@ -8,7 +8,7 @@
 soft_mask, loss (all stages), dhnm (Sec. 3.4), mrl, figure1 (score against size), figure3 (languages
 before and after CLR), curve (soft minus hard against LM tokens); each a PNG. A figure whose data
 does not exist says which file is missing. Needs matplotlib.
-DEVIATES: Figure 3 shows principal components, as the paper names no projection.
+UNSPECIFIED: Figure 3 shows principal components, as the paper names no projection.
 """
 from dataclasses import dataclass
 from pathlib import Path

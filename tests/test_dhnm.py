@@ -189,6 +189,8 @@ def test_state_of_another_pool_is_refused():
         pool.load_state_dict(pool_of([10, 11, 12], n=3).state_dict())
     with pytest.raises(ValueError, match=r"\(2, 2\)"):
         pool.load_state_dict(pool_of([10], [11]).state_dict())
+    with pytest.raises(ValueError, match=r"candidates \(1, 4\).*\(1, 3\)"):
+        pool.load_state_dict(pool_of([10, 11, 12, 13]).state_dict())
 
 
 # ---------------------------------------------------------------- what is refused

@@ -5,9 +5,10 @@
     python -m tools.mine --checkpoint=out/embed_weak --input=clr.jsonl --out=m.jsonl --task=clr
 
 PAPER Sec. 3.4. A row gets "neg", its own first, then the passages nearest to its query, and
-"cosines", one for each. Stage 4 takes them as they are and embeds nothing; a cap on the cosines can
-be applied later, beside "pos_cosines". A run that broke off continues. --lexical adds BM25's best,
-and then all go by cosine: for small sets, about 0.1 microseconds of a core a query and passage.
+"cosines", one for each. Where all rows of a task have them, stage 4 keeps their order, leaves out
+what lies below 0.4, and embeds nothing; a cap on them can be applied before, beside "pos_cosines".
+A run that broke off continues. --lexical adds BM25's best, and then all go by cosine: for small
+sets, about 0.1 microseconds of a core a query and passage.
 """
 import hashlib
 import shutil

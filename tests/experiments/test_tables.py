@@ -71,6 +71,33 @@ def test_every_figure_is_drawn(home, tmp_path, capsys):
     assert "loss.png: not drawn. " in capsys.readouterr().out
 
 
+@pytest.mark.extras
+def test_figure_3_has_each_language_before_and_after(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    vectors = {f"{lang} {i}": np.array([3.0 * i, 20 * (lang == "zh"), i * i])
+               for lang in ("en", "zh") for i in range(5)}
+
+    class Stub:
+        def __init__(self, folder):
+            self.scale = {"before": 1, "after": -2}[folder]
+
+        def encode(self, texts, prompt=None):
+            return self.scale * np.stack([vectors[text] for text in texts])
+
+    monkeypatch.setattr(figures, "Embedder", Stub)
+    monkeypatch.setattr(figures, "LANGUAGES", ("en", "zh"))
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "lang": text[:2]}) + "\n"
+                            for text in ["ja 0", *vectors]))                # ja is none of them
+    figure = figures.draw_figure3(figures.FiguresConfig(before="before", after="after",
+                                                        texts=str(path)))
+    for plot, scale in zip(figure.axes, (1, -2), strict=True):
+        points = figures.components(scale * np.stack(list(vectors.values())))
+        for dots, own in zip(plot.collections, (points[:5], points[5:]), strict=True):
+            assert np.allclose(dots.get_offsets(), own)
+
+
 def test_an_unknown_figure_is_refused():
     with pytest.raises(ValueError, match="no such figure: figure9; there are soft_mask, loss"):
         figures.main(["--only=figure9"])
