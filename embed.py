@@ -4,6 +4,8 @@
     python embed.py                                            # asks for one query after the other
     python embed.py --texts FILE --out x.npy --truncate_dim 64
 
+A text is cut at the tokens that the model was trained for; `Embedder.max_len` may be set higher.
+
     from embed import Embedder
     vectors = Embedder("out/embed_sup").encode(["a text", "another one"])     # (2, D) float32
 
@@ -107,10 +109,13 @@ class Embedder:
         first dims only, normalised again. A text ends with the end-of-text token, and one longer
         than the model was trained for is cut before it. batch_size: texts in a pass, more if they
         are short and fewer if they are very long; an embedding does not depend on its batch. Raises
-        TypeError for what is no string, ValueError for an instruction that leaves no room.
+        TypeError for what is no string, ValueError for an instruction that leaves no room, or for
+        a dim or batch size out of range.
         """
         if isinstance(texts, str):
             return self.encode([texts], batch_size, prompt, truncate_dim, normalize)[0]
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if truncate_dim is not None and not 1 <= truncate_dim <= self.dim:
             raise ValueError(f"truncate_dim {truncate_dim} must lie in 1 .. {self.dim}")
         for i, text in enumerate(texts):

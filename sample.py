@@ -48,6 +48,8 @@ def run(args):
     """Print the prompt, and what the model writes after it."""
     if not args.temperature >= 0:                      # nor what is no number
         raise ValueError(f"--temperature must not be negative, not {args.temperature}")
+    if args.n_tokens < 1:
+        raise ValueError(f"--n_tokens must be at least 1, not {args.n_tokens}")
     embedder = Embedder(args.checkpoint, dtype="float32")
     prompt = args.prompt if args.instruction is None else format_sft(args.instruction, args.prompt)
     print(prompt + generate(embedder.model, embedder.tokenizer, prompt, args.n_tokens,

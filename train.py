@@ -440,6 +440,7 @@ def main(argv=None):
         world.on_main(lambda: prepare(cfg))
         for stage in configs:
             data.hashes(stage, world)      # its mistakes show now, not after the stages before it
+            world.on_main(lambda: stage.resume and run.finished(stage) is not None)
         done, trained = None, False
         for stage in configs:
             before, done = done, finished(stage, world, done)

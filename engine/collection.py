@@ -120,10 +120,11 @@ def read_qrels(path, queries, documents):
 def load_collection(directory, split=None, ignore_identical_ids=None):
     """Read the corpus.jsonl, queries.jsonl and qrels of a folder, each plain or .gz.
 
-    split: one of qrels/SPLIT.tsv, or the queries whose row says `"split": split`. Queries without a
-    judged document are left out, unless their row has `answers`. ignore_identical_ids: leave the
-    document with a query's own id out of its ranking; None: if such a pair has equal texts and is
-    not judged relevant, as in ArguAna. Raises ValueError by file and line.
+    split: one of qrels/SPLIT.tsv, or the queries whose row says `"split": split`, or says none in a
+    folder of that name. Queries without a judged document are left out, unless their row has
+    `answers`. ignore_identical_ids: leave the document with a query's own id out of its ranking;
+    None: if such a pair has equal texts and is not judged relevant, as in ArguAna. Raises
+    ValueError by file and line.
     """
     directory = Path(directory)
     corpus = list(read_with_ids(find_packed(directory / "corpus.jsonl")))
@@ -142,7 +143,7 @@ def load_collection(directory, split=None, ignore_identical_ids=None):
         if not any(row.get("answers") for row in queries):
             raise
     queries = [row for row in queries if (qrels.get(row["id"]) or row.get("answers"))
-               and (of_file or not split or row.get("split") == split)]
+               and (of_file or not split or row.get("split", directory.name) == split)]
     if not queries:
         raise ValueError(f"{directory}: no query{f' of split {split!r}' if split else ''} has a "
                          "judged document")
@@ -183,7 +184,7 @@ def choose_split(rows, split, path, with_train=False):
     `with_train` keeps the rows of "train" besides. Raises ValueError if a split is not there.
     """
     there = {row["split"] for row in rows if row.get("split")}
-    if split and not there:
+    if split and not there and Path(path).name != split:
         raise ValueError(f"{path}: no rows of split {split!r}, as none has a split")
     chosen = split or next((name for name in HELD_OUT if name in there), None)
     if not there or chosen is None and not with_train:

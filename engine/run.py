@@ -104,6 +104,8 @@ def chain(cls, argv):
     """
     files = [arg for arg in argv if not arg.startswith("-")]
     stages = [read_settings(cls, argv)]
+    if not files and "stage" not in stages[0]:
+        raise ConfigError("name the config of a stage, such as config/embed_sup.py, or its --stage")
     rest, seen = list(argv), files[:1]
     if files:
         rest.remove(files[0])                      # of this stage alone

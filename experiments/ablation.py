@@ -91,8 +91,7 @@ def make_table(lab, name, cells, *, stage=WEAK, measure=None, **more):
     measure = measure or (lambda seed, cell, folder: lab.measure(folder))
     if unknown := set(lab.cfg.cells) - cells.keys():
         raise ValueError(f"{name} has no row {min(unknown)!r}; its rows are {', '.join(cells)}")
-    table = {**more, "command": f"python -m experiments.ablation {name}", "seeds": [], "cells": {},
-             "language_models": {},
+    table = {**more, "seeds": [], "cells": {}, "language_models": {},
              "settings": {label: dataclasses.asdict(cell) for label, cell in cells.items()},
              "steps": {s: cfg.steps for s, cfg in lab.base.items()},
              "learning_rates": lab.tuned, "versions": [versions()]}
@@ -110,7 +109,10 @@ def make_table(lab, name, cells, *, stage=WEAK, measure=None, **more):
                 if lm.name not in table["language_models"]:
                     table["language_models"][lm.name] = language_model(lab, lm)
         add_earlier(table, path, stages)               # again: another lane may have written
+        seeds = ",".join(map(str, table["seeds"]))
         write_result(lab.cfg.results, name, table | {
+            "command": " ".join([f"python -m experiments.ablation {name} --seeds={seeds}", *(
+                f"--{key}=FILE" for key in ("pawsx", "sts") if getattr(lab.cfg, key))]),
             "differences": {key: sides for key, sides in more.get("differences", {}).items()
                             if set(sum(map(list, sides), [])) <= table["cells"].keys()}})
     print("\n".join(cells_lines(read_object(path))))

@@ -271,6 +271,9 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["record"]:
         return print(record(load_config(RecordConfig, argv[1:])))
+    if argv:
+        raise ValueError(f"{argv[0]!r} is unknown: without a word all pages are written, and "
+                         "`record --runs=...` records runs")
     for path, text in stale().items():
         with atomic(path) as file:
             file.write(text)

@@ -90,6 +90,8 @@ def test_order_shape_and_prefixes(run, monkeypatch, at_a_time):
     assert embedder.encode([]).shape == (0, 16)
     with pytest.raises(ValueError, match="truncate_dim 17 must lie in 1 .. 16"):
         embedder.encode(texts, truncate_dim=17)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        embedder.encode(texts, batch_size=0)
     with pytest.raises(TypeError, match="text 1 is a int, not a string"):
         embedder.encode(["a", 1])
 

@@ -635,3 +635,15 @@ def test_a_run_is_scored_on_what_is_named_or_on_its_folders_test_splits(tmp_path
     assert evaluation.collections(named) == [Path("x/dev"), Path("y/dev")]
     files = dataclasses.replace(cfg, retrieval=("rows.jsonl",))
     assert evaluation.collections(files) == []
+
+
+def test_a_folder_may_be_asked_for_the_split_that_it_is_named_after(tmp_path):
+    folder = tmp_path / "x/test"
+    write_rows(folder / "corpus.jsonl", [{"id": "d", "text": "a"}])
+    write_rows(folder / "queries.jsonl", [{"id": "q", "text": "a"}])
+    (folder / "qrels.tsv").write_text("q\td\t1\n")
+    scores = evaluate(LexicalBaseline(), "retrieval", folder)
+    assert scores["retrieval/x/test/ndcg@10"] == 1
+    assert evaluate(LexicalBaseline(), "retrieval", folder, split="test") == scores
+    with pytest.raises(ValueError, match="no query of split 'dev' has a judged document"):
+        evaluate(LexicalBaseline(), "retrieval", folder, split="dev")

@@ -70,6 +70,8 @@ def test_a_trained_model_writes_its_text_on_the_command_line(rows, tmp_path, mon
     for bad in ("-1", "nan"):
         with pytest.raises(SystemExit, match="sample.py: error: --temperature must not be neg"):
             run(f"--temperature={bad}")
+    with pytest.raises(SystemExit, match="sample.py: error: --n_tokens must be at least 1, not 0"):
+        run("--n_tokens=0")
     monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint=nowhere"])
     with pytest.raises(SystemExit, match="sample.py: error: nowhere: no checkpoint here"):
         sample.main()

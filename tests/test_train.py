@@ -72,6 +72,13 @@ def test_a_stage_starts_from_the_weights_and_the_tokenizer_before_it(rows, whole
         state_of(whole, "pretrain", "tokenizer.tiktoken")
 
 
+def test_other_settings_of_a_later_stage_show_before_the_first_is_trained(rows, whole, tmp_path):
+    (tmp_path / "sft").symlink_to(whole / "sft")
+    with pytest.raises(SystemExit, match="sft/step_.* was trained with learning_rate="):
+        train.main(chain_arguments(rows, "sft", tmp_path, "--learning_rate=0"))
+    assert not (tmp_path / "pretrain").exists()
+
+
 def test_a_stage_may_pool_otherwise_than_the_one_before_it(rows, whole, tmp_path):
     out, last = stages_before("embed_weak", whole, tmp_path), rows / "last.py"
     last.write_text((rows / "embed_weak.py").read_text() + 'pooling = "last"\n')

@@ -109,6 +109,9 @@ class EndpointTranslator:
             except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
                 if getattr(error, "code", None) in (401, 403, 404):    # no other text fares better
                     raise ConnectionError(f"{self.url}: {error}: {error.read(300)!r}") from None
+                refused = isinstance(getattr(error, "reason", None), ConnectionRefusedError)
+                if refused and not self.known:         # there is no server
+                    raise ConnectionError(f"{self.url}: {error.reason}") from None
                 reason = error
             delay = self.BACKOFF * 2 ** attempt * random.uniform(0.5, 1.5)
             if attempt + 1 == self.TRIES or self.stop.wait(delay):

@@ -48,7 +48,13 @@ def test_flags_reach_the_earlier_stages_where_they_are_shared(files):
 
 def test_a_stage_without_one_before_it_is_alone(files):
     assert of(runs.chain(train.TrainConfig, [files[1], "--previous="]), "n_layer") == [(4,)]
-    assert of(runs.chain(train.TrainConfig, []), "stage") == [("embed_sup",)]
+    assert of(runs.chain(train.TrainConfig, ["--stage=embed_sup"]), "stage") == [("embed_sup",)]
+
+
+@pytest.mark.parametrize("argv", [[], ["--steps=20"]])
+def test_a_command_that_names_no_stage_is_refused(argv):
+    with pytest.raises(ConfigError, match="name the config of a stage, such as config/embed_sup"):
+        runs.chain(train.TrainConfig, argv)
 
 
 def test_a_chain_that_leads_back_is_refused(files):
