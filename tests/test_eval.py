@@ -272,6 +272,8 @@ def test_mkqa_looks_for_the_answers_words(tmp_path):
     ndcg = (1 / math.log2(3) + 1 / math.log2(4) + 1) / 3
     assert results["mkqa/mkqa/mean/ndcg@10"] == pytest.approx(ndcg)
     assert results["mkqa/mkqa/de/recall@20"] == 1 and results["mkqa/mkqa/en/recall@20"] == 0
+    # BM25 finds nothing for "a" and "c", although the last passage has an answer to "c"
+    assert evaluate(LexicalBaseline(), "mkqa", tmp_path / "mkqa")["mkqa/mkqa/de/recall@20"] == 0
     with pytest.raises(ValueError, match="no query of the collection has a judged"):
         evaluate(Vectors(known), "retrieval", tmp_path / "mkqa")
     write_rows(tmp_path / "mkqa" / "corpus.jsonl", [{**row, "lang": "de"} for row in corpus])
