@@ -200,8 +200,17 @@ class Task:
             self.passages = Passages(self.rows, world=world)
         if kind == "text":
             self.stream = token_stream(self.rows, tokenizer, cfg, world)
-        if self.size % world.size:
-            raise ValueError(f"a batch of {self.size} cannot be split over {world.size} ranks")
+        if cfg.stage.startswith("embed"):
+            self.prompt_lengths(self.prompts)
+
+    def prompt_lengths(self, prompts):
+        """Return the tokens of each instruction; ValueError for one that leaves a query none."""
+        lengths = [prompt_length(self.tokenizer, prompt) for prompt in prompts]
+        if max(lengths) > self.cfg.query_len - 2:
+            raise ValueError(f"{self.kind}: the instruction "
+                             f"{list(prompts)[int(np.argmax(lengths))]!r} takes {max(lengths)} "
+                             f"tokens and leaves a query none; query_len is {self.cfg.query_len}")
+        return lengths
 
     def load_pool(self, state):
         """Set the pool of a resumed run from what `HardNegativePool.state_dict` gave."""
@@ -262,11 +271,7 @@ class Task:
             texts, ids = texts + hard, ids.masked_fill(negatives < 0, -1)
         cfg = self.cfg
         limits = [cfg.query_len] * len(queries) + [cfg.passage_len] * (len(texts) - len(queries))
-        skip = [prompt_length(self.tokenizer, prompt) for prompt, *_ in triples]
-        if max(skip) > cfg.query_len - 2:
-            raise ValueError(f"the instruction {triples[int(np.argmax(skip))][0]!r} takes "
-                             f"{max(skip)} tokens and leaves a query none; query_len is "
-                             f"{cfg.query_len}")
+        skip = self.prompt_lengths([prompt for prompt, *_ in triples])
         known = [self.passages.positive_ids(int(i)) if self.passages else
                  [text_id(pos) for pos in self.rows[int(i)]["pos"]] for i in indices]
         return Batch.of(self.kind, texts, limits, self.tokenizer, indices, negative_ids=ids,
@@ -279,12 +284,18 @@ class Task:
 # ---------------------------------------------------------------- the mixture of a stage
 
 def sources(cfg, kind):
-    """Return the files of a kind: those that are named, else those in the folder `cfg.data`."""
+    """Return the files of a kind: those that are named, else those in the folder `cfg.data`.
+
+    Raises ValueError for a file there that is packed otherwise than as .gz.
+    """
     if getattr(cfg, kind) or not uses_folder(cfg):
         return getattr(cfg, kind)
     folder = Path(cfg.data)
     files = [path for path in folder.glob("*") if path.name.startswith((f"{kind}.", f"{kind}-"))]
     files += (folder / kind).glob("*")
+    for path in files:
+        if path.suffix in (".zst", ".bz2", ".xz", ".zip", ".parquet"):
+            raise ValueError(f"{path}: only JSONL and JSONL.gz are read")
     return tuple(sorted(str(path) for path in files
                         if is_json(path) and not path.name.endswith(".report.json")))
 
@@ -314,9 +325,12 @@ def task_files(cfg):
 
 
 def task_rows(cfg, kind, files, world=ALONE):
-    """Return the rows of a task's files; ValueError if they do not fill a batch."""
+    """Return the rows of a task's files; ValueError if they fill no batch, or ranks share none."""
     rows = Rows(files, kind, skip_bad=cfg.skip_bad_lines, world=world)
     size = cfg.batch_sizes.get(kind, cfg.batch_size)
+    if size % world.size:
+        raise ValueError(f"{cfg.stage}: a batch of {size} {kind} rows cannot be split over "
+                         f"{world.size} ranks")
     if kind != "text" and len(rows) < size:
         raise ValueError(f"{', '.join(map(str, files))}: {len(rows)} rows are too few for a batch "
                          f"of {size}")

@@ -19,6 +19,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -190,11 +191,19 @@ def load_index(embedder, corpus):
             for old in folder.glob(f"index-{place}-*.npy"):
                 old.unlink()
             with atomic(cache, "wb") as file:
-                np.save(file, vectors)
+                save_vectors(file, vectors)
         except OSError as error:                   # a folder that is read-only: search all the same
             print(f"the embeddings are not kept: {error}", file=sys.stderr)
             return rows, vectors
-    return rows, np.load(cache, mmap_mode="r")
+    try:
+        return rows, np.load(cache, mmap_mode="r")
+    except ValueError as error:
+        raise ValueError(f"{cache} is damaged, delete it: {error}") from None
+
+
+def save_vectors(file, vectors):
+    """Write vectors in .npy form; numpy's own way into a file does not see that a disk is full."""
+    np.save(SimpleNamespace(write=file.write), vectors)
 
 
 def search(embedder, rows, vectors, query, k=10, prompt=None):
@@ -222,7 +231,7 @@ def run(args):
         with atomic(args.out, "wb") as file:       # a name that cannot be written shows now
             vectors = embedder.encode(texts, prompt=args.prompt, truncate_dim=args.truncate_dim,
                                       show_progress_bar=True)
-            np.save(file, vectors)
+            save_vectors(file, vectors)
         print(f"wrote {args.out}: {vectors.shape[0]:,} x {vectors.shape[1]} float32")
         return
     rows, vectors = load_index(embedder, args.corpus)

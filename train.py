@@ -300,9 +300,11 @@ def start(cfg, world, where, before):
     if source:
         meta = run.read_meta(source)
         shape = dataclasses.asdict(cfg.model_config())
-        own = {name: shape[name] for name in ("pooling", "pool_prompt")}   # a stage may change them
-        if meta["model"] | own != shape:
-            raise ValueError(f"{source}: its model is {meta['model']}, this stage asks for {shape}")
+        own = ("pooling", "pool_prompt")           # a stage may change them
+        if other := [f"{name} {meta['model'].get(name)}, this stage asks for {value}"
+                     for name, value in shape.items()
+                     if name not in own and meta["model"].get(name) != value]:
+            raise ValueError(f"{source}: its model has {'; '.join(other)}")
         weights, prompts = run.load_weights(cfg, world, source), meta["prompts"]
         tokenizer = Tokenizer.load(source / "tokenizer.tiktoken")
     else:
@@ -319,6 +321,8 @@ def start(cfg, world, where, before):
                                  cfg.passage_len, state.prompts, state.dtype)
     state.optimizer = distributed.shard_optimizer(build_optimizer(state.model, cfg), world,
                                                   cfg.parallel)
+    if not cfg.resume:
+        world.on_main(lambda: run.set_aside(cfg))      # now that this run can start
     if where:
         run.restore(state, checkpoint.load(where, "trainer.pt"))
     elif cfg.stage == "embed_sup":
@@ -465,4 +469,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:                          # in mining or scoring; a step saves first
+        sys.exit("train.py: stopped; the same command resumes")

@@ -26,13 +26,13 @@ DATA = {"data", "text", "pairs", "retrieval", "clr", "classification", "sts"}
 PATHS = DATA | {"out", "evaluate", "previous"}                 # left out of an export
 MACHINE = {"device", "dtype", "checkpointing", "compile", "parallel"}
 SHARED_BY_STAGES = MODEL | DATA | MACHINE | {"out", "evaluate", "skip_bad_lines", "seed",
-                                          "log_every"}
+                                          "log_every", "save_every"}
 SHARED_BY_EMBEDDING = {"lora_rank", "schedule", "mask_axis", "mask_apply"}     # stages 3 and 4
 MAY_CHANGE_ON_RESUME = PATHS | (MACHINE - {"dtype"}) | {       # data is compared by content
     "resume", "log_every", "save_every", "micro_batch_size", "dry_run"}
 LIMITS = {                         # the others may be anything of their type
     **dict.fromkeys(("steps", "batch_size", "log_every", "save_every", "query_len", "passage_len",
-                     "n_negatives", "pool_size"), (1, 10 ** 14)),
+                     "n_negatives", "pool_size"), (1, 10 ** 9)),
     **dict.fromkeys(("micro_batch_size", "lora_rank"), (0, 10 ** 12)),
     "temperature": (1e-4, 1e4), "warmup": (0, 1), "final_lr": (0, 1), "beta2": (0, 1 - 1e-9),
     "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "vocab_size": (258, 2 ** 31),
@@ -153,7 +153,7 @@ def check_settings(cfg, saved, where):
              if k not in MAY_CHANGE_ON_RESUME and saved[k] != now[k]]
     if other:
         raise ValueError(f"{where} was trained with {'; '.join(other)}. Choose another --out, or "
-                         "start this stage afresh with --resume=false")
+                         "start that stage afresh by its own config and --resume=false")
 
 
 def check_data(hashes, where):
@@ -184,7 +184,7 @@ def weights_hash(where):
 
 
 def claim(cfg, lock):
-    """Lock a stage's folder, set an old run aside if asked to; return the checkpoint to resume.
+    """Lock a stage's folder; return the checkpoint to resume.
 
     lock: an ExitStack that holds the lock.
     """
@@ -193,9 +193,15 @@ def claim(cfg, lock):
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             raise ValueError("torchrun restarts the run, and --resume=false would begin it again; "
                              "start it without that")
-        (cfg.run_dir / "eval.json").unlink(missing_ok=True)
-        checkpoint.set_aside(cfg.run_dir)
-    return checkpoint.latest(cfg.run_dir)
+    return checkpoint.latest(cfg.run_dir) if cfg.resume else None
+
+
+def set_aside(cfg):
+    """Rename what an old run left; what an older one left is deleted."""
+    checkpoint.set_aside(cfg.run_dir)
+    for name in ("eval.json", "log.jsonl"):
+        if (cfg.run_dir / name).is_file():
+            os.replace(cfg.run_dir / name, cfg.run_dir / f"{name}.aside")
 
 
 def check_before(before, where):
@@ -278,9 +284,13 @@ def skip_step(state, step, batch, loss, norm, most=10):
     state.counters["skipped"] += 1
     state.counters["in_a_row"] += 1
     path = state.cfg.run_dir / f"nonfinite_step{step}_rank{state.world.rank}.pt"
-    torch.save(dataclasses.asdict(batch.to("cpu")) | {"rows": batch.rows.tolist()}, path)
+    kept = f"in {path}"
+    try:
+        torch.save(dataclasses.asdict(batch.to("cpu")) | {"rows": batch.rows.tolist()}, path)
+    except (OSError, RuntimeError) as error:           # a full disk; torch's own error is either
+        kept = f"not kept: {error}"
     text = (f"step {step}, task {batch.task}: loss {loss}, gradient norm {norm}; skipped, the "
-            f"batch is in {path}")
+            f"batch is {kept}")
     if state.counters["in_a_row"] >= most:
         raise FloatingPointError(f"{text}; {most} such steps in a row")
     tqdm.write(text)

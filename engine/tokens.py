@@ -66,5 +66,6 @@ def write_shard(path, s, rows, tokenizer):
         for start in range(s * DOCUMENTS, end, 1000):
             texts = [rows[i] for i in range(start, min(start + 1000, end))]
             for ids in tokenizer.encode_batch(texts):
-                np.array(ids + [tokenizer.eos_id], dtype=np.uint32).tofile(file)
+                # numpy's tofile would not see that a disk is full
+                file.write(np.array(ids + [tokenizer.eos_id], dtype=np.uint32).tobytes())
     seal(path)

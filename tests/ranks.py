@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import socket
 from pathlib import Path
 
@@ -154,6 +155,17 @@ def die_at(step, train_it):
         return real(model, batch, cfg, now)
     with step_loss_replaced(dies), contextlib.suppress(KeyboardInterrupt):
         train_it()
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Let no file grow beyond `size` bytes, as on a disk that is nearly full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def log(out, stage):

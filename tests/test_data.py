@@ -178,7 +178,7 @@ def test_an_instruction_takes_the_tokens_that_are_skipped(tokenizer):
 def test_an_instruction_that_leaves_a_query_no_token_is_an_error(tokenizer):
     rows = [{"query": "the", "pos": ["fox"], "prompt": "over the lazy dog " * 9}]
     with pytest.raises(ValueError, match="the instruction 'over the .*' takes .* leaves a query"):
-        task(tokenizer, rows, "pairs", "embed_weak", batch_size=1).batch(0)
+        task(tokenizer, rows, "pairs", "embed_weak", batch_size=1)     # before the first step
 
 
 def test_all_positives_of_a_row_are_known_in_every_batch(tokenizer):
@@ -215,7 +215,7 @@ def test_batches_never_hold_a_query_twice_and_all_ranks_share_them(tokenizer, mo
         assert indices == [i for t in ranks for i in t.batch(k).rows.tolist()]
         assert k % 2 == 0 or not {*indices} & {*alone.batch(k - 1).rows.tolist()}
     monkeypatch.setattr(World, "gather_objects", lambda world, value: [value])
-    with pytest.raises(ValueError, match="a batch of 4 cannot be split over 3 ranks"):
+    with pytest.raises(ValueError, match="a batch of 4 pairs rows cannot be split over 3"):
         task(tokenizer, rows, "pairs", "embed_weak", World(0, 3, torch.device("cpu")), batch_size=4)
 
 
@@ -330,6 +330,17 @@ def test_a_stage_takes_the_files_that_are_named_or_those_of_its_folder(tmp_path)
     named = tiny_config(data=str(tmp_path / "set"), text=("x.jsonl",))
     assert data.sources(named, "text") == ("x.jsonl",) and data.sources(named, "pairs") == ()
     assert data.uses_folder(cfg) and not data.uses_folder(named)
+
+
+@pytest.mark.parametrize("name", ["text-2.jsonl.zst", "text/b.parquet"])
+def test_a_file_that_cannot_be_read_is_not_left_out_in_silence(tmp_path, name):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/README.md").write_text("about")
+    cfg = tiny_config("pretrain", text=(), data=str(tmp_path))
+    assert data.sources(cfg, "text") == ()
+    (tmp_path / name).write_bytes(b"packed")
+    with pytest.raises(ValueError, match=f"{name}: only JSONL and JSONL.gz are read"):
+        data.sources(cfg, "text")
 
 
 def test_the_hashes_of_a_stage_are_those_of_its_contents(tmp_path):

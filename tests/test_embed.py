@@ -10,10 +10,12 @@ import torch
 
 import embed
 from data import Batch, prompt_length
-from embed import Embedder, load_index, search
+from embed import Embedder, load_index, save_vectors, search
 from engine import checkpoint
+from engine.jsonl import atomic
 from mask import FULL, MaskSpec
 from model import Conan, ConanConfig
+from ranks import full_disk
 from tokenizer import Tokenizer
 
 TRAINED = {"retrieval": "Represent this question for search", "sts": ""}
@@ -267,3 +269,22 @@ def test_the_command_line_searches(run, tmp_path, monkeypatch, capsys):
     for more in (["--truncate_dim=8"], ["--out=x.npy"], ["--texts=x", "--out=x.npy"]):
         with pytest.raises(SystemExit, match="are for --texts, --query is for a search"):
             command(monkeypatch, "--query=x", *more)
+
+
+def test_a_full_disk_leaves_no_vectors(tmp_path):
+    path, vectors = tmp_path / "x.npy", np.random.rand(8, 32).astype(np.float32)
+    with full_disk(1000), pytest.raises(OSError, match="too large"), atomic(path, "wb") as file:
+        save_vectors(file, vectors)
+    assert not list(tmp_path.iterdir())
+    with atomic(path, "wb") as file:
+        save_vectors(file, vectors)
+    assert np.array_equal(np.load(path), vectors)
+
+
+def test_a_damaged_index_is_named(run, tmp_path):
+    corpus = write_corpus(tmp_path / "docs")
+    load_index(Embedder(run, "cpu"), corpus)
+    path, = run.glob("index-*.npy")
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=rf"{path} is damaged, delete it: "):
+        load_index(Embedder(run, "cpu"), corpus)

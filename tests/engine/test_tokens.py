@@ -5,7 +5,7 @@ import pytest
 from engine import tokens
 from engine.index import together
 from engine.tokens import TokenStream
-from ranks import on_ranks
+from ranks import full_disk, on_ranks
 
 TEXTS = [f"the fox {i} jumps" for i in range(100)]
 
@@ -46,6 +46,13 @@ def test_a_broken_build_continues(tokenizer, tmp_path, monkeypatch):
     again = TokenStream(TEXTS, tokenizer, folder)
     assert len(shards) == 10 and shards[4][0] == TEXTS[40]
     assert again.read(0, len(again)).tolist() == whole.read(0, len(whole)).tolist()
+
+
+def test_a_full_disk_leaves_no_shard(tokenizer, tmp_path):
+    """Numpy's own way into a file would lose the last texts without a word."""
+    with full_disk(1000), pytest.raises(OSError, match="too large"):
+        TokenStream(TEXTS, tokenizer, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_changed_shard_is_named_and_built_again(tokenizer, tmp_path, monkeypatch, capsys):
