@@ -48,17 +48,17 @@ def allot(n, shares=TABLE_7, seed=0):
     return langs
 
 
-def build_clr(rows, translate, shares=TABLE_7, source_lang="en", seed=0, gates=None):
+def build_clr(rows, translate, shares=TABLE_7, source_lang="en", gates=None):
     """Yield the rows with "query" translated, and "lang", "source_lang", "source_id" added.
 
     Every other key is untouched. translate: (text, lang) -> text or None; if it has a method
     `many(jobs)`, that is used: jobs in, translations out, in their order. shares: {language:
-    weight}; the source language is no target. seed: of the languages' order. gates: a `Gates`.
+    weight}; the source language is no target. gates: a `Gates`.
     Raises ValueError, at the first row, if no other language has a share.
     """
     rows, gates = list(rows), gates or Gates()
     targets = {lang: share for lang, share in shares.items() if lang != source_lang}
-    langs = allot(len(rows), targets, seed)
+    langs = allot(len(rows), targets)
     jobs = ((row["query"], lang) for row, lang in zip(rows, langs))
     many = getattr(translate, "many", None)
     texts = many(jobs) if many else (translate(*job) for job in jobs)

@@ -2,8 +2,8 @@
 
 8 layers of width 3584, 32 query heads over 8 key/value heads, feed-forward width 8192, RoPE,
 RMSNorm, SwiGLU, no biases, tied embeddings. Tensor names are Llama's, so that an export is a copy.
-UNSPECIFIED: activation, tying, norm, positions and biases. Gated and tied has 1,499.2M parameters;
-without either no choice comes close to Table 5's 1503M.
+UNSPECIFIED: activation, tying, norm, positions and biases. A gated feed-forward and tied embeddings
+have 1,499.2M parameters; no other choice of these two comes close to Table 5's 1503M.
 
 A batch is one flat list of tokens and the length of each text. Nothing is padded. This file does
 everything the obvious way, by six operations. engine/kernels.py has the same six, faster; training
