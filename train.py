@@ -223,6 +223,8 @@ def prepare(cfg):
         toy.ensure(cfg.data)
     elif data.uses_folder(cfg) and not Path(cfg.data).is_dir():
         raise ValueError(f"data: there is no folder {cfg.data}; `python -m tools.sets` makes one")
+    for path in data.unread(cfg.data) if data.uses_folder(cfg) else ():
+        print(f"warning: {path} is not read: no file of data has this name")
     for folder in collections(cfg):
         data.load_collection(folder)               # a mistake shows now, not at the very end
 

@@ -189,10 +189,9 @@ def claim(cfg, lock):
     lock: an ExitStack that holds the lock.
     """
     lock.enter_context(checkpoint.only_writer(cfg.run_dir))
-    if not cfg.resume:
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            raise ValueError("torchrun restarts the run, and --resume=false would begin it again; "
-                             "start it without that")
+    if not cfg.resume and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        raise ValueError("torchrun restarts the run, and --resume=false would begin it again; "
+                         "start it without that")
     return checkpoint.latest(cfg.run_dir) if cfg.resume else None
 
 

@@ -2,7 +2,7 @@
 
     python -m experiments.figures                          # the run in out/ -> results/figures
     python -m experiments.figures --only=soft_mask         # PAPER Sec. 3.2: M, and its rank
-    python -m experiments.figures --out=out,out/w128       # more runs: more points in Figure 1
+    python -m experiments.figures --out=out,out/w64        # more sizes, or seeds: for Figure 1
     python -m experiments.figures --only=figure3 --before=CELL/embed_sup --after=CELL/embed_sup
 
 soft_mask, loss (all stages), dhnm (Sec. 3.4), mrl, figure1 (score against size), figure3 (languages
@@ -10,6 +10,7 @@ before and after CLR), curve (soft minus hard against LM tokens); each a PNG. A 
 does not exist says which file is missing. Needs matplotlib.
 UNSPECIFIED: Figure 3 shows principal components, as the paper names no projection.
 """
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,26 +150,30 @@ def draw_mrl(cfg):
 def draw_figure1(cfg):
     """Draw Figure 1: score against parameters, with a trendline once there are three sizes.
 
-    RESULTS/figure1.json gets the points.
+    Runs of equal size are its seeds. RESULTS/figure1.json gets the points.
     DEVIATES: the trendline is that of our own sizes. Baselines have none, and are dotted lines.
     """
-    rows = []
+    runs = defaultdict(dict)                       # {parameters: {seed: scores}}
     for out in map(Path, cfg.out):
-        size = Embedder(out / SUP).model.count_params()
-        rows.append({"parameters": size, **{
+        seeds = runs[Embedder(out / SUP).model.count_params()]
+        seeds[str(len(seeds))] = {
             f"nDCG@10 after {stage}": score_of(read_scores(out / stage), *TEST)
-            for stage in (WEAK, SUP)}})
-    rows.sort(key=lambda row: row["parameters"])
+            for stage in (WEAK, SUP)}
+    sizes = sorted(runs)
     write_result(cfg.results, "figure1", {
-        "title": "Figure 1: score against parameters", "tables": {"": rows},
-        "notes": ["All sizes take the same steps. One seed each."]})
+        "title": "Figure 1: score against parameters",
+        "seeds": list(range(max(map(len, runs.values())))),
+        "cells": {f"{size:,} parameters": runs[size] for size in sizes},
+        "notes": ["All sizes take the same steps."]})
     figure, (plot,) = canvas(1, width=5.6)
-    sizes, *columns = zip(*(row.values() for row in rows))
-    for stage, scores, marker in zip((WEAK, SUP), columns, "os"):
-        line, = plot.plot(sizes, scores, marker, label=stage)
-        if len(rows) > 2:                          # the paper's trendline, in log(parameters)
+    for stage, marker in zip((WEAK, SUP), "os"):
+        means, halves = zip(*(interval(row[f"nDCG@10 after {stage}"] for row in runs[size].values())
+                              for size in sizes))
+        points = plot.errorbar(sizes, means, halves, fmt=marker, capsize=3, label=stage)
+        if len(sizes) > 2:                         # the paper's trendline, in log(parameters)
             x = np.log10(sizes)
-            plot.plot(sizes, np.polyval(np.polyfit(x, scores, 1), x), "--", color=line.get_color())
+            plot.plot(sizes, np.polyval(np.polyfit(x, means, 1), x), "--",
+                      color=points.lines[0].get_color())
     baselines = read_json(Path(cfg.results) / "baselines.json", "python -m experiments.baselines")
     for i, (label, scores) in enumerate(baselines["scores"].items(), 2):
         plot.axhline(score_of(scores, *TEST), color=f"C{i}", linestyle=":", label=label)

@@ -8,8 +8,8 @@ does not exist is left as it stands. docs/results.md opens with results/conclusi
 sentences and what stands behind them, written by hand after the tables are recorded. No other
 number or table is typed.
 
-A file has cells with seeds, {label: {seed: {column: number}}}, or named tables of rows. `record`
-makes such cells of whole runs, a row for each stage.
+A file has cells with seeds, {label: {seed: {column: number}}}, or named tables: of rows, or of
+cells again. `record` makes such cells of whole runs, a row for each stage.
 """
 import math
 import re
@@ -160,7 +160,7 @@ def lines_of(table):
     lines = []
     for caption, rows in table["tables"].items():
         lines += [f"{caption}:", ""] if len(table["tables"]) > 1 else []
-        lines += [*markdown(rows), ""]
+        lines += [*(lines_of(rows) if "cells" in rows else markdown(rows)), ""]
     return lines
 
 
@@ -182,8 +182,8 @@ def blocks(tables):
                 for idea, row in ideas.items()]
         lines["ideas"] = [*markdown(rows), "", "Points of nDCG@10; Multi is the mean of 25 "
                           "languages other than English. Bold is beyond the interval."]
-    for name, rows in tables.get("exercises", {}).get("tables", {}).items():
-        lines[f"exercise_{name}"] = markdown(rows)
+    for name, table in tables.get("exercises", {}).get("tables", {}).items():
+        lines[f"exercise_{name}"] = lines_of(table)
     return lines
 
 

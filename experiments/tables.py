@@ -2,6 +2,7 @@
 
     python -m experiments.tables questions --out=out,out/small     # results/questions.json
     python -m experiments.tables exercises                         # those that have been done
+    python -m experiments.tables exercises --out=out,out/seed1     # on two seeds
 
 `questions` asks 100 questions that were written by hand in ten languages, and never looked at while
 a recipe was chosen. Each names the functions of the installed documentation that answer it.
@@ -19,7 +20,7 @@ from embed import Embedder, load_index
 from engine.bm25 import BM25
 from engine.jsonl import read_jsonl
 from experiments.probes import attention_to_later
-from experiments.results import RUN_ROWS, markdown
+from experiments.results import RUN_ROWS, lines_of
 from experiments.runs import (Missing, choose, read_json, read_log, read_scores, score_of,
                               write_result)
 from mask import MaskSpec
@@ -27,7 +28,7 @@ from train import STAGES
 
 SFT, WEAK, SUP = STAGES[1:]
 QUESTIONS = Path(__file__).parent.parent / "tests" / "data" / "natural_questions.jsonl"
-EXERCISES = {                      # {name: {row: folder of a stage, below OUT}}
+EXERCISES = {                      # {name: {row: folder of a stage, below each OUT}}
     "language_model": {"after stages 1 and 2": WEAK, "from random weights": f"no_lm/{WEAK}"},
     "logits": {"logits + log M": WEAK, "logits x M": f"logits/{WEAK}"},
     "dhnm": {"fixed": f"fixed/{SUP}", "v2": f"v2/{SUP}"},
@@ -37,7 +38,7 @@ EXERCISES = {                      # {name: {row: folder of a stage, below OUT}}
 @dataclass(frozen=True)
 class TablesConfig:
     """The settings of `python -m experiments.tables COMMAND`."""
-    out: tuple[str, ...] = ("out",)    # folders of train.py; exercises lie in the first
+    out: tuple[str, ...] = ("out",)    # folders of train.py; of exercises: one a seed
     corpus: str = "out/installed_docs/search"          # of questions: a folder with corpus.jsonl
     k: int = 10                    # of questions: how many results count
     results: str = "results"
@@ -95,26 +96,37 @@ def seen(folder):
 
 
 def exercises(cfg):
-    """Return the tables of the exercises that have been done; those of before stay."""
-    path, tables, out = Path(cfg.results) / "exercises.json", {}, Path(cfg.out[0])
+    """Return the tables of the exercises that have been done, cells with a seed for each OUT.
+
+    Tables of before stay.
+    """
+    path, tables, runs = Path(cfg.results) / "exercises.json", {}, list(map(Path, cfg.out))
     if path.is_file():
         tables = read_json(path, "")["tables"]
+    seeds = list(range(len(runs)))
     for name, folders in EXERCISES.items():
-        if all((out / folder / "eval.json").is_file() for folder in folders.values()):
-            tables[name] = [{"": label, **seen(out / folder)} for label, folder in folders.items()]
-    if "logits" in tables and (out / f"logits/{WEAK}").is_dir():
-        embedder = Embedder(out / SFT)             # the model that stage 3 starts from
-        dev = load_collection(Path(cfg.corpus).parent / "dev").corpus[:32]
-        for row, apply in zip(tables["logits"], ("weights", "logits")):
-            row["attention to later tokens at alpha 0"] = attention_to_later(
-                embedder, list(map(document_text, dev)), MaskSpec(0.0, apply=apply))
-    if (out / "mine" / "summary.json").is_file():
-        summary = read_json(out / "mine" / "summary.json", "train.py")
-        tables["pairs"] = [{"": label, "nDCG@10": score_of(summary[label], "", "/test/ndcg@10")}
-                           for label in RUN_ROWS if label in summary]
+        if all((out / folder / "eval.json").is_file() for out in runs
+               for folder in folders.values()):
+            first, second = folders
+            tables[name] = {"seeds": seeds, "cells": {
+                label: {str(i): seen(out / folder) for i, out in enumerate(runs)}
+                for label, folder in folders.items()},
+                "differences": {f"{second}, minus {first}": [[second], [first]]}}
+    if all((out / f"logits/{WEAK}/eval.json").is_file() for out in runs):
+        dev = list(map(document_text, load_collection(Path(cfg.corpus).parent / "dev").corpus[:32]))
+        for cells, apply in zip(tables["logits"]["cells"].values(), ("weights", "logits")):
+            for out, row in zip(runs, cells.values()):     # of the model that stage 3 starts from
+                row["attention to later tokens at alpha 0"] = attention_to_later(
+                    Embedder(out / SFT), dev, MaskSpec(0.0, apply=apply))
+    if all((out / "mine/summary.json").is_file() for out in runs):
+        summaries = [read_json(out / "mine/summary.json", "train.py") for out in runs]
+        tables["pairs"] = {"seeds": seeds, "cells": {
+            label: {str(i): {"nDCG@10": score_of(summary[label], "", "/test/ndcg@10")}
+                    for i, summary in enumerate(summaries)}
+            for label in RUN_ROWS if label in summaries[0]}}
     if not tables:
-        raise Missing(f"{out}: no exercise of docs/exercises.md has been done there")
-    return {"title": "Exercises", "tables": tables, "notes": ["One seed: a direction at most."]}
+        raise Missing(f"{', '.join(cfg.out)}: no exercise of docs/exercises.md has been done there")
+    return {"title": "Exercises", "tables": tables}
 
 
 COMMANDS = {"questions": questions, "exercises": exercises}
@@ -126,8 +138,7 @@ def main(argv=None):
     cfg = load_config(TablesConfig, flags)
     table = COMMANDS[name](cfg) | {
         "command": " ".join(["python -m experiments.tables", name, *flags])}
-    for caption, rows in table["tables"].items():
-        print("\n".join([caption, "", *markdown(rows), ""]))
+    print("\n".join(lines_of(table)))
     return write_result(cfg.results, name, table)
 
 

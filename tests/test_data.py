@@ -377,6 +377,14 @@ def test_the_weak_stage_takes_one_file_a_step_by_rows(tokenizer):
 
 # ---------------------------------------------------------------- collections
 
+def test_files_that_nobody_reads_are_named(tmp_path):
+    for name in ("text.jsonl", "text-2.jsonl.gz", "clr.jsonl", "text_dev.jsonl", "sts_test.jsonl",
+                 "labels_test.jsonl", "manifest.json", "clr.jsonl.report.json", "retreival.jsonl",
+                 "text_2.jsonl.gz", "README.md"):
+        (tmp_path / name).touch()
+    assert [path.name for path in data.unread(tmp_path)] == ["retreival.jsonl", "text_2.jsonl.gz"]
+
+
 def test_a_collection_is_read_plain_packed_and_from_windows(tmp_path):
     folder = write_collection(tmp_path / "set", ["a", "b"], ["c", "d"])
     right = data.load_collection(folder)

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import figures, tables
+from experiments import figures, results, tables
 from experiments.runs import Missing, read_log, read_scores
 
 
@@ -67,6 +67,9 @@ def test_every_figure_is_drawn(home, tmp_path, capsys):
     written = figures.main(flags)
     assert [path.stem for path in written] == list(figures.FIGURES)
     assert all(path.stat().st_size > 1000 for path in written)
+    figures.main([*flags, f"--out={home.out},{home.out}", "--only=figure1"])
+    sizes = json.loads((tmp_path / "figure1.json").read_text())["cells"].values()
+    assert [list(seeds) for seeds in sizes] == [["0", "1"]]    # two runs of one size
     assert figures.main([*flags, f"--out={tmp_path / 'none'}", "--only=loss,mrl"]) == []
     assert "loss.png: not drawn. " in capsys.readouterr().out
 
@@ -130,17 +133,37 @@ def test_exercises_that_have_been_done_are_read(home, tmp_path):
     flags = [f"--out={out}", f"--corpus={home.data / 'test'}"]
     rows = make(home, "exercises", tmp_path, *flags)["tables"]
     assert list(rows) == ["language_model", "logits", "dhnm", "pairs"]   # the fifth is not there
-    added, multiplied = (row["attention to later tokens at alpha 0"] for row in rows["logits"])
+    cells = {name: table["cells"] for name, table in rows.items()}
+    added, multiplied = (seeds["0"]["attention to later tokens at alpha 0"]
+                         for seeds in cells["logits"].values())
     assert added == 0 < multiplied < 1
-    chain, other = rows["language_model"]
-    assert chain == other | {"": "after stages 1 and 2"}
-    assert {"nDCG@10", "nDCG@10 zh-en"} <= chain.keys() and "S, last fifth" not in chain
-    assert {"S, last fifth", "S_0, last fifth", "replaced a step"} <= rows["dhnm"][0].keys()
-    assert [row[""] for row in rows["pairs"]] == ["BM25", "pretrain", "sft", "embed_weak",
-                                                  "embed_sup"]
+    chain, other = cells["language_model"].values()
+    assert chain == other and list(chain) == ["0"]
+    assert {"nDCG@10", "nDCG@10 zh-en"} <= chain["0"].keys() and "S, last fifth" not in chain["0"]
+    assert {"S, last fifth", "S_0, last fifth",
+            "replaced a step"} <= cells["dhnm"]["v2"]["0"].keys()
+    assert list(cells["pairs"]) == ["BM25", "pretrain", "sft", "embed_weak", "embed_sup"]
     shutil.rmtree(out / "no_lm")
     again = make(home, "exercises", tmp_path, *flags)["tables"]
     assert again["language_model"] == rows["language_model"]   # what is recorded stays
+
+
+def test_exercises_on_two_seeds_have_paired_differences(tmp_path):
+    scores = {"out0/embed_weak": 0.5, "out0/no_lm/embed_weak": 0.25, "out1/embed_weak": 0.75,
+              "out1/no_lm/embed_weak": 0.25, "out1/logits/embed_weak": 0.0}
+    for folder, score in scores.items():
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "eval.json").write_text(json.dumps(
+            {"retrieval/data/test/ndcg@10": score}))
+        (tmp_path / folder / "log.jsonl").write_text("")
+    flags = [f"--out={tmp_path / 'out0'},{tmp_path / 'out1'}", f"--results={tmp_path}"]
+    tables.main(["exercises", *flags])
+    found = json.loads((tmp_path / "exercises.json").read_text())
+    assert list(found["tables"]) == ["language_model"]         # no other one has both seeds
+    lines = results.lines_of(found)
+    # means 0.625 and 0.25; t(1) = 12.7062 times 0.25 / sqrt(2) / sqrt(2) is 1.588
+    assert "| after stages 1 and 2 | 0.62 ± 1.59 |" in lines
+    assert "| from random weights, minus after stages 1 and 2 | -0.38 ± 1.59 |" in lines
 
 
 def test_a_mean_over_a_part_of_a_log():
