@@ -139,6 +139,8 @@ def cells_lines(table):
                           **{change[""]: change.get(c) for change in changes}}
                          for c in columns], []
     head = f"Seeds {', '.join(map(str, table['seeds']))}. Mean and 95 % interval."
+    if len(table["seeds"]) == 1:
+        head = f"Seed {table['seeds'][0]}."
     if "differences" in table:
         head += " Differences are paired by seed, and bold beyond their interval."
     lines = [head, "", *markdown(rows), ""]
@@ -202,7 +204,8 @@ def results_page(tables, folder):
     lines = ["# Results", "", path.read_text("utf-8").strip() if path.is_file() else
              "*No conclusion recorded yet.*", "",
              "`python -m experiments.results` generates this page from `results/`.",
-             "Intervals take seeds for independent, also where some share a language model.",
+             "Intervals take seeds for independent, also where some share a language model, or the "
+             "order of their rows (see the log).",
              "Where nothing differs, one difference in twenty is bold all the same.", ""]
     for name, table in tables.items():
         lines += [f"## {table.get('title', name.replace('_', ' ').capitalize())}", ""]

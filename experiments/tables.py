@@ -107,11 +107,12 @@ def exercises(cfg):
     for name, folders in EXERCISES.items():
         if all((out / folder / "eval.json").is_file() for out in runs
                for folder in folders.values()):
-            first, second = folders
             tables[name] = {"seeds": seeds, "cells": {
                 label: {str(i): seen(out / folder) for i, out in enumerate(runs)}
-                for label, folder in folders.items()},
-                "differences": {f"{second}, minus {first}": [[second], [first]]}}
+                for label, folder in folders.items()}}
+            if len(runs) > 1:
+                first, second = folders
+                tables[name]["differences"] = {f"{second}, minus {first}": [[second], [first]]}
     if all((out / f"logits/{WEAK}/eval.json").is_file() for out in runs):
         dev = list(map(document_text, load_collection(Path(cfg.corpus).parent / "dev").corpus[:32]))
         for cells, apply in zip(tables["logits"]["cells"].values(), ("weights", "logits")):
