@@ -125,7 +125,7 @@ def test_marked_tables_are_filled_and_the_others_stay(project):
     pages = results.stale(project)
     text, page = pages[project / "README.md"], pages[project / "docs" / "results.md"]
     assert "old" not in text and "| BM25 | 0.640 |" in text and "nothing yet" in text
-    assert text.startswith("before\n<!-- results:default_run -->\nSeeds 0.")
+    assert text.startswith("before\n<!-- results:default_run -->\nSeed 0.\n\n|")
     assert "\nbetween\n" in text and "\n## Default run\n" in page
     assert page.startswith("# Results\n\n*No conclusion recorded yet.*")
     for path, text in pages.items():
