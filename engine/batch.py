@@ -38,7 +38,8 @@ class Batch:
 
     def to(self, device):
         """Move the tensors; lengths stay on the CPU, where attention is planned."""
-        is_async = torch.device(device).type != "cpu"      # from a card one has to wait
+        # CUDA takes a copy before it returns; an NPU does not, and a card's tensors have to arrive
+        is_async = torch.device(device).type == "cuda"
         for name, value in vars(self).items():
             if torch.is_tensor(value):
                 setattr(self, name, value.to(device, non_blocking=is_async))

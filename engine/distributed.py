@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import memory
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "910B": 376e12}   # dense bfloat16
-BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "npu": "hccl", "cpu": "gloo"}     # objects go by gloo
-PATIENCE = timedelta(hours=12)     # one rank may train a tokenizer or unpack a file meanwhile
+BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl", "cpu": "gloo"}
+# one rank may train a tokenizer or unpack a file meanwhile: objects go by gloo, which waits longest
+PATIENCE = timedelta(hours=12)
 
 
 def accelerator():

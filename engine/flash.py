@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mask import future_weight
 
-BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.MATH]           # in the order of preference
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+HOPPER = 9                         # compute capability; cuDNN's kernel is the fastest there
 
 
 @dataclass(frozen=True)
@@ -206,15 +206,18 @@ def packed(q, k, v, texts):
                     e ** -0.5)
     if e % 8:                              # flash attention takes multiples of 8
         q, k, v = (F.pad(x, (0, -e % 8)) for x in (q, k, v))
-    return _Packed.apply(q, k, v, texts, span, e ** -0.5)[..., :e]
+    out = _Packed.apply(q, k, v, texts, span, e ** -0.5)
+    return out[..., :e] if e % 8 else out  # torch.compile knows a view from a whole tensor
 
 
 def equal_lengths(q, k, v, b, is_causal):
-    """Return (S, H, E) for b texts of one length by SDPA; of its kernels cuDNN's comes first.
+    """Return (S, H, E) for b texts of one length by SDPA; on Hopper cuDNN's kernel comes first.
 
-    That kernel is built anew for every length: only for lengths that come again and again.
+    That kernel is built anew for every length: only for lengths that come again and again. On
+    Blackwell it gives wrong results for fewer than 8 key/value heads (pytorch issue 193893).
     """
+    is_hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == HOPPER
     q, k, v = (x.view(b, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # (B, H, T, E)
-    with sdpa_kernel(BACKENDS, set_priority=True):
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] * is_hopper + BACKENDS, set_priority=True):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
     return y.transpose(1, 2).flatten(0, 1)

@@ -37,8 +37,8 @@ def pick(device, compile=False):
     if compile:
         ops["attention"] = torch.compiler.disable(attention)
     else:
-        on_cpu = torch.device(device).type == "cpu"
-        ops |= {"rms_norm": rms_norm if on_cpu else fused_rms_norm, "rope": rope, "swiglu": swiglu}
+        on_cuda = torch.device(device).type == "cuda"      # an NPU has no kernel of torch's norm
+        ops |= {"rms_norm": fused_rms_norm if on_cuda else rms_norm, "rope": rope, "swiglu": swiglu}
     return SimpleNamespace(**ops)
 
 

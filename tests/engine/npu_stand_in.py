@@ -53,7 +53,7 @@ def test_ranks_take_their_card_and_meet_by_hccl(npu, monkeypatch, device):
     monkeypatch.setattr(dist, "init_process_group",
                         lambda backend, timeout: met.append((backend, timeout)))
     world = distributed.start(device)
-    assert met == [("hccl", distributed.PATIENCE)] and npu.asked == [("device", 3)]
+    assert met == [("cpu:gloo,npu:hccl", distributed.PATIENCE)] and npu.asked == [("device", 3)]
     assert (world.rank, world.size, world.device) == (11, 16, torch.device("npu", 3))
     assert torch.get_num_threads() == len(os.sched_getaffinity(0))     # not torchrun's single one
 
