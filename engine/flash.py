@@ -23,9 +23,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mask import future_weight
 
-BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-HOPPER = 9                         # compute capability; cuDNN's kernel is the fastest there
-
 
 @dataclass(frozen=True)
 class Span:
@@ -210,14 +207,22 @@ def packed(q, k, v, texts):
     return out[..., :e] if e % 8 else out  # torch.compile knows a view from a whole tensor
 
 
-def equal_lengths(q, k, v, b, is_causal):
-    """Return (S, H, E) for b texts of one length by SDPA; on Hopper cuDNN's kernel comes first.
+def backends(device):
+    """Return SDPA's kernels on a device, best first: on Hopper cuDNN's, which is the fastest there.
 
-    That kernel is built anew for every length: only for lengths that come again and again. On
-    Blackwell it gives wrong results for fewer than 8 key/value heads (pytorch issue 193893).
+    On Blackwell that one is wrong for fewer than 8 key/value heads (pytorch issue 193893).
     """
-    is_hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == HOPPER
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return [SDPBackend.CUDNN_ATTENTION] * is_hopper + [
+        SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def equal_lengths(q, k, v, b, is_causal):
+    """Return (S, H, E) for b texts of one length by SDPA.
+
+    cuDNN's kernel is built anew for every length: only for lengths that come again and again.
+    """
     q, k, v = (x.view(b, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # (B, H, T, E)
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] * is_hopper + BACKENDS, set_priority=True):
+    with sdpa_kernel(backends(q.device), set_priority=True):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
     return y.transpose(1, 2).flatten(0, 1)

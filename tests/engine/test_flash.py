@@ -260,3 +260,13 @@ def test_memory_on_cuda_grows_with_t_and_not_with_its_square(axis):
         torch.autograd.grad(out.sum(), qkv)
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] < 5 * peaks[0] and peaks[1] < 16_384 ** 2
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_cudnn_is_asked_on_hopper_alone(monkeypatch, capability):
+    """On Blackwell it is wrong for few key/value heads: pytorch issue 193893."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    kernels = [kernel.name for kernel in flash.backends(torch.device("cuda", 0))]
+    rest = ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
+    assert kernels == ["CUDNN_ATTENTION"] * (capability == (9, 0)) + rest
+    assert [kernel.name for kernel in flash.backends(torch.device("cpu"))] == rest
