@@ -302,7 +302,7 @@ def sources(cfg, kind):
 
 def unread(folder):
     """Return the JSONL files of a folder that nobody reads: their names may be misspelled."""
-    names = (*PARSERS, "text_dev", "sts_test", "labels_test")              # eval.py reads the last
+    names = (*PARSERS, "text_dev", "sts_test", "labels_test")      # the last three are eval.py's
     return sorted(path for path in Path(folder).glob("*.jsonl*") if is_json(path)
                   and path.name.partition(".")[0].partition("-")[0] not in names)
 

@@ -38,7 +38,7 @@ class Batch:
 
     def to(self, device):
         """Move the tensors; lengths stay on the CPU, where attention is planned."""
-        # CUDA takes a copy before it returns; an NPU does not, and a card's tensors have to arrive
+        # only towards CUDA: an NPU reads the source later, and what comes from a card must be there
         is_async = torch.device(device).type == "cuda"
         for name, value in vars(self).items():
             if torch.is_tensor(value):

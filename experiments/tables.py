@@ -95,36 +95,45 @@ def seen(folder):
     return {name: value for name, value in row.items() if value is not None}
 
 
+def add_attention(cfg, cells, runs):
+    """Add a column to the exercise of multiplied logits: what the model of stage 2 would see."""
+    dev = list(map(document_text, load_collection(Path(cfg.corpus).parent / "dev").corpus[:32]))
+    for rows, apply in zip(cells.values(), ("weights", "logits")):
+        for seed, out in runs.items():
+            rows[seed]["attention to later tokens at alpha 0"] = attention_to_later(
+                Embedder(out / SFT), dev, MaskSpec(0.0, apply=apply))
+
+
 def exercises(cfg):
     """Return the tables of the exercises that have been done, cells with a seed for each OUT.
 
     Tables of before stay.
     """
-    path, tables, runs = Path(cfg.results) / "exercises.json", {}, list(map(Path, cfg.out))
+    path, tables = Path(cfg.results) / "exercises.json", {}
+    runs = {str(i): Path(out) for i, out in enumerate(cfg.out)}
     if path.is_file():
         tables = read_json(path, "")["tables"]
-    seeds = list(range(len(runs)))
+
+    def done(*files):
+        return all((out / file).is_file() for out in runs.values() for file in files)
+
+    def cells(labels, measure):                    # measure(label, folder of a run) -> a row
+        return {"seeds": list(range(len(runs))), "cells": {
+            label: {seed: measure(label, out) for seed, out in runs.items()} for label in labels}}
+
     for name, folders in EXERCISES.items():
-        if all((out / folder / "eval.json").is_file() for out in runs
-               for folder in folders.values()):
-            tables[name] = {"seeds": seeds, "cells": {
-                label: {str(i): seen(out / folder) for i, out in enumerate(runs)}
-                for label, folder in folders.items()}}
+        if done(*(f"{folder}/eval.json" for folder in folders.values())):
+            tables[name] = cells(folders, lambda label, out: seen(out / folders[label]))
             if len(runs) > 1:
                 first, second = folders
                 tables[name]["differences"] = {f"{second}, minus {first}": [[second], [first]]}
-    if all((out / f"logits/{WEAK}/eval.json").is_file() for out in runs):
-        dev = list(map(document_text, load_collection(Path(cfg.corpus).parent / "dev").corpus[:32]))
-        for cells, apply in zip(tables["logits"]["cells"].values(), ("weights", "logits")):
-            for out, row in zip(runs, cells.values()):     # of the model that stage 3 starts from
-                row["attention to later tokens at alpha 0"] = attention_to_later(
-                    Embedder(out / SFT), dev, MaskSpec(0.0, apply=apply))
-    if all((out / "mine/summary.json").is_file() for out in runs):
-        summaries = [read_json(out / "mine/summary.json", "train.py") for out in runs]
-        tables["pairs"] = {"seeds": seeds, "cells": {
-            label: {str(i): {"nDCG@10": score_of(summary[label], "", "/test/ndcg@10")}
-                    for i, summary in enumerate(summaries)}
-            for label in RUN_ROWS if label in summaries[0]}}
+            if name == "logits":
+                add_attention(cfg, tables[name]["cells"], runs)
+    if done("mine/summary.json"):
+        scores = {out: read_json(out / "mine/summary.json", "train.py") for out in runs.values()}
+        labels = [label for label in RUN_ROWS if label in scores[runs["0"]]]
+        tables["pairs"] = cells(labels, lambda label, out: {
+            "nDCG@10": score_of(scores[out][label], "", "/test/ndcg@10")})
     if not tables:
         raise Missing(f"{', '.join(cfg.out)}: no exercise of docs/exercises.md has been done there")
     return {"title": "Exercises", "tables": tables}
