@@ -24,7 +24,7 @@ from mask import mask_weights
 
 SMALL = 1 << 15                    # numbers in a group's queries, up to which SDPA is faster
 LONG_ROW = 128                     # numbers in a row, from which softmax in 16 bits is faster
-FEW = 32                           # tokens, below which oneDNN loses in float32: it begins slowly
+FEW = 32                           # tokens, below which MKL beats oneDNN in float32, but for AMD
 
 
 def pick(device, compile=False):
@@ -203,6 +203,12 @@ def block_attention(q, k, v, group, mask):
 
 
 @cache
+def is_amd():
+    """Tell whether this CPU is AMD's, where MKL leaves half of AVX-512 unused."""
+    return torch.cpu.get_capabilities().get("cpu_name", "").startswith("AMD")
+
+
+@cache
 def has_amx():
     """Tell whether this CPU multiplies tiles of bfloat16 (AMX)."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
@@ -333,7 +339,7 @@ def pack(model, tokens=16_384):
 def packed_linear(weight, version, packed, x):
     """Return x weight^T, x (S, D), weight (F, D): by the packed weight if it is still the same."""
     same = (x.dtype, x.device) == (packed.dtype, packed.device) and weight._version == version
-    few = len(x) < FEW and x.dtype == torch.float32
+    few = len(x) < FEW and x.dtype == torch.float32 and not is_amd()
     if torch.is_grad_enabled() or few or not same:
         return F.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")

@@ -86,9 +86,12 @@ def layout_of(lengths, mask=FULL, dtype=torch.float32):
     return Layout(lengths, mask, torch.device("cpu"), dtype)
 
 
+@pytest.mark.parametrize("is_amd", [False, True])
 @pytest.mark.parametrize("dtype, close", [("float32", 1e-5), ("bfloat16", 0.02)])
-def test_packed_weights_give_the_same_vectors_and_leave_training_alone(dtype, close, monkeypatch):
+def test_packed_weights_give_the_same_vectors_and_leave_training_alone(
+        dtype, close, is_amd, monkeypatch):
     """The packed copy serves texts without a gradient; parameters and gradients stay."""
+    monkeypatch.setattr(kernels, "is_amd", lambda: is_amd)
     lengths, calls = [19, 4, 17], []
     ids = torch.cat(texts_of(*lengths))
     packed, model = (tiny(kernels.pick("cpu")).to(getattr(torch, dtype)) for _ in range(2))
@@ -100,7 +103,7 @@ def test_packed_weights_give_the_same_vectors_and_leave_training_alone(dtype, cl
         assert relative(packed(ids, lengths, FULL), want) < close and not calls
         few = packed(ids[:19], lengths[:1], FULL)
         assert relative(few, want[:1]) < close
-        assert bool(calls) == (dtype == "float32")
+        assert bool(calls) == (dtype == "float32" and not is_amd)
         calls.clear()
     packed(ids, lengths, FULL).square().sum().backward()
     model(ids, lengths, FULL).square().sum().backward()
