@@ -341,6 +341,12 @@ def collections(cfg):
     return folders
 
 
+def labelled_files(cfg):
+    """Return {task: file} of the rows in a run's data that stages 3 and 4 are scored on."""
+    files = {task: Path(cfg.data) / name for task, name in TEST_FILES.items()}
+    return {task: path for task, path in files.items() if data.uses_folder(cfg) and path.is_file()}
+
+
 def lexical_scores(cfg):
     """Return the scores of BM25 on the collections of a run."""
     return {key: value for folder in collections(cfg)
@@ -360,13 +366,11 @@ def evaluate_stage(state):
     for folder in collections(cfg):
         results |= evaluate(state.embedder, "retrieval", folder,
                             dims=cfg.dims if cfg.stage == "embed_sup" else ())
-    for task, name in TEST_FILES.items():
-        path = Path(cfg.data) / name
-        if cfg.stage.startswith("embed") and data.uses_folder(cfg) and path.is_file():
-            try:
-                results |= evaluate(state.embedder, task, path)
-            except ImportError as error:           # scikit-learn is optional
-                print(f"{path} is not scored: {error}")
+    for task, path in labelled_files(cfg).items() if cfg.stage.startswith("embed") else ():
+        try:
+            results |= evaluate(state.embedder, task, path)
+        except ImportError as error:               # scikit-learn is optional
+            print(f"{path} is not scored: {error}")
     return results
 
 

@@ -37,10 +37,11 @@ import data
 from configurator import ConfigError
 from embed import Embedder
 from engine import budget, checkpoint, distributed, kernels, memory, report, run
+from engine.collection import read_groups
 from engine.jsonl import write_object
 from engine.microbatch import backward, two_pass
 from engine.order import shuffled, task_of_step
-from eval import collections, evaluate_stage, lexical_scores, validation_loss
+from eval import collections, evaluate_stage, labelled_files, lexical_scores, validation_loss
 from lora import add_lora, merged_state_dict
 from losses import cosent_loss, false_negatives, gather_with_grad, info_nce, matryoshka
 from mask import CAUSAL, FULL, MaskSpec, alpha
@@ -225,8 +226,10 @@ def prepare(cfg):
         raise ValueError(f"data: there is no folder {cfg.data}; `python -m tools.sets` makes one")
     for path in data.unread(cfg.data) if data.uses_folder(cfg) else ():
         print(f"warning: {path} is not read: no file of data has this name")
-    for folder in collections(cfg):
-        data.load_collection(folder)               # a mistake shows now, not at the very end
+    for folder in collections(cfg):                # a mistake shows now, not at the very end
+        data.load_collection(folder)
+    for task, path in labelled_files(cfg).items():
+        read_groups(task, path)
 
 
 def finished(cfg, world, before):
