@@ -119,7 +119,10 @@ def parse_pair(row):
 
 
 def parse_sts(row):
-    """Return {sentence1, sentence2, score} of an STS row; only the order of scores counts."""
+    """Return {sentence1, sentence2, score} of an STS row.
+
+    Only the order of scores counts. A batch mixes all files, so all need one scale.
+    """
     score = row.get("score")
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) < 3e38:
         raise ValueError(f"key 'score' must be a finite number (float32), not {str(score)[:40]}; "
@@ -157,8 +160,8 @@ def lm_batch(windows, rows):
 def sft_batch(examples, rows, tokenizer, max_len):
     """Return a `Batch` of prompt + output + end-of-text; only the output is predicted.
 
-    examples: [(instruction, query, output)]. A long prompt leaves the output half of the room, and
-    is cut before its blank line. UNSPECIFIED: that the prompt is read and not predicted.
+    examples: [(instruction, query, output)]. A prompt is cut as far as the output needs, but keeps
+    half of the room at least, and its blank line. UNSPECIFIED: that the prompt is not predicted.
     """
     ids, targets, lengths, truncated = [], [], [], 0
     prompts = tokenizer.encode_batch([format_sft(e[0], e[1]) for e in examples])
@@ -332,7 +335,10 @@ def task_files(cfg):
 
 
 def task_rows(cfg, kind, files, world=ALONE):
-    """Return the rows of a task's files; ValueError if they fill no batch, or ranks share none."""
+    """Return the rows of a task's files.
+
+    Raises ValueError if they are fewer than a batch, or a batch cannot be split over the ranks.
+    """
     rows = Rows(files, kind, skip_bad=cfg.skip_bad_lines, world=world)
     size = cfg.batch_sizes.get(kind, cfg.batch_size)
     if size % world.size:
@@ -365,7 +371,7 @@ def build_tasks(cfg, tokenizer, world):
 
 
 def prompts_of(tasks):
-    """Return {kind: the instruction that most rows of a stage were trained with}; say if others."""
+    """Return {kind: the most frequent instruction of its rows}; print where there are several."""
     counts = {}
     for task in (task for task, _ in tasks if task.kind != "text"):
         kind = "retrieval" if task.kind == "pairs" else task.kind

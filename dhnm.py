@@ -55,7 +55,7 @@ class HardNegativePool:
         q, n = len(candidates), n_negatives
         self.policy, self.n_negatives = policy, n
         self.candidates = F.pad(candidates, (0, max(0, n - candidates.shape[1])), value=-1)
-        self.depth = self.candidates.shape[1]                               # P, of the deepest pool
+        self.depth = self.candidates.shape[1]           # P, of the deepest pool, at least N
         size = (self.candidates >= 0).sum(1, keepdim=True)                  # (Q, 1) of each pool
         self.slots = torch.where(torch.arange(n) < size, torch.arange(n), -1)   # (Q, N) columns
         self.next = size[:, 0].clamp(max=n)                                 # (Q,) first unused one
@@ -112,7 +112,7 @@ class HardNegativePool:
             slots = self.slots[q]
             others = slots[(slots >= 0) & (slots != slots[slot])]           # in use already
             column = int(self.last[q].index_fill(0, others, -torch.inf).argmax())
-            if column == slots[slot]:
+            if self.last[q, column] <= self.last[q, slots[slot]]:
                 return False                                                # it is the hardest
         self.slots[q, slot], self.initial[q, slot] = column, torch.nan
         return True
@@ -121,8 +121,8 @@ class HardNegativePool:
         """Return {"replaced", "used", "exhausted", "S", "S_0"} of the last update.
 
         replaced: swaps made. used: negatives swapped in earlier that this step was the first to
-        train on; 0 in a run that visits no query twice. exhausted: queries whose pool has run out
-        so far. S, S_0: mean current and first cosine.
+        train on since; 0 in a run that visits no query twice. exhausted: queries whose pool has run
+        out so far. S, S_0: mean current and first cosine.
         """
         return dict(self._stats)
 

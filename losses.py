@@ -3,7 +3,7 @@
 Plain functions of embeddings (PAPER Sec. 3.1.2). Four vectors are enough to check each by hand.
 
 UNSPECIFIED: Eq. (1) prints no temperature. With 1.0 the loss of 64 candidates cannot fall below
-2.25, so it is a required argument. DEVIATES: the mean over queries, where Eq. (1) sums them.
+2.25. So the temperature is a required argument. DEVIATES: the mean over queries, not the sum.
 UNSPECIFIED: the candidates M of Eq. (1), and what to do with those that answer the query, too.
 
 Shapes: B queries of this rank, D width, N hard negatives of a query, W ranks, M candidates of all

@@ -33,7 +33,7 @@ def generate(model, tokenizer, prompt, n_tokens=80, temperature=0.7, seed=0):
         hidden = model.hidden(torch.tensor(window, device=device), [len(window)], CAUSAL)
         logits = (hidden[-1] @ model.embed_tokens.weight.T).float().cpu()       # (V,)
         logits = logits[:tokenizer.vocab_size]
-        if temperature == 0:
+        if temperature < 1e-6:                     # 0, or no float32 can divide by it
             token = int(logits.argmax())
         else:
             token = int(torch.multinomial((logits / temperature).softmax(0), 1,

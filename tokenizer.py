@@ -89,14 +89,16 @@ class Tokenizer:
 
         The texts are read once, as a stream; memory grows with the number of distinct words. With
         too few repeated pairs the tokenizer is smaller, and a warning says so. Raises ValueError
-        for a vocabulary below 258 ids, TypeError for one str. backend "rustbpe", a package of that
-        name, learns the same merges about 4 times faster; with little text it also takes pairs that
-        occur once.
+        for a vocabulary below 258 ids or an unknown backend, TypeError for one str. backend
+        "rustbpe", a package of that name, learns the same merges about 4 times faster; with little
+        text it also takes pairs that occur once.
         """
         if vocab_size < 258:
             raise ValueError(f"vocab_size={vocab_size}: 256 bytes + 2 special tokens need 258")
         if isinstance(texts, str):
             raise TypeError("texts is one str, expected an iterable of str")
+        if backend not in ("python", "rustbpe"):
+            raise ValueError(f"backend {backend!r} is unknown; choose python or rustbpe")
         tokens = _merge_with_rustbpe(texts, vocab_size - 258) if backend == "rustbpe" else \
             _merge_words(_count_words(texts), vocab_size - 258)
         if len(tokens) < vocab_size - 2:

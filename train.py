@@ -40,7 +40,7 @@ from engine import budget, checkpoint, distributed, kernels, memory, report, run
 from engine.collection import read_groups
 from engine.jsonl import write_object
 from engine.microbatch import backward, two_pass
-from engine.order import shuffled, task_of_step
+from engine.order import key_of, shuffled, task_of_step
 from eval import collections, evaluate_stage, labelled_files, lexical_scores, validation_loss
 from lora import add_lora, merged_state_dict
 from losses import cosent_loss, false_negatives, gather_with_grad, info_nce, matryoshka
@@ -60,7 +60,7 @@ VALIDATE_EVERY = 50                # steps between two validation losses of an L
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every setting of a run; the defaults are the laptop's."""
+    """Every setting of a run: the shape is the laptop's, the files of config/ set most others."""
     # --- the run
     stage: Literal["pretrain", "sft", "embed_weak", "embed_sup"] = "embed_sup"
     previous: str = ""             # config file of the stage before; empty: random weights
@@ -78,7 +78,7 @@ class TrainConfig:
     evaluate: tuple[str, ...] = ()         # collections scored at the end; empty: DATA's own
     skip_bad_lines: bool = False   # count bad lines instead of stopping at them
     query_len: int = 48            # tokens of a query or STS sentence; longer ones are cut, counted
-    passage_len: int = 64          # of a passage, an example of stages 1 and 2, any text in use
+    passage_len: int = 64          # of a passage, of examples of stages 1 and 2, of texts in use
     # --- model (ConanConfig)
     vocab_size: int = 8192
     n_layer: int = 4
@@ -94,7 +94,7 @@ class TrainConfig:
     dims: tuple[int, ...] = ()     # MRL dims of embed_sup, besides the full width
     task_weights: dict[str, float] = dataclasses.field(     # Table 11: million rows of each task
         default_factory=lambda: {"retrieval": 3.0, "clr": 3.0, "classification": 2.8, "sts": 1.8})
-    # --- soft mask (embed_weak)
+    # --- soft mask (embed_weak; "causal" holds for embed_sup, too)
     schedule: Literal["linear", "accelerating", "decelerating", "hard", "causal"] = "linear"
     mask_axis: Literal["row", "col"] = "row"
     mask_apply: Literal["weights", "logits"] = "weights"
@@ -110,7 +110,7 @@ class TrainConfig:
     micro_batch_size: int = 0      # texts in one pass, 0: all; the result is the same
     learning_rate: float = 1e-3
     warmup: float = 0.05           # share of the steps
-    final_lr: float = 0.1          # share of learning_rate that the cosine ends at; UNSPECIFIED
+    final_lr: float = 0.1          # share of learning_rate that the cosine falls to; UNSPECIFIED
     weight_decay: float = 0.001
     beta2: float = 0.98
     # --- machine
@@ -233,7 +233,10 @@ def prepare(cfg):
 
 
 def finished(cfg, world, before):
-    """Return the checkpoint of a finished stage, else None; refuse other settings, data or base."""
+    """Return the checkpoint of a finished stage, else None.
+
+    Raises ValueError if it had other settings or data, or started from other weights.
+    """
     where = world.on_main(lambda: run.finished(cfg)) if cfg.resume else None
     if where:
         run.check_data(data.hashes(cfg, world), where)
@@ -258,7 +261,8 @@ def build_model(state, weights):
         model.to_empty(device=world.device)
         model.load_state_dict(weights) if weights else model.init_weights(generator)
         if cfg.lora_rank:
-            add_lora(model, cfg.lora_rank)
+            key = key_of(cfg.seed) ^ 1 + STAGES.index(cfg.stage)       # no stage's A is another's
+            add_lora(model, cfg.lora_rank, generator.manual_seed(key))
     model.checkpointing = cfg.checkpointing
     state.wrapped = distributed.parallelize(model, world, cfg.parallel, state.dtype)
     if sharded:
@@ -271,11 +275,14 @@ def build_model(state, weights):
 
 
 def train_tokenizer(cfg):
-    """Return a tokenizer of the pretraining text; one that was trained on it before is taken.
+    """Return a tokenizer of the pretraining text, of pairs where there is none.
 
+    One that was trained on it before is taken. Raises ValueError if there is neither.
     PAPER Sec. 3.1.1: it learns from about 400,000 documents, here a seeded sample of as many.
     """
     kind = "text" if data.sources(cfg, "text") else "pairs"
+    if not data.sources(cfg, kind):
+        raise ValueError("a tokenizer is trained on text, or on pairs: neither is given")
     rows = data.Rows(data.sources(cfg, kind), kind, skip_bad=cfg.skip_bad_lines)
     made_of = " ".join([*rows.hashes().values(), str(cfg.vocab_size), Tokenizer.VERSION,
                         str(cfg.seed if len(rows) > TOKENIZER_TEXTS else "all")])
@@ -314,7 +321,6 @@ def start(cfg, world, where, before):
         tokenizer = Tokenizer.load(source / "tokenizer.tiktoken")
     else:
         tokenizer = world.on_main(lambda: train_tokenizer(cfg))
-    torch.manual_seed(cfg.seed)
     dtype = distributed.matmul_dtype(cfg.dtype, world.device)
     if where and cfg.dtype == "auto":
         dtype = meta.get("dtype", dtype)           # a run keeps its own on another machine
@@ -352,7 +358,7 @@ def whole_embedder(state):
 # ---------------------------------------------------------------- the loop
 
 def train(cfg, world, before=None):
-    """Train one stage to its end and score it; return its checkpoint. before: that of the last."""
+    """Train one stage to its end and score it; return its checkpoint. before: the last stage's."""
     with contextlib.ExitStack() as lock:
         where = world.on_main(lambda: run.claim(cfg, lock))
         state = start(cfg, world, where, before)

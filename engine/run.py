@@ -121,7 +121,7 @@ def chain(cls, argv):
             allowed = SHARED_BY_STAGES | (
                 SHARED_BY_EMBEDDING if values.get("stage") == "embed_weak" else set())
             values = values | {k: v for k, v in handed.items() if k in allowed}
-        shared |= {k: v for k, v in values.items() if k in SHARED_BY_STAGES}
+            shared |= {k: v for k, v in values.items() if k in allowed}
         configs.append(build(cls, shared | values))
     return configs
 

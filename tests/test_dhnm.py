@@ -95,6 +95,8 @@ def test_an_exhausted_pool_keeps_the_hardest_seen_and_counts():
     assert show(pool, 0, 0.35) == [10]                      # still the hardest, still below 0.4
     assert pool.stats()["replaced"] == 0 and pool.stats()["exhausted"] == 1
     assert show(pool, 0, 0.24) == [12]                      # 12 had 0.25
+    assert show(pool, 0, 0.24) == [12]                      # 10 had as much, and is no harder
+    assert pool.stats()["replaced"] == 0
 
 
 def test_used_counts_swaps_that_a_step_trained_on():

@@ -170,7 +170,7 @@ def assert_close_run(out, whole):
 def test_stages_3_and_4_train_adapters_and_the_ones_before_all_weights(whole):
     ranks = [meta_of(whole, stage)["train"]["lora_rank"] for stage in train.STAGES]
     assert ranks == [0, 0, 4, 4]
-    start = state_of(whole, "sft")
+    start, directions = state_of(whole, "sft"), {}
     assert "unmerged" not in state_of(whole, "sft", "trainer.pt")
     for stage in ("embed_weak", "embed_sup"):
         end, trainer = state_of(whole, stage), state_of(whole, stage, "trainer.pt")
@@ -182,9 +182,13 @@ def test_stages_3_and_4_train_adapters_and_the_ones_before_all_weights(whole):
                 assert update.any() and torch.linalg.matrix_rank(update, rtol=1e-4) <= 4, name
             else:
                 assert not update.any(), name
+            if name.endswith("k_proj.weight"):                 # rank 4 each
+                directions.setdefault(name, []).append(update)
         moments = trainer["optimizer"]["state"].values()
         assert len(moments) == 28 and {min(m["exp_avg"].shape) for m in moments} == {4}
         start = end
+    for name, updates in directions.items():       # no stage's A is that of another
+        assert torch.linalg.matrix_rank(sum(updates), rtol=0.01) > 4, name
 
 
 def test_the_embedder_scores_as_the_run_with_its_adapters_did(rows, whole):

@@ -107,6 +107,8 @@ def test_rank_law(n, axis, more):
 
 def test_floor_survives_rounding():
     assert 0.29 * 100 < 29                                  # in floating point
+    with pytest.raises(ValueError, match="axis 'column' is unknown"):
+        rank_law(64, 0.5, "column")
     assert rank_law(100, 0.29) == mask_rank(soft_mask(100, 0.29)) == 71
 
 

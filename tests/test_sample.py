@@ -35,6 +35,7 @@ def test_the_most_likely_token_is_taken_at_temperature_0(model, tokenizer):
     assert right == "bcdef"
     assert generate(model, tokenizer, "a", n_tokens=5, temperature=0) == right
     assert generate(model, tokenizer, "a", n_tokens=5, temperature=1e-3) == right
+    assert generate(model, tokenizer, "a", n_tokens=5, temperature=1e-40) == right
     assert [n for n, _ in model.calls[:5]] == [1, 2, 3, 4, 5]  # all that is written so far
     assert all(mask.is_causal for _, mask in model.calls)
 

@@ -257,6 +257,8 @@ def test_damaged_files(tokenizer, tmp_path, number, replacement, message):
 def test_errors():
     with pytest.raises(ValueError, match="vocab_size=257"):
         Tokenizer.train(["a"], 257)
+    with pytest.raises(ValueError, match="backend 'rusty' is unknown"):
+        Tokenizer.train(["a"], 300, backend="rusty")
     with pytest.raises(TypeError, match="texts is one str"):
         Tokenizer.train("abc", 300)
 

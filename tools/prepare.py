@@ -42,9 +42,9 @@ KEYS = {                           # ours, by kind; a set's `columns` name its o
 def public_sets():
     """Return {name: entry}: where a set lies, and what a user must know of it.
 
-    An entry has the columns of public_sets.tsv. columns: what `KEYS` are called there. config:
-    "{lang}" stands for --lang, by the set's own code of it. lang: the default of --lang, empty for
-    one language only.
+    An entry has the columns of public_sets.tsv. columns: what `KEYS` are called there. scores:
+    the least and the largest that STS can have. config: "{lang}" stands for --lang, by the set's
+    own code of it. lang: the default of --lang, empty for one language only.
     """
     with open(Path(__file__).with_name("public_sets.tsv"), encoding="utf-8") as file:
         return {row["name"]: SimpleNamespace(**row) for row in csv.DictReader(file, delimiter="\t")}
@@ -55,6 +55,9 @@ def from_columns(entry, row):
     ours = {key: row[name] for key, name in zip(KEYS[entry.kind], entry.columns.split())}
     if entry.kind == "text" and ours["text"]:
         ours = {"text": document_text(ours)}
+    if entry.scores:                                   # one scale for all sets: 0 to 1
+        least, most = map(float, entry.scores.split())
+        ours["score"] = (ours["score"] - least) / (most - least)
     return ours | ({"prompt": entry.prompt} if entry.prompt else {})
 
 

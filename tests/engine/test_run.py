@@ -46,6 +46,19 @@ def test_flags_reach_the_earlier_stages_where_they_are_shared(files):
     assert of(configs, "lora_rank", "schedule") == [(0, "linear"), (4, "hard"), (4, "hard")]
 
 
+def test_the_mask_and_adapters_of_a_stage_3_file_hold_for_stage_4_and_no_other(files):
+    write, last = files
+    weak = write("weak.py", f'stage = "embed_weak"\nprevious = {last!r}\nlora_rank = 4\n'
+                            'schedule = "causal"\ntemperature = 0.1\n')
+    sup = write("sup.py", f'stage = "embed_sup"\nprevious = {weak!r}\n')
+    own = write("own.py", f'stage = "embed_sup"\nprevious = {weak!r}\nschedule = "hard"\n')
+    for path, schedule in ((sup, "causal"), (own, "hard")):
+        configs = runs.chain(train.TrainConfig, [path])
+        assert of(configs[2:], "lora_rank", "schedule", "temperature") == [
+            (4, "causal", 0.1), (4, schedule, 0.05)]
+        assert of(configs[:1], "lora_rank", "schedule") == [(0, "linear")]
+
+
 def test_a_stage_without_one_before_it_is_alone(files):
     assert of(runs.chain(train.TrainConfig, [files[1], "--previous="]), "n_layer") == [(4,)]
     assert of(runs.chain(train.TrainConfig, ["--stage=embed_sup"]), "stage") == [("embed_sup",)]

@@ -63,9 +63,9 @@ for name in ("msmarco", "nq", "triviaqa", "hotpotqa", "fever", "squad", "dureade
 for name in ("miracl", "mrtydi"):
     ROWS[name] = (TRIPLET, [{"query": "what is a field", "pos": "A field is a set.",
                              "neg": "Cows."}])
-for year in (12, 13, 14, 15, 16, 22):
-    ROWS[f"sts{year}"] = ({"sentence1": "a b", "sentence2": "c d", "score": 3.8},
-                          [{"sentence1": "a b", "sentence2": "c d", "score": 3.8}])
+for year, score in ((12, 3.75), (13, 3.75), (14, 3.75), (15, 3.75), (16, 3.75), (22, 3.25)):
+    ROWS[f"sts{year}"] = ({"sentence1": "a b", "sentence2": "c d", "score": score},
+                          [{"sentence1": "a b", "sentence2": "c d", "score": 0.75}])
 for name in ("banking77", "emotion", "imdb", "toxic", "tweets", "amazon_counterfactual",
              "massive_intent", "massive_scenario", "mtop_intent", "mtop_domain"):
     ROWS[name] = ({"text": "wake me at nine", "label": 4, "label_text": "alarm_set"},
