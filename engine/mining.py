@@ -106,10 +106,10 @@ class Exact:
                 best, column = top(scores, k)
                 both = torch.cat([values[s:s + chunk], best], 1)
                 which = torch.cat([numbers[s:s + chunk], column + first], 1)
-                both, order = both.sort(dim=1, descending=True, stable=True)    # low blocks first
+                # low blocks first; of what has no cosine the -1 from above
+                both, order = both.sort(dim=1, descending=True, stable=True)
                 values[s:s + chunk] = both[:, :k]
                 numbers[s:s + chunk] = which.gather(1, order)[:, :k]
-        numbers[values == -torch.inf] = -1
         numbers[~torch.tensor(needy, dtype=torch.bool)] = -1
         return numbers.cpu().numpy(), values.cpu().numpy()
 

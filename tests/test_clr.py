@@ -96,6 +96,16 @@ def test_a_language_of_no_known_script_passes_the_script_gate():
     assert script_gate(0.5)(["a"], ["жxaр"], ["ru"]) == [None]              # just enough
 
 
+def test_beirs_id_is_an_id():
+    row, = build_clr([{"_id": "x7", "query": "alpha", "pos": ["p"]}], shout)
+    assert row["source_id"] == "x7"
+
+
+def test_languages_are_spread_over_the_rows():
+    langs = [row["lang"] for row in build_clr(ROWS, shout)]
+    assert langs != sorted(langs) and len(set(langs[:50])) > 10
+
+
 # ---------------------------------------------------------------- gates
 
 

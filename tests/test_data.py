@@ -251,6 +251,40 @@ def test_long_texts_are_cut_and_counted_and_chunks_cover_the_batch(tokenizer):
     assert torch.equal(torch.cat([part[0] for part in parts]), batch.ids)
 
 
+def test_an_instruction_leaves_a_query_one_token_at_least(tokenizer):
+    rows = [{"query": "the", "pos": ["fox"], "prompt": "over"}]
+    n = data.prompt_length(tokenizer, "over")
+    task(tokenizer, rows, "pairs", "embed_weak", batch_size=1, query_len=n + 2)    # one, its end
+    with pytest.raises(ValueError, match="leaves a query none"):
+        task(tokenizer, rows, "pairs", "embed_weak", batch_size=1, query_len=n + 1)
+
+
+def test_a_row_may_say_that_there_is_no_instruction(tokenizer):
+    rows = [{"query": "the", "pos": ["fox"], "prompt": ""}]
+    batch = task(tokenizer, rows, "pairs", "embed_weak", batch_size=1).batch(0)
+    assert texts_of(batch, tokenizer) == ["the", "fox"] and batch.skip == [0, 0]
+
+
+def test_positives_are_drawn_by_the_seed(tokenizer):
+    rows = [{"query": f"the {i}", "pos": [f"fox {i} {j}" for j in range(5)]} for i in range(8)]
+    drawn = [set(task(tokenizer, rows, "pairs", "embed_weak", batch_size=8, seed=seed).batch(0)
+                 .positive_ids.tolist()) for seed in (0, 1)]
+    assert drawn[0] != drawn[1]
+
+
+def test_sentences_are_cut_at_the_length_of_a_query(tokenizer):
+    rows = [{"sentence1": "fox " * 30, "sentence2": "dog", "score": 1}]
+    batch = task(tokenizer, rows, "sts", batch_size=1, query_len=8, passage_len=16).batch(0)
+    assert batch.lengths[0] == 8 and batch.truncated == 1
+
+
+def test_a_query_is_the_same_under_any_instruction(tokenizer):
+    rows = [{"query": "the", "pos": ["fox"], "prompt": "over"},
+            {"query": "the", "pos": ["dog"], "prompt": "lazy"}]
+    batch = task(tokenizer, rows, "pairs", "embed_weak").batch(0)
+    assert batch.query_ids.tolist() == [data.text_id("the")] * 2
+
+
 # ---------------------------------------------------------------- hard negatives
 
 def test_own_negatives_are_in_use_though_one_row_has_none(tokenizer, embedder):
@@ -309,6 +343,40 @@ def test_queries_are_embedded_under_their_own_instruction(embedder, tmp_path):
     vectors = mining.Miner(tmp_path, embedder).queries("x", rows, "jumps")
     right = [embedder.encode("the fox", prompt=prompt) for prompt in ("jumps", "over", "", "jumps")]
     assert np.allclose(vectors, right, atol=1e-6)
+
+
+def test_what_a_broken_run_mined_is_mined_anew(tokenizer, embedder, monkeypatch):
+    rows = [{"query": f"the {i}", "pos": [f"fox {i}"]} for i in range(10)]
+    other = Conan(tiny_config().model_config()).init_weights(torch.Generator().manual_seed(1))
+
+    def dies(*args, **more):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mining, "mine", dies)            # when all is embedded, by another model
+        data.fill_pools([task(tokenizer, rows)], Embedder.of(other, tokenizer, FULL, 16))
+    assert list(data.Path("out/embed_sup/mining").iterdir())
+    pools = []
+    for out in ("out", "elsewhere"):
+        t = task(tokenizer, rows, out=out)
+        data.fill_pools([t], embedder)
+        pools.append(t.pool.candidates.tolist())
+        assert not (t.cfg.run_dir / "mining").exists()
+    assert pools[0] == pools[1]
+
+
+def test_the_floor_keeps_the_order():
+    scores = np.tile(np.float32([0.9, 0.1]), (1, 100))
+    kept = data.hard_enough(np.arange(200)[None], scores, 2)[0]
+    assert kept[:101].tolist() == [0, 1, *range(2, 200, 2)] and (kept[101:] == -1).all()
+
+
+def test_candidates_that_bring_cosines_pass_the_same_floor(tokenizer):
+    rows = [{"query": f"the {i}", "pos": [f"fox {i}"], "neg": [f"own {i} {k}" for k in range(4)],
+             "cosines": [0.9, 0.3, 0.2, 0.5]} for i in range(4)]
+    t = task(tokenizer, rows, pool_size=8)
+    data.fill_pools([t], None)                     # nothing is embedded
+    pools = [[t.passages.text(p) for p in row.tolist()] for row in t.pool.candidates]
+    assert pools == [[f"own {i} {k}" for k in (0, 1, 3)] for i in range(4)]
 
 
 # ---------------------------------------------------------------- the mixture of a stage
@@ -373,6 +441,19 @@ def test_the_weak_stage_takes_one_file_a_step_by_rows(tokenizer):
     assert [(len(task.rows), weight) for task, weight in tasks] == [(4, 4), (6, 6), (8, 8)]
     with pytest.raises(ValueError, match="embed_weak needs data: --pairs=FILE"):
         data.build_tasks(tiny_config("embed_weak", text=("t.jsonl",)), tokenizer, ALONE)
+
+
+def test_the_most_frequent_instruction_is_kept_not_the_first(tokenizer):
+    rows = [{"query": f"the {i}", "pos": ["fox"], "prompt": prompt}
+            for i, prompt in enumerate(("over", "lazy", "lazy"))]
+    t = task(tokenizer, rows, "pairs", "embed_weak", query_len=12)
+    assert data.prompts_of([(t, 1)]) == {"retrieval": "lazy"}
+
+
+def test_a_tasks_own_batch_must_be_filled_as_well(tokenizer):
+    rows = [{"sentence1": "a", "sentence2": "b", "score": i} for i in range(3)]
+    with pytest.raises(ValueError, match="3 rows are too few for a batch of 4"):
+        task(tokenizer, rows, "sts", batch_size=2, batch_sizes={"sts": 4})
 
 
 # ---------------------------------------------------------------- collections

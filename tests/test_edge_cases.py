@@ -77,6 +77,13 @@ def test_matryoshka_is_a_part_of_stage_4_alone(model, tokenizer, stage):
     assert (plain != nested) == (stage == "embed_sup")
 
 
+def test_the_full_width_is_trained_besides_the_dims(model, tokenizer):
+    batch = batch_of(tokenizer, "retrieval", CONTRASTIVE)
+    one, both = (train.step_loss(model, batch, tiny_config(dims=dims), 0)[0].item()
+                 for dims in ((4,), (4, 8)))
+    assert one == both
+
+
 @pytest.mark.parametrize("stage, step, settings, mask", [
     ("pretrain", 4, {"schedule": "hard"}, CAUSAL), ("sft", 4, {}, CAUSAL),
     ("embed_weak", 0, {}, CAUSAL), ("embed_weak", 1, {}, MaskSpec(0.25)),

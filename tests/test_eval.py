@@ -118,6 +118,10 @@ def test_scores_that_are_not_numbers_are_refused():
         spearman([1, 2, 3], [1, 2])
 
 
+def test_a_negative_relevance_gains_nothing():
+    assert ndcg_at_k([-1, 1], judged=[-1, 1]) == pytest.approx(1 / math.log2(3))
+
+
 # ---------------------------------------------------------------- encoding and search
 
 
@@ -157,6 +161,11 @@ def test_bm25_finds_only_what_shares_a_word():
     assert found.tolist() == [[1, -1], [-1, -1]]
     with pytest.raises(ValueError, match="BM25 has no vectors"):
         evaluation.sts(LexicalBaseline(), [{"sentence1": "a", "sentence2": "a", "score": 1}])
+
+
+def test_a_prefix_of_zeros_stays_zero():
+    short = CachedEncoder(Vectors({"a": [0.0, 0.0, 1.0]})).first(2)
+    assert short.encode(["a"]).tolist() == [[0, 0]]
 
 
 # ---------------------------------------------------------------- tasks
@@ -336,6 +345,53 @@ def test_without_scikit_learn_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(ImportError, match="pip install scikit-learn"):
         evaluation.classification(Vectors(), labelled(2)[1])
+
+
+def test_bitext_asks_for_the_prompt_of_a_symmetric_task():
+    encoder, asked = Vectors(), []
+    encoder.prompt_of = lambda kind, side=None: asked.append((kind, side))
+    evaluation.bitext_mining(encoder, [{"query": "a", "pos": "b"}])
+    assert set(asked) == {("bitext", None)}
+
+
+def test_an_answer_beyond_rank_20_counts_at_100(tmp_path):
+    write_rows(tmp_path / "mkqa/corpus.jsonl",
+               [{"id": f"d{i}", "text": f"text {i}"} for i in range(30)])
+    write_rows(tmp_path / "mkqa/queries.jsonl",
+               [{"id": "q", "text": "a", "lang": "de", "answers": ["text 24"]}])
+    known = {"a": angle(0)} | {f"text {i}": angle(3 * i) for i in range(30)}
+    scores = evaluate(Vectors(known), "mkqa", tmp_path / "mkqa")
+    assert [scores[f"mkqa/mkqa/de/recall@{k}"] for k in (20, 100)] == [0, 1]
+
+
+@pytest.mark.parametrize("stage, asked", [
+    ("sft", [("retrieval", ())]), ("embed_weak", [("retrieval", ()), ("sts", ())]),
+    ("embed_sup", [("retrieval", (4,)), ("sts", ())])])
+def test_what_a_stage_is_scored_on(tmp_path, monkeypatch, stage, asked):
+    write_rows(tmp_path / "test/corpus.jsonl", [{"id": "d", "text": "a"}])
+    write_rows(tmp_path / "sts_test.jsonl", [{"sentence1": "a", "sentence2": "b", "score": 1}])
+    seen, cfg = [], TrainConfig(stage=stage, data=str(tmp_path), dims=(4,))
+    monkeypatch.setattr(evaluation, "evaluate", lambda encoder, name, path, dims=():
+                        seen.append((name, dims)) or {})
+    evaluation.evaluate_stage(SimpleNamespace(cfg=cfg, counters={}, embedder=None))
+    assert seen == asked
+
+
+def test_validation_is_on_the_first_texts(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(evaluation, "VALIDATION_TEXTS", 1)
+    texts = ["the quick", "brown fox jumps"]
+    write_rows(tmp_path / "text_dev.jsonl", [{"text": text} for text in texts])
+    write_rows(tmp_path / "dev/corpus.jsonl", [{"id": text, "text": text} for text in texts])
+    write_rows(tmp_path / "dev/queries.jsonl", [{"id": text, "text": "over"} for text in texts])
+    (tmp_path / "dev/qrels.tsv").write_text("".join(f"{text}\t{text}\t1\n" for text in texts))
+    model = tiny_model(std=0.3, vocab_size=tokenizer.vocab_size)
+    for stage, example in (("pretrain", (None, "", texts[0])), ("sft", ("Find", "over", texts[0]))):
+        state = SimpleNamespace(cfg=TrainConfig(stage=stage, data=str(tmp_path)), wrapped=model,
+                                tokenizer=tokenizer, prompts={"retrieval": "Find"}, world=ALONE,
+                                dtype=torch.float32)
+        batch = data.sft_batch([example], [0], tokenizer, state.cfg.passage_len)
+        loss = float(model(batch.ids, batch.lengths, CAUSAL, batch.targets).detach())
+        assert evaluation.validation_loss(state) == pytest.approx(loss, rel=1e-6), stage
 
 
 # ---------------------------------------------------------------- files, splits, the command line

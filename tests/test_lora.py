@@ -134,6 +134,13 @@ def test_bad_values_are_named():
         add_lora(base(), 0)
 
 
+def test_adapters_are_drawn_from_the_generator():
+    one, same, other = (add_lora(base(), 4, torch.Generator().manual_seed(seed)).state_dict()
+                        for seed in (1, 1, 2))
+    name = next(name for name in one if name.endswith("lora_a"))
+    assert torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name])
+
+
 # ---------------------------------------------------------------- through train.py
 
 

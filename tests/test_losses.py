@@ -275,6 +275,12 @@ def test_what_cosent_refuses(cosine, score, temperature, text):
         cosent_loss(torch.tensor(cosine), torch.tensor(score), temperature=temperature)
 
 
+def test_cosent_compares_bfloat16_cosines_in_float32():
+    cosine, score = torch.rand(20).bfloat16(), torch.randint(0, 5, (20,))
+    want = cosent_loss(cosine.float(), score, temperature=0.05)
+    assert cosent_loss(cosine, score, temperature=0.05).item() == want.item()
+
+
 # ---------------------------------------------------------------- Matryoshka
 
 def dot(a, b):
@@ -303,3 +309,14 @@ def test_matryoshka_returns_the_scores_of_the_largest_dim():
 def test_what_matryoshka_refuses(dims, text):
     with pytest.raises(ValueError, match=text):
         matryoshka(dot, random_batch()[:2], dims)
+
+
+def test_prefixes_of_bfloat16_are_normalised_in_float32():
+    batch = [x.bfloat16() for x in random_batch()[:2]]
+    want = matryoshka(dot, [x.float() for x in batch], [2, 6])[0]
+    assert matryoshka(dot, batch, [2, 6])[0].item() == want.item()
+
+
+def test_no_dim_exceeds_the_narrowest():
+    with pytest.raises(ValueError, match="width 5"):
+        matryoshka(dot, (torch.ones(1, 6), torch.ones(1, 5)), [6])

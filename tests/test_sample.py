@@ -1,5 +1,6 @@
 """sample.py: a language model writes what it has learned, and says what is wrong."""
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,3 +77,14 @@ def test_a_trained_model_writes_its_text_on_the_command_line(rows, tmp_path, mon
     monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint=nowhere"])
     with pytest.raises(SystemExit, match="sample.py: error: nowhere: no checkpoint here"):
         sample.main()
+
+
+def test_the_flags_reach_the_writer(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample, "Embedder", lambda *_, **__: SimpleNamespace(
+        model="model", tokenizer="tokenizer"))
+    monkeypatch.setattr(sample, "generate", lambda *args: asked.append(args) or "")
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt=a", "--n_tokens=3",
+                                      "--temperature=0.5", "--seed=7"])
+    sample.main()
+    assert asked == [("model", "tokenizer", "a", 3, 0.5, 7)]

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,9 +20,10 @@ from engine import checkpoint
 from engine import run as runs
 from engine.distributed import ALONE
 from losses import cosent_loss
+from mask import FULL
 from ranks import (STEPS, arguments, assert_equal, assert_same_run, chain_arguments, config,
-                   die_at, full_disk, log, meta_of, stages_before, state_of, step_loss_replaced,
-                   tiny_config, tiny_model, write_lines)
+                   die_at, full_disk, log, meta_of, run, stages_before, state_of,
+                   step_loss_replaced, tiny_config, tiny_model, write_lines)
 from tokenizer import Tokenizer
 
 
@@ -83,7 +85,8 @@ def test_other_settings_of_a_later_stage_show_before_the_first_is_trained(rows, 
 
 def test_a_stage_may_pool_otherwise_than_the_one_before_it(rows, whole, tmp_path):
     out, last = stages_before("embed_weak", whole, tmp_path), rows / "last.py"
-    last.write_text((rows / "embed_weak.py").read_text() + 'pooling = "last"\n')
+    last.write_text((rows / "embed_weak.py").read_text()
+                    + 'pooling = "last"\npool_prompt = True\n')
     argv = chain_arguments(rows, "embed_weak", out, "--steps=1", "--checkpointing=true")
     seen = []
 
@@ -92,7 +95,8 @@ def test_a_stage_may_pool_otherwise_than_the_one_before_it(rows, whole, tmp_path
         return real(model, *args)
     with step_loss_replaced(noted):
         train.main([str(last), *argv[1:]])
-    assert seen == [("last", True)] and meta_of(out, "embed_weak")["model"]["pooling"] == "last"
+    shape = meta_of(out, "embed_weak")["model"]
+    assert seen == [("last", True)] and (shape["pooling"], shape["pool_prompt"]) == ("last", True)
 
 
 def test_without_text_the_tokenizer_learns_from_the_pairs(rows, tmp_path):
@@ -127,11 +131,70 @@ def test_an_lm_stage_is_measured_on_held_out_text(rows, tmp_path):
     before, after = (scores[f"lm/mine/dev/loss{end}"] for end in ("_before", ""))
     assert before == pytest.approx(math.log(350), abs=0.1) and after < before - 1
     assert log(tmp_path / "out", "pretrain")[1]["validation"] == before
-    assert log(tmp_path / "out", "pretrain")[60]["validation"] < before
+    at_50 = log(tmp_path / "out", "pretrain")[60]["validation"]
+    assert at_50 < before and after != at_50               # that of the last step
     for text, reason in (("", ": no text"), ('{"txt": "a"}', ":1: key 'text' is missing")):
         (folder / "text_dev.jsonl").write_text(text)
         with pytest.raises(SystemExit, match=f"text_dev.jsonl{reason}"):
             train.main([*argv, f"--data={folder}", "--resume=false"])
+
+
+def test_stage_2_is_measured_before_its_first_step_too(rows, whole, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for kind in ("pairs", "text"):
+        (folder / f"{kind}.jsonl").write_bytes((rows / f"{kind}.jsonl").read_bytes())
+    (folder / "dev").symlink_to(rows / "little" / "test")
+    argv = [arg for arg in arguments(rows, "sft", tmp_path / "out", f"--data={folder}")
+            if not arg.startswith(("--text", "--pairs"))]
+    run(ALONE, argv, checkpoint.latest(whole / "pretrain"))
+    scores = json.loads((tmp_path / "out/sft/eval.json").read_text())
+    assert scores["lm/mine/dev/loss"] < scores["lm/mine/dev/loss_before"]
+
+
+def test_an_instruction_outlives_a_stage_that_asks_nothing(rows, tmp_path):
+    """Search takes that of stage 3 where stage 4 has similarity alone."""
+    lines = [json.loads(line) for line in open(rows / "pairs.jsonl")]
+    path = write_lines(rows / "own.jsonl", [{**row, "instruction": "Look up"} for row in lines])
+    train.main(arguments(rows, "embed_weak", tmp_path, f"--pairs={path}", "--steps=1"))
+    argv = arguments(rows, "embed_sup", tmp_path, "--retrieval=", "--classification=", "--steps=1")
+    run(ALONE, argv, checkpoint.latest(tmp_path / "embed_weak"))
+    assert meta_of(tmp_path, "embed_sup")["prompts"]["retrieval"] == "Look up"
+
+
+def test_a_weak_stage_killed_in_its_evaluation_is_scored_bidirectionally(rows, whole, tmp_path,
+                                                                         monkeypatch):
+    out, seen = stages_before("embed_weak", whole, tmp_path), []
+
+    def dies(state):
+        seen.append(state.embedder.mask)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "evaluate_stage", dies)
+    for _ in range(2):                             # after the last step, and resumed
+        with pytest.raises(KeyboardInterrupt):
+            train.main(chain_arguments(rows, "embed_weak", out))
+    assert seen == [FULL, FULL]
+
+
+def test_the_log_has_the_rate_of_each_step(rows, whole):
+    cfg = config(chain_arguments(rows, "pretrain", whole))
+    assert [line["lr"] for line in log(whole, "pretrain").values()] == [
+        train.lr_at(step, cfg) for step in range(STEPS)]
+
+
+def test_the_summary_counts_minutes(rows, tmp_path):
+    began = time.perf_counter()
+    train.main(arguments(rows, "pretrain", tmp_path, "--steps=1"))
+    minutes = json.loads((tmp_path / "summary.json").read_text())["minutes"]
+    assert 0 < minutes <= (time.perf_counter() - began) / 60
+
+
+def test_a_tokenizer_of_another_version_is_trained_anew(rows, tmp_path, monkeypatch):
+    cfg = config(arguments(rows, "pretrain", tmp_path))
+    for version in ("1", "2"):
+        monkeypatch.setattr(Tokenizer, "VERSION", version)
+        train.train_tokenizer(cfg)
+    assert len(list(tmp_path.glob("tokenizer-*"))) == 2
 
 
 def test_the_mask_opens_in_the_weak_stage_only(whole):
@@ -377,6 +440,11 @@ def test_a_save_that_takes_long_warns(rows, tmp_path, capsys, monkeypatch):
                      "".join(capsys.readouterr()))
 
 
+def test_the_warm_up_is_the_nearest_whole_number_of_steps():
+    cfg = tiny_config(steps=40, warmup=0.07, learning_rate=3.0)            # 2.8 steps
+    assert [train.lr_at(step, cfg) for step in range(3)] == pytest.approx([1, 2, 3])
+
+
 # ---------------------------------------------------------------- what is refused, and how
 
 @pytest.mark.parametrize("more, message", [
@@ -541,6 +609,25 @@ def test_starting_afresh_takes_the_new_vocabulary_and_the_new_text(rows, tmp_pat
     last, stream = tokens_of("--vocab_size=300", f"--text={path}", "--resume=false")
     assert last.decode(stream.tolist()).startswith("quite another text 0")
     assert len(list(tmp_path.glob("tokenizer-*"))) == len(list(tmp_path.glob("tokens-*"))) == 3
+
+
+def test_an_interrupted_stage_does_not_resume_on_another_base(rows, whole, tmp_path):
+    argv = chain_arguments(rows, "sft", stages_before("sft", whole, tmp_path), "--save_every=2")
+    die_at(3, lambda: train.main(argv))
+    with pytest.raises(ValueError, match="sft/step_000002 started from other weights than random"):
+        run(ALONE, argv)
+
+
+def test_a_file_that_nobody_reads_is_named(tmp_path, capsys):
+    for name in ("text.jsonl", "retreival.jsonl"):
+        write_lines(tmp_path / name, [{"text": "fox"}])
+    train.prepare(tiny_config("pretrain", data=str(tmp_path)))
+    assert f"warning: {tmp_path / 'retreival.jsonl'} is not read" in capsys.readouterr().out
+
+
+def test_the_same_collections_are_nothing_to_speak_of(rows, whole, capsys):
+    train.main(chain_arguments(rows, "embed_sup", whole))
+    assert "scored already" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- what a checkpoint holds

@@ -486,3 +486,17 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch)
     with pytest.warns(UserWarning, match="step_000002 is saved, but .*step_000001"):
         save(tmp_path, 2, state(2), keep_last=1)
     assert step_of(latest(tmp_path)) == 2
+
+
+def test_a_run_that_is_half_set_aside_still_ends_with_its_newest(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step, small(step))
+    real = Path.rename
+
+    def breaks_off(path, target):
+        monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        return real(path, target)
+    monkeypatch.setattr(Path, "rename", breaks_off)
+    with pytest.raises(OSError, match="killed"):
+        checkpoint.set_aside(tmp_path)
+    assert latest(tmp_path).name == "step_000002"

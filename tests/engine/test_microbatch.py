@@ -73,3 +73,15 @@ def test_all_chunks_but_the_last_run_without_synchronisation(sizes, opened, pass
     first = ["encode"] * n if n > 1 else []
     assert log == first + ["open", "encode", "close"] * (n - 1) + ["encode"]
     assert (log.count("open"), log.count("encode")) == (opened, passes)
+
+
+@pytest.mark.parametrize("sizes", [[24], [12, 12]], ids=str)
+def test_a_loss_is_handed_float32(sizes):
+    encoder, seen = nn.Linear(7, 6), []
+
+    def loss_fn(x):
+        seen.append(x.dtype)
+        return x.sum(), None
+    with torch.autocast("cpu", torch.bfloat16):
+        two_pass(encoder, torch.randn(24, 7).split(sizes), loss_fn)
+    assert seen == [torch.float32]

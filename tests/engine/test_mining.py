@@ -3,9 +3,12 @@ import numpy as np
 import pytest
 import torch
 
+from data import parse_pair
 from engine import mining
+from engine.index import JsonlFiles, text_id
 from engine.mining import Exact, mine
-from ranks import on_ranks
+from engine.passages import Passages
+from ranks import on_ranks, write_lines
 
 EYE = np.eye(4, dtype=np.float32)
 QUERY = np.array([[0.9, 0.8, 0.7, 0.1]], dtype=np.float32)
@@ -81,6 +84,18 @@ def test_blocks_give_the_plain_search_ties_by_number(monkeypatch, device, block,
 def test_of_equal_scores_the_lower_column_is_taken():
     values, columns = mining.top(torch.tensor([[5.0, 7, 5, 5], [1, 2, 3, 4]]), 2)
     assert columns.tolist() == [[1, 0], [3, 2]] and values.tolist() == [[7, 5], [4, 3]]
+
+
+def test_rows_that_bring_cosines_lose_repeats_and_what_answers_their_query(tmp_path):
+    rows = [{"query": "q", "pos": ["a"], "neg": ["b", "c", "b", "d"],
+             "cosines": [0.75, 0.7, 0.1, 0.5]},
+            {"query": "q", "pos": ["c"], "neg": ["d"], "cosines": [0.25]}]
+    files = JsonlFiles([write_lines(tmp_path / "a.jsonl", rows)], parse_pair, tmp_path, ids=True)
+    passages = Passages(files, tmp_path)
+    pool, cosines = mining.Miner(tmp_path / "mining", None).of_rows("x", passages, 3)
+    b, d = passages.numbers([text_id("b"), text_id("d")])
+    assert pool.tolist() == [[b, d, -1], [d, -1, -1]]      # "c" answers the same query elsewhere
+    assert cosines.tolist() == [[0.75, 0.5, 0], [0.25, 0, 0]]
 
 
 # ---------------------------------------------------------------- files that ranks fill together

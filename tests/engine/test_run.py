@@ -59,6 +59,18 @@ def test_the_mask_and_adapters_of_a_stage_3_file_hold_for_stage_4_and_no_other(f
         assert of(configs[:1], "lora_rank", "schedule") == [(0, "linear")]
 
 
+def test_shared_settings_reach_every_stage(files):
+    write, last = files
+    sup = write("sup.py", f'stage = "embed_sup"\nprevious = {last!r}\n')
+    shared = {"skip_bad_lines": True, "evaluate": ("x",), "log_every": 3, "save_every": 4,
+              "seed": 5, "device": "cpu", "pairs": ("p.jsonl",), "data": "y"}
+    masks = {"mask_axis": "col", "mask_apply": "logits"}
+    flags = [f"--{k}={v[0] if isinstance(v, tuple) else v}" for k, v in (shared | masks).items()]
+    configs = runs.chain(train.TrainConfig, [sup, *flags])
+    assert all({k: getattr(cfg, k) for k in shared} == shared for cfg in configs)
+    assert of(configs, *masks) == [("row", "weights"), ("col", "logits"), ("col", "logits")]
+
+
 def test_a_stage_without_one_before_it_is_alone(files):
     assert of(runs.chain(train.TrainConfig, [files[1], "--previous="]), "n_layer") == [(4,)]
     assert of(runs.chain(train.TrainConfig, ["--stage=embed_sup"]), "stage") == [("embed_sup",)]
@@ -136,6 +148,18 @@ def test_settings_of_the_machine_may_change_and_others_may_not(tmp_path):
         runs.finished(dataclasses.replace(cfg, seed=9, dims=(4,)))
     assert str(caught.value).startswith(f"{path} was trained with ")
     assert "seed=0 there, 9 now" in str(caught.value) and "dims=[] there, [4]" in str(caught.value)
+
+
+def test_what_decides_a_result_may_not_change_on_resume():
+    names = {field.name for field in dataclasses.fields(train.TrainConfig)}
+    assert names - runs.MAY_CHANGE_ON_RESUME == runs.MODEL | runs.SHARED_BY_EMBEDDING | {
+        "stage", "seed", "skip_bad_lines", "query_len", "passage_len", "temperature", "dims",
+        "task_weights", "dhnm", "n_negatives", "pool_size", "steps", "batch_size", "batch_sizes",
+        "learning_rate", "warmup", "final_lr", "weight_decay", "beta2", "dtype"}
+
+
+def test_a_pool_may_be_no_larger_than_what_is_in_use():
+    assert tiny_config(n_negatives=4, pool_size=4).pool_size == 4
 
 
 def test_a_setting_younger_than_a_checkpoint_has_its_default(tmp_path):
