@@ -24,8 +24,8 @@ from engine.jsonl import atomic, read_object
 from experiments.runs import ndcg_by_dims, read_json, read_log, score_of, seconds, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ("default_run", "baselines", "small", "figure1", "real", "table4", "table12",
-         "table12_again", "curve",
+ORDER = ("default_run", "baselines", "small", "figure1", "real", "table4", "table4_first",
+         "table12", "table12_again", "curve",
          "sec32", "sec34", "table6", "questions", "exercises", "bench_cpu", "bench_cpu_intel",
          "bench_gpu")
 RUN_ROWS = ("BM25", "pretrain", "sft", "embed_weak", "embed_sup")
