@@ -113,7 +113,7 @@ class HardNegativePool:
             others = slots[(slots >= 0) & (slots != slots[slot])]           # in use already
             column = int(self.last[q].index_fill(0, others, -torch.inf).argmax())
             if self.last[q, column] <= self.last[q, slots[slot]]:
-                return False                                                # it is the hardest
+                return False                                                # none is harder
         self.slots[q, slot], self.initial[q, slot] = column, torch.nan
         return True
 

@@ -347,6 +347,14 @@ def labelled_files(cfg):
     return {task: path for task, path in files.items() if data.uses_folder(cfg) and path.is_file()}
 
 
+def read_ahead(cfg):
+    """Read all that a run is scored on, so that a mistake shows before it and not at its end."""
+    for folder in collections(cfg):
+        load_collection(folder)
+    for task, path in labelled_files(cfg).items():
+        read_groups(task, path)
+
+
 def lexical_scores(cfg):
     """Return the scores of BM25 on the collections of a run."""
     return {key: value for folder in collections(cfg)

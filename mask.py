@@ -124,7 +124,7 @@ def rank_law(seq_len, alpha, axis="row"):
     row is all ones by itself, in the column reading the first column is: hence the difference,
     and why the prose's "first i columns -> N - i" is off by one. Ends: N at k = 0, 1 at k = N.
     """
-    MaskSpec(alpha, axis)                              # raises for what is no alpha or axis
+    MaskSpec(alpha, axis)                              # checks both
     k = math.floor(alpha * seq_len + 1e-9)             # 0.29 * 100 is 28.999999999999996
     if k == 0:
         return seq_len

@@ -37,11 +37,10 @@ import data
 from configurator import ConfigError
 from embed import Embedder
 from engine import budget, checkpoint, distributed, kernels, memory, report, run
-from engine.collection import read_groups
 from engine.jsonl import write_object
 from engine.microbatch import backward, two_pass
 from engine.order import key_of, shuffled, task_of_step
-from eval import collections, evaluate_stage, labelled_files, lexical_scores, validation_loss
+from eval import evaluate_stage, lexical_scores, read_ahead, validation_loss
 from lora import add_lora, merged_state_dict
 from losses import cosent_loss, false_negatives, gather_with_grad, info_nce, matryoshka
 from mask import CAUSAL, FULL, MaskSpec, alpha
@@ -226,10 +225,7 @@ def prepare(cfg):
         raise ValueError(f"data: there is no folder {cfg.data}; `python -m tools.sets` makes one")
     for path in data.unread(cfg.data) if data.uses_folder(cfg) else ():
         print(f"warning: {path} is not read: no file of data has this name")
-    for folder in collections(cfg):                # a mistake shows now, not at the very end
-        data.load_collection(folder)
-    for task, path in labelled_files(cfg).items():
-        read_groups(task, path)
+    read_ahead(cfg)
 
 
 def finished(cfg, world, before):
@@ -261,7 +257,7 @@ def build_model(state, weights):
         model.to_empty(device=world.device)
         model.load_state_dict(weights) if weights else model.init_weights(generator)
         if cfg.lora_rank:
-            key = key_of(cfg.seed) ^ 1 + STAGES.index(cfg.stage)       # no stage's A is another's
+            key = key_of(cfg.seed) ^ (1 + STAGES.index(cfg.stage))     # no stage's A is another's
             add_lora(model, cfg.lora_rank, generator.manual_seed(key))
     model.checkpointing = cfg.checkpointing
     state.wrapped = distributed.parallelize(model, world, cfg.parallel, state.dtype)
