@@ -121,7 +121,7 @@ def parse_pair(row):
 def parse_sts(row):
     """Return {sentence1, sentence2, score} of an STS row.
 
-    Only the order of scores counts. A batch mixes all files, so all need one scale.
+    Only the order of scores counts. A batch mixes all files, so all need one scale; a run warns.
     """
     score = row.get("score")
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) < 3e38:
@@ -199,6 +199,8 @@ class Task:
         self.prompts = self.rows.prompts + Counter({self.prompt: self.rows.bare})
         if self.rows.bad and world.is_main:
             tqdm.write(f"{kind}: {self.rows.bad:,} bad lines left out, {len(self.rows):,} taken")
+        if kind == "sts" and world.is_main:
+            warn_of_scales(self.rows)
         if cfg.stage == "embed_sup" and kind in MINED:
             self.passages = Passages(self.rows, world=world)
         if kind == "text":
@@ -356,6 +358,16 @@ def hashes(cfg, world=ALONE):
     for kind, files in task_files(cfg):
         found.setdefault(kind, {}).update(task_rows(cfg, kind, files, world).hashes())
     return found
+
+
+def warn_of_scales(rows):
+    """Warn of STS files whose scores reach differently high, by their first thousand rows."""
+    reach = {file.path: max(file[i]["score"] for i in range(min(len(file), 1000)))
+             for file in rows.files}
+    low, high = (choose(reach, key=reach.get) for choose in (min, max))
+    if reach[high] > 1.5 * reach[low]:
+        tqdm.write(f"warning: the scores of {high} reach {reach[high]:g}, those of {low} "
+                   f"{reach[low]:g}; CoSENT compares them, so bring them onto one scale")
 
 
 def build_tasks(cfg, tokenizer, world):

@@ -353,6 +353,8 @@ def read_ahead(cfg):
         load_collection(folder)
     for task, path in labelled_files(cfg).items():
         read_groups(task, path)
+    for stage in ("pretrain", "sft"):
+        validation_rows(dataclasses.replace(cfg, stage=stage))
 
 
 def lexical_scores(cfg):
@@ -382,16 +384,18 @@ def evaluate_stage(state):
     return results
 
 
-@torch.no_grad()
-def validation_loss(state):
-    """Return the next-token loss on DATA's held-out documents or pairs; None if there is none."""
-    cfg, folder = state.cfg, Path(state.cfg.data)
+def validation_rows(cfg, instruction=""):
+    """Return DATA's held-out documents or pairs as examples of data.sft_batch, [] if it has none.
+
+    Raises ValueError for a file without any.
+    """
+    folder = Path(cfg.data)
     file = {"pretrain": "text_dev.jsonl", "sft": "dev/corpus.jsonl"}.get(cfg.stage)
     if file is None or not data.uses_folder(cfg):
-        return None
+        return []
     path = next((p for p in (folder / file, folder / f"{file}.gz") if p.is_file()), None)
     if path is None:
-        return None
+        return []
     if cfg.stage == "pretrain":
         texts = islice(read_jsonl(path, {"text": str}), VALIDATION_TEXTS)
         rows = [(None, "", row["text"]) for row in texts]
@@ -399,10 +403,19 @@ def validation_loss(state):
         dev = load_collection(folder / "dev")
         body = {row["id"]: document_text(row) for row in dev.corpus}
         best = {query: max(judged, key=judged.get) for query, judged in dev.qrels.items()}
-        rows = [(state.prompts["retrieval"], query["text"], body[best[query["id"]]])
+        rows = [(instruction, query["text"], body[best[query["id"]]])
                 for query in dev.queries if query["id"] in best][:VALIDATION_TEXTS]
     if not rows:
         raise ValueError(f"{path}: no text to measure the loss on")
+    return rows
+
+
+@torch.no_grad()
+def validation_loss(state):
+    """Return the next-token loss on `validation_rows`; None if there are none."""
+    cfg, rows = state.cfg, validation_rows(state.cfg, state.prompts["retrieval"])
+    if not rows:
+        return None
     total = count = 0
     for i in range(0, len(rows), 50):
         batch = data.sft_batch(rows[i:i + 50], range(i, i + 50), state.tokenizer, cfg.passage_len)

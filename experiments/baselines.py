@@ -168,11 +168,11 @@ def aligned(vectors, matrix, weight, rounds=2):
 def read_bitext(files, tokenizer):
     """Return {(language, language): [(ids, ids)]} of the pairs that are translations.
 
-    A translation names two languages, lang_q and lang_p, and carries no instruction.
+    A translation names two languages, lang_q and lang_p, and its prompt is empty: tools/sets.py.
     """
     bitext = defaultdict(list)
     for row in (row for file in files for row in read_jsonl(file)):
-        if row.get("prompt") or row.get("lang_q") == row.get("lang_p"):
+        if row.get("prompt") != "" or row.get("lang_q") == row.get("lang_p"):
             continue
         passage = row["pos"] if isinstance(row["pos"], str) else row["pos"][0]
         sides = sorted([(row["lang_q"], row["query"]), (row["lang_p"], passage)])

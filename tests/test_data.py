@@ -237,6 +237,16 @@ def test_sts_batches_pair_the_first_half_with_the_second(tokenizer):
     assert batch.scores.tolist() == [i / 2 for i in order] and batch.skip == [0] * 6
 
 
+@pytest.mark.parametrize("reach, warns", [(5, True), (1, False)])
+def test_sts_files_of_unequal_scales_are_named(tokenizer, capsys, reach, warns):
+    files = [write_lines(data.Path(f"{top}.jsonl"), [
+        {"sentence1": "a", "sentence2": "b", "score": top * i / 3} for i in range(4)])
+             for top in (1.0, reach)]
+    data.Task("sts", tiny_config("embed_sup"), tokenizer, ALONE, files)
+    text = "warning: the scores of 5.jsonl reach 5, those of 1.0.jsonl 1; CoSENT compares them"
+    assert (text in "".join(capsys.readouterr())) == warns
+
+
 def test_long_texts_are_cut_and_counted_and_chunks_cover_the_batch(tokenizer):
     texts = ["fox " * 50, "dog", "the"]
     long, *short = tokenizer.encode_batch(texts)

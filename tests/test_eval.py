@@ -677,7 +677,8 @@ def test_validation_loss_is_a_mean_over_tokens(tmp_path, tokenizer):
     write_rows(tmp_path / "text_dev.jsonl", [{"text": text} for text in texts])
     model = tiny_model(std=0.3, vocab_size=tokenizer.vocab_size)
     state = SimpleNamespace(cfg=TrainConfig(stage="pretrain", data=str(tmp_path)), wrapped=model,
-                            tokenizer=tokenizer, world=ALONE, dtype=torch.float32)
+                            tokenizer=tokenizer, prompts={"retrieval": "Find"}, world=ALONE,
+                            dtype=torch.float32)
     batch = data.sft_batch([(None, "", text) for text in texts], range(60), tokenizer,
                            state.cfg.passage_len)
     loss = float(model(batch.ids, batch.lengths, CAUSAL, batch.targets).detach())

@@ -476,6 +476,8 @@ def test_a_mistake_in_a_later_stages_data_shows_before_the_first_stage(tmp_path)
             ("pairs.jsonl", {"query": "a", "pos": "b"}, "pairs.jsonl: 70 rows are too few for a b"),
             ("pairs.jsonl", {"query": "a", "pos": "b"}, "has no retrieval.jsonl or clr.jsonl or"),
             ("sts.jsonl", {"s1": "a", "score": 1}, "sts.jsonl:1: key 'sentence1' is missing"),
+            ("dev/corpus.jsonl", {"_id": 1, "text": "a"}, "corpus.jsonl:1: id or _id must be a"),
+            ("text_dev.jsonl", {"txt": "a"}, "text_dev.jsonl:1: key 'text' is missing"),
             ("labels_test.jsonl", {"text": "a"}, "labels_test.jsonl:1: key 'label' is missing"),
             ("test/corpus.jsonl", {"_id": 1, "text": "a"}, "corpus.jsonl:1: id or _id must be a")):
         rows = 200 if "retrieval" in message else 70

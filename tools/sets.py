@@ -19,9 +19,11 @@ Every folder below FOLDER is a set. Its files (.jsonl, .ndjson, also .gz) tell w
 Questions, passages, documents and paraphrases have a `lang`; without one they are English. Only
 rows of split "train", or of none, are trained on. A folder named *_dev or *_test never is: its
 collection is copied to OUT, where the evaluation looks. Of sets without a split a share is held out
-and written to OUT/held_out in the same format: bitext by the English sentence, documents whole,
-paraphrases by id or first sentence. Professional translations stand in for machine ones in CLR: the
-query's language differs from the passage's.
+and written to OUT/held_out in the same format: bitext by its passage side, documents whole,
+paraphrases by id or first sentence. A set with files of several forms holds nothing out: one may
+repeat the sentences of another. A collection's questions LANG/NAME (or NAME/LANG) are translations.
+Professional translations stand in for machine ones in CLR: the query's language differs from the
+passage's.
 """
 import argparse
 import random
@@ -34,7 +36,7 @@ from tqdm import tqdm
 
 from configurator import run_command
 from data import PARSERS, document_text, load_collection, parse_pair, text_id
-from engine.jsonl import read_jsonl, write_jsonl, write_object
+from engine.jsonl import read_jsonl, read_object, write_jsonl, write_object
 
 HELD_OUT_SHARE = 5                 # one in five of what carries no split is held out
 WINDOW = 4                         # sentences of a paragraph that is cut from a document
@@ -63,12 +65,13 @@ class Builder:
     """Collects rows of every kind from set after set; `files` maps kind to rows.
 
     name, file: the set and the file that are being read. document_of: {id: document} of the set.
+    is_mixed: whether the set has files of several forms.
     """
 
     def __init__(self, out, seed=0):
         self.out, self.rng = Path(out), random.Random(seed)
         self.files = defaultdict(list)
-        self.name, self.file, self.document_of = "", "", {}
+        self.name, self.file, self.document_of, self.is_mixed = "", "", {}, False
 
     def text(self, text):
         """Take a document of stage 1."""
@@ -116,6 +119,8 @@ class Builder:
 
     def hold_out(self, rows, key):
         """Return the rows to train on; write one in `HELD_OUT_SHARE`, by the hash of `key`(row)."""
+        if self.is_mixed:
+            return rows
         kept, held = [], []
         for row in rows:
             (kept if text_id(str(key(row))) % HELD_OUT_SHARE else held).append(row)
@@ -146,7 +151,8 @@ class Builder:
         queries = for_training(collection.queries)
         same, crossing = defaultdict(list), False
         for row in queries:
-            same[row["id"].split("/")[-1]].append(row)
+            parts = [part for part in row["id"].split("/") if part != language(row)]
+            same["/".join(parts)].append(row)
             for key in (key for key, score in collection.qrels.get(row["id"], {}).items()
                         if score > 0):
                 passage = documents[key]
@@ -154,7 +160,7 @@ class Builder:
                 self.ask(row["text"], document_text(passage), language(row), language(passage))
         for rows in same.values() if crossing else ():
             for i, row in enumerate(rows):
-                for other in rows[:i]:
+                for other in (other for other in rows[:i] if language(other) != language(row)):
                     self.bitext(row["text"], other["text"], language(row), language(other))
         for row in for_training(collection.corpus):
             self.text(document_text(row))
@@ -186,10 +192,9 @@ class Builder:
         it in another language: one half of the time in English.
         """
         documents, texts = self.document_of, defaultdict(dict)
-        if documents:
-            rows = self.hold_out(rows, lambda row: documents.get(row["id"], row["id"]))
-        for row in for_training(rows) if documents else self.to_train_on(
-                rows, lambda row: row["id"]):
+        choose = self.hold_out if documents else self.to_train_on
+        rows = for_training(choose(rows, lambda row: documents.get(row["id"], row["id"])))
+        for row in rows:
             texts[row["id"]][row["lang"]] = row["text"]
             self.text(row["text"])
         for key, by_language in texts.items():
@@ -278,7 +283,7 @@ class Builder:
 
     def running_text(self, rows):
         """Take {text}: for the language model, and crops of it."""
-        for row in rows:
+        for row in for_training(rows):
             self.text(row["text"])
             for start in range(0, len(row["text"]), MAX_CHARS):
                 self.crop(row["text"][start:start + MAX_CHARS], row.get("lang"))
@@ -306,21 +311,24 @@ class Builder:
                 files = {}
             docs = read_jsonl(files.pop("docs"), {"id": int, "doc": str}) if "docs" in files else ()
             self.document_of = {row["id"]: row["doc"] for row in docs}
+            forms = {path: self.form_of(path) for path in files.values()}
+            self.is_mixed = len({form for form, *_ in forms.values()}) > 1
             for self.file, path in files.items():
-                self.read_rows(path)
+                form, needed, *check = forms[path]
+                required = {key: TYPES.get(key, str) for key in sorted(needed)}
+                form(self, list(read_jsonl(path, required, *check)))
         except KeyError as error:
             raise ValueError(f"{files.get(self.file, folder)}: a row has no key {error}") from None
         for kind, start in before.items():
             rows = self.files[kind][start:]
             self.files[kind][start:] = self.rng.sample(rows, min(len(rows), SUPERVISED))
 
-    def read_rows(self, path):
-        """Take the rows of a file, by the form of the first one; ValueError by file and line."""
+    def form_of(self, path):
+        """Return the entry of `FORMS` for a file, by its first row; ValueError if there is none."""
         columns = columns_of(path)
-        for form, needed, *check in self.FORMS:
-            if needed <= columns:
-                required = {key: TYPES.get(key, str) for key in sorted(needed)}
-                return form(self, list(read_jsonl(path, required, *check)))
+        for entry in self.FORMS:
+            if entry[1] <= columns:
+                return entry
         raise ValueError(f"{path}: no rows" if not columns else
                          f"{path}: rows with {sorted(columns)} have none of the known forms, see "
                          "`python -m tools.sets --help`")
@@ -379,16 +387,17 @@ def build(root, out):
     for kind, rows in files.items():
         builder.rng.shuffle(rows)
         write_jsonl(part / f"{kind}.jsonl", rows)
-    write_object(part / MADE_HERE, {kind: len(rows) for kind, rows in sorted(files.items())})
-    for folder in held_out_collections(root):
-        shutil.copytree(folder, part / folder.name)
+    folders = [folder.name for folder in held_out_collections(root)]
+    for name in folders:
+        shutil.copytree(root / name, part / name)
+    about = {kind: len(rows) for kind, rows in sorted(files.items())} | {"folders": folders}
+    before = read_object(out / MADE_HERE) if (out / MADE_HERE).is_file() else {}
     out.mkdir(parents=True, exist_ok=True)
-    for path in out.iterdir():
-        if path.is_dir() and (path.name in ("held_out", "pairs") or
-                              path.name.endswith(FOR_EVALUATION)):
-            shutil.rmtree(path)
-        elif path.name in [f"{kind}.jsonl" for kind in PARSERS]:
-            path.unlink()
+    write_object(out / MADE_HERE, about)           # first: all that follows is this tool's
+    for name in {"held_out", "pairs", *folders, *before.get("folders", ())}:
+        shutil.rmtree(out / name, ignore_errors=True)
+    for kind in PARSERS:
+        (out / f"{kind}.jsonl").unlink(missing_ok=True)
     for path in part.iterdir():
         path.rename(out / path.name)
     part.rmdir()

@@ -192,3 +192,13 @@ def test_bitext_brings_the_aligned_bag(tmp_path):
                              ("the same, aligned by IBM model 1", 0.6, 1.01)):
         left, right = (by_label[label].encode([f"{side}{word}" for word in words]) for side in "xy")
         assert low <= np.median((left * right).sum(1)) < high
+
+
+def test_only_rows_with_an_empty_prompt_are_translations(tmp_path):
+    row = {"query": "das Haus", "pos": ["the house"], "lang_q": "de", "lang_p": "en"}
+    rows = [row | {"prompt": ""}, row, row | {"prompt": None}, row | {"prompt": "Find"},
+            row | {"prompt": "", "lang_q": "en"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    tokenizer = baselines.Tokenizer.train(["das Haus", "the house"] * 9, 260)
+    (languages, pairs), = baselines.read_bitext([tmp_path / "rows.jsonl"], tokenizer).items()
+    assert languages == ("de", "en") and len(pairs) == 1

@@ -45,8 +45,9 @@ def root(tmp_path):
         {"id": i, "lang": lang, "text": f"{lang} news {i}."} for i in range(80)
         for lang in ("en", "fr", "ru")])
     write(root / "sim" / "data.jsonl", [
-        {"id": "1", "sentence1": f"{lang} a", "sentence2": f"{lang} b", "score": 2.5, "lang": lang,
-         "split": split} for split in ("train", "dev") for lang in ("en", "ja")])
+        {"id": "1", "sentence1": f"{lang} a", "sentence2": f"{lang} b", "lang": lang,
+         "score": 2.5 if split == "train" else 1, "split": split}
+        for split in ("train", "dev") for lang in ("en", "ja")])
     write(root / "topics" / "data.jsonl", [
         {"text": f"about {label} {i}", "label": label, "lang": "en", "split": split}
         for i, split in enumerate(("train", "train", "test")) for label in ("a_b", "c", "d")])
@@ -268,17 +269,74 @@ def test_a_kind_without_rows_has_no_file(tmp_path):
     assert [path.name for path in (tmp_path / "sets").glob("*.jsonl")] == ["text.jsonl"]
 
 
-def test_rows_of_split_test_train_nothing_in_any_form(tmp_path):
-    root, splits = tmp_path / "root", ("train", "test")
-    write(root / "bi" / "x.jsonl", [
-        {"query": f"{split} Satz {i}", "pos": f"{split} sentence {i}", "lang_q": "de",
-         "lang_p": "en", "split": split} for split in splits for i in range(30)])
-    write(root / "para" / "x.jsonl", [
-        {"id": i, "sentence1": f"{split} one {i}", "sentence2": f"{split} two {i}", "label": 1,
-         "lang": "en", "split": split} for split in splits for i in range(30)])
-    sets.build(root, tmp_path / "sets")
+ROWS = {                           # a row of every form but collections
+    "bitext_rows": {"query": "{} Satz", "pos": "{} sentence", "lang_q": "de", "lang_p": "en"},
+    "questions": {"query": "{} query", "pos": "{} passage"},
+    "sts": {"sentence1": "{} one", "sentence2": "{} two", "score": 1},
+    "paraphrases": {"sentence1": "{} one", "sentence2": "{} two", "label": 1},
+    "documents": {"id": "{}", "title": "{} title", "text": "{} body. And more. Still more."},
+    "parallel": {"id": "{}", "lang": "en", "text": "{} text", "label": "{} label"},
+    "labels": {"text": "{} text", "label": "{} label"},
+    "running_text": {"text": "{} text. And more. Still more.", "lang": "en"}}
+
+
+def test_every_form_has_a_row_here():
+    assert {form.__name__ for form, *_ in sets.Builder.FORMS} == ROWS.keys()
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_rows_of_split_test_train_nothing_in_any_form(tmp_path, form):
+    rows = [{key: value.format(f"{split} {i}") if isinstance(value, str) else value
+             for key, value in ROWS[form].items()} | {"split": split}
+            for split in ("train", "test") for i in range(30)]
+    write(tmp_path / "root" / "one" / "x.jsonl", rows)
+    sets.build(tmp_path / "root", tmp_path / "sets")
     text = "".join(path.read_text() for path in (tmp_path / "sets").rglob("*.jsonl"))
-    assert text.count("train Satz") >= 30 and "train two 7" in text and '"test ' not in text
+    assert "train 7" in text and "test " not in text
+
+
+def test_held_out_parallel_sentences_are_no_classification_rows(tmp_path):
+    write(tmp_path / "root" / "one" / "x.jsonl", [
+        {"id": i, "lang": lang, "text": f"{lang} text {i}", "label": str(i % 3)}
+        for i in range(60) for lang in ("en", "de")])
+    sets.build(tmp_path / "root", tmp_path / "sets")
+    held = {row["text"] for row in read_jsonl(tmp_path / "sets/held_out/one/x.jsonl")}
+    asked = {row["query"] for row in read_jsonl(tmp_path / "sets/classification.jsonl")}
+    assert held and asked and not held & asked
+
+
+def test_a_set_of_several_forms_holds_nothing_out(tmp_path):
+    """Pages may have the very sentences of the bitext beside them."""
+    folder = tmp_path / "root" / "manual"
+    write(folder / "bitext.jsonl", [{"query": f"Satz {i}", "pos": f"Sentence {i}", "lang_q": "de",
+                                     "lang_p": "en"} for i in range(40)])
+    write(folder / "pages.jsonl", [{"id": i, "title": f"page {i}", "text": f"Sentence {i}."}
+                                   for i in range(40)])
+    files = sets.build(tmp_path / "root", tmp_path / "sets")
+    assert not (tmp_path / "sets/held_out").exists()
+    assert {f"Satz {i}\nSentence {i}" for i in range(40)} <= {
+        "\n".join(sorted(row["text"].split("\n"))) for row in files["text"]}
+
+
+@pytest.mark.parametrize("name", ["{lang}/{i}", "{i}/{lang}"])
+def test_only_translations_of_one_question_are_bitext(tmp_path, name):
+    corpus = [{"id": f"p{i}", "text": f"passage {i}", "lang": "en"} for i in range(3)]
+    queries = [{"id": name.format(lang=lang, i=i), "text": f"{lang} question {i}", "lang": lang}
+               for i in range(3) for lang in ("de", "en")]
+    collection(tmp_path / "root" / "qa", queries, corpus,
+               [(row["id"], f"p{row['text'][-1]}") for row in queries])
+    files = sets.build(tmp_path / "root", tmp_path / "sets")
+    rows = [row for row in files["pairs/others"] if row.get("prompt") == ""]
+    assert sorted(sorted([row["query"], *row["pos"]]) for row in rows) == [
+        [f"de question {i}", f"en question {i}"] for i in range(3)]
+
+
+def test_collections_of_the_users_own_stay_in_the_folder(root, tmp_path, built):
+    own = tmp_path / "sets" / "mine_test"
+    write(own / "corpus.jsonl", [{"id": "d", "text": "mine"}])
+    shutil.rmtree(root / "qa_dev")
+    sets.build(root, tmp_path / "sets")
+    assert own.is_dir() and not (tmp_path / "sets" / "qa_dev").exists()
 
 
 def test_two_languages_with_documents_give_no_query_its_own_language(tmp_path):
