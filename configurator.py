@@ -38,8 +38,13 @@ def load_config(cls, argv=None):
     Raises ConfigError, a ValueError. With `argv=None` it is printed as one line instead, and the
     process exits with code 2.
     """
+    return from_command_line(lambda argv: build(cls, read_settings(cls, argv)), argv)
+
+
+def from_command_line(parse, argv=None):
+    """Return parse(argv); None: of the command line, where a ConfigError is one line and code 2."""
     try:
-        return build(cls, read_settings(cls, sys.argv[1:] if argv is None else list(argv)))
+        return parse(sys.argv[1:] if argv is None else list(argv))
     except ConfigError as error:
         if argv is not None:
             raise

@@ -34,7 +34,8 @@ from engine.passages import Passages
 from engine.pools import pool_of
 from engine.tokens import TokenStream
 
-PROMPTS = {                        # a query's instruction by task, unless its row has one
+# A query's instruction by task, unless its row has one. UNSPECIFIED: the words, and which tasks.
+PROMPTS = {
     "retrieval": "Find",
     "clr": "Find",
     "classification": "Name the topic",
@@ -291,16 +292,18 @@ class Task:
 def sources(cfg, kind):
     """Return the files of a kind: those that are named, else those in the folder `cfg.data`.
 
-    Raises ValueError for a file there that is packed otherwise than as .gz.
+    Raises ValueError for a file there that is packed otherwise than as .gz, or twice there.
     """
-    if getattr(cfg, kind) or not uses_folder(cfg):
+    if getattr(cfg, kind) or not cfg.uses_folder:
         return getattr(cfg, kind)
     folder = Path(cfg.data)
     files = [path for path in folder.glob("*") if path.name.startswith((f"{kind}.", f"{kind}-"))]
-    files += (folder / kind).glob("*")
+    files += (folder / kind).glob("[!.]*")
     for path in files:
         if path.suffix in (".zst", ".bz2", ".xz", ".zip", ".parquet"):
             raise ValueError(f"{path}: only JSONL and JSONL.gz are read")
+        if path.with_name(f"{path.name}.gz") in files:
+            raise ValueError(f"{path} lies beside its own .gz: keep one of them")
     return tuple(sorted(str(path) for path in files
                         if is_json(path) and not path.name.endswith(".report.json")))
 
@@ -312,11 +315,6 @@ def unread(folder):
                   and path.name.partition(".")[0].partition("-")[0] not in names)
 
 
-def uses_folder(cfg):
-    """Tell whether a run reads the folder `cfg.data`: if it names no files of its own."""
-    return not any(getattr(cfg, kind) for kind in PARSERS)
-
-
 def task_files(cfg):
     """Return [(kind, files)], one for each task of a stage; ValueError if it has no data.
 
@@ -326,7 +324,7 @@ def task_files(cfg):
     kinds = {"pretrain": ["text"], "sft": ["pairs"], "embed_weak": ["pairs"]}.get(
         cfg.stage, [kind for kind in PARSERS if cfg.task_weights.get(kind, 0) > 0])
     tasks = [(kind, sources(cfg, kind)) for kind in kinds if sources(cfg, kind)]
-    if not tasks and uses_folder(cfg):
+    if not tasks and cfg.uses_folder:
         raise ValueError(f"{cfg.stage} needs data: {cfg.data} has no "
                          f"{' or '.join(f'{kind}.jsonl' for kind in kinds)}")
     if not tasks:
@@ -361,11 +359,11 @@ def hashes(cfg, world=ALONE):
 
 
 def warn_of_scales(rows):
-    """Warn of STS files whose scores reach differently high, by their first thousand rows."""
-    reach = {file.path: max(file[i]["score"] for i in range(min(len(file), 1000)))
+    """Warn of STS files whose scores reach differently high, by up to a thousand rows of each."""
+    reach = {file.path: max(file[i]["score"] for i in range(0, len(file), len(file) // 1000 + 1))
              for file in rows.files}
     low, high = (choose(reach, key=reach.get) for choose in (min, max))
-    if reach[high] > 1.5 * reach[low]:
+    if reach[high] > 1.5 * reach[low] > 0:
         tqdm.write(f"warning: the scores of {high} reach {reach[high]:g}, those of {low} "
                    f"{reach[low]:g}; CoSENT compares them, so bring them onto one scale")
 
@@ -374,7 +372,7 @@ def build_tasks(cfg, tokenizer, world):
     """Return [(task, weight)] of a stage; the weak stage's files are weighted by rows.
 
     PAPER Table 11: stage 4 is a mixture of tasks, weighted by rows, so a task with larger batches
-    takes fewer steps.
+    takes fewer steps. UNSPECIFIED: a step is of one task; its negatives are of no other.
     """
     tasks = [Task(kind, cfg, tokenizer, world, files) for kind, files in task_files(cfg)]
     if cfg.stage != "embed_sup":

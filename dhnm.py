@@ -7,8 +7,10 @@ the cosine at a negative's first use. The next candidate of the pool takes its p
     |S_0| < 0.4                         it was too easy from the start, or
     1.2 S < S_0  and  |S| < 0.7         it has become easy.
 
-The replacement is in use at the query's next visit. A single pass over the data visits no query
-twice, so DHNM needs several epochs to do anything.
+DEVIATES: the paper replaces "in the next training step". That step has other queries, so the
+replacement waits for its query's next visit. A single pass over the data visits no query twice, so
+DHNM needs several epochs to do anything. Eq. (6) takes the next candidate, the prose samples one:
+here it is the next.
 
 UNSPECIFIED: S_0 of a negative that was swapped in (here its first score since then) and what an
 exhausted pool does (here the hardest candidate seen so far comes back, and the query is counted).
@@ -57,7 +59,8 @@ class HardNegativePool:
         self.candidates = F.pad(candidates, (0, max(0, n - candidates.shape[1])), value=-1)
         self.depth = self.candidates.shape[1]           # P, of the deepest pool, at least N
         size = (self.candidates >= 0).sum(1, keepdim=True)                  # (Q, 1) of each pool
-        self.slots = torch.where(torch.arange(n) < size, torch.arange(n), -1)   # (Q, N) columns
+        # (Q, N): which column of the pool each slot has, -1 for none
+        self.slots = torch.where(torch.arange(n) < size, torch.arange(n), -1)
         self.next = size[:, 0].clamp(max=n)                                 # (Q,) first unused one
         self.initial = torch.full((q, n), torch.nan)                        # (Q, N) S_0
         self.last = torch.full(self.candidates.shape, -torch.inf)           # (Q, P) last score
@@ -89,7 +92,7 @@ class HardNegativePool:
         initial = torch.where(is_first, scores, self.initial[query_ids])    # S_0; NaN if empty
         self.initial[query_ids] = initial
         is_visited = (self.last[query_ids] > -torch.inf).any(1, keepdim=True)
-        is_swap = is_first & is_visited                                     # first use of a swap
+        is_swap = is_first & is_visited            # for the log: first step on a swapped-in one
         easy = should_replace(initial, scores) & in_use & (self.policy == "v2")
         replaced = 0
         for row, q in enumerate(query_ids.tolist()):

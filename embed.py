@@ -261,8 +261,10 @@ def main():
     args = parser.parse_args()
     try:
         run_command(lambda: run(args))
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:                               # of the queries
         print()
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

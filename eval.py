@@ -27,69 +27,27 @@ from data import document_text, load_collection
 from embed import Embedder
 from engine import memory
 from engine.bm25 import BM25, split_words
-from engine.collection import HELD_OUT, choose_split, languages_in, read_groups, set_name
+from engine.collection import (HELD_OUT, choose_split, collections, labelled_files, languages_in,
+                               read_groups, set_name)
+from engine.encoders import CachedEncoder, LexicalBaseline
 from engine.jsonl import read_jsonl, read_object, write_object
 from engine.metrics import (average_precision, hit_at_k, mean_average_precision,  # noqa: F401
                             mrr_at_k, ndcg_at_k, recall_at_k, spearman, v_measure)
 from engine.mining import top
 from engine.mteb_bridge import (MTEBModel, SentenceTransformerBaseline,  # noqa: F401
                                 evaluate_mteb, join_names, prompt_of)
+from engine.report import table
 from mask import CAUSAL
 
+# An encoder has the `encode` of embed.Embedder, and may have its `prompts`; engine/encoders.py.
+
 DOCS = "out/installed_docs/test"   # the default collection, built by toy/
-TEST_FILES = {"sts": "sts_test.jsonl", "classification": "labels_test.jsonl"}   # of a run's data
 VALIDATION_TEXTS = 200             # held-out examples that an LM stage is measured on
 TOP_K = 1000                       # ranks that a search returns, as in mteb
 SCORES_AT_ONCE = 2 ** 26           # of a search: 256 MB
 
 
-# ---------------------------------------------------------------- encoders
-#
-# An encoder has the `encode` of embed.Embedder, and may have its `prompts`. A stock model chooses
-# its prompts by itself: see SentenceTransformerBaseline.
-
-class CachedEncoder:
-    """Encode each text once per prompt, at full width, and serve every prefix of it from memory.
-
-    The languages of one set share their English side, and `dims` share everything.
-    """
-
-    def __init__(self, encoder, dim=None):
-        self.encoder, self.dim, self.tables = encoder, dim, {}
-        self.prompt_of = functools.partial(prompt_of, encoder)
-
-    def first(self, dim):
-        """Return an encoder of the first `dim` dimensions that shares this one's memory."""
-        encoder = CachedEncoder(self.encoder, dim)
-        encoder.tables = self.tables
-        return encoder
-
-    def encode(self, texts, prompt=None):
-        """Return unit vectors (N, dim) float32; ValueError if one is not finite."""
-        table = self.tables.setdefault(prompt, {})
-        new = [text for text in dict.fromkeys(texts) if text not in table]
-        if new:
-            vectors = self.encoder.encode(new, prompt=prompt)
-            bad = np.flatnonzero(~np.isfinite(vectors).all(1))
-            if bad.size:
-                raise ValueError(f"the embedding of {new[bad[0]][:80]!r} is not finite")
-            table.update(zip(new, vectors))
-        vectors = np.stack([table[text] for text in texts])
-        if self.dim is None:
-            return vectors
-        if not 0 < self.dim <= vectors.shape[1]:
-            raise ValueError(f"dims must be in 1..{vectors.shape[1]}, got {self.dim}")
-        vectors = vectors[:, :self.dim]
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-class LexicalBaseline:
-    """BM25 in an encoder's place: it ranks documents, but has no vectors."""
-
-    def encode(self, texts, **_):
-        """Raise ValueError: there are no vectors."""
-        raise ValueError("BM25 has no vectors: it is for retrieval, mkqa and bitext")
-
+# ---------------------------------------------------------------- search
 
 def search(encoder, queries, documents, k, kind):
     """Return the k best documents of each query by cosine: indices (Q, min(k, N)), best first.
@@ -317,44 +275,16 @@ def evaluate(encoder, task, path, split=None, dims=(), ignore_identical_ids=None
 
 # ---------------------------------------------------------------- what a stage of a run is worth
 
-def collections_in(folder):
-    """Return the collections in a folder of data that are read once, at the end.
-
-    Those named dev and clr_dev are for choosing, search for searching.
-    """
-    folders = {path.parent for name in ("corpus.jsonl", "corpus.jsonl.gz")
-               for path in Path(folder).rglob(name)}
-    return sorted(path for path in folders if path.name not in ("dev", "clr_dev", "search"))
-
-
-def collections(cfg):
-    """Return the folders that a stage is scored on: those named, else the test splits of DATA.
-
-    Raises ValueError if two that are named would have their scores under one name.
-    """
-    if not cfg.evaluate and data.uses_folder(cfg):
-        return collections_in(cfg.data)
-    folders = [Path(name) for name in cfg.evaluate]
-    if len({(set_name(folder), folder.name) for folder in folders}) < len(folders):
-        raise ValueError(f"evaluate {','.join(cfg.evaluate)}: two folders have one name, and their "
-                         "scores would, too; rename one")
-    return folders
-
-
-def labelled_files(cfg):
-    """Return {task: file} of the rows in a run's data that stages 3 and 4 are scored on."""
-    files = {task: Path(cfg.data) / name for task, name in TEST_FILES.items()}
-    return {task: path for task, path in files.items() if data.uses_folder(cfg) and path.is_file()}
-
-
 def read_ahead(cfg):
     """Read all that a run is scored on, so that a mistake shows before it and not at its end."""
     for folder in collections(cfg):
-        load_collection(folder)
+        collection = load_collection(folder)
+        if not any(collection.qrels.get(row["id"]) for row in collection.queries):
+            raise ValueError(f"{folder}: no query has a judged document")
     for task, path in labelled_files(cfg).items():
         read_groups(task, path)
     for stage in ("pretrain", "sft"):
-        validation_rows(dataclasses.replace(cfg, stage=stage))
+        validation_rows(cfg, stage)
 
 
 def lexical_scores(cfg):
@@ -380,25 +310,26 @@ def evaluate_stage(state):
         try:
             results |= evaluate(state.embedder, task, path)
         except ImportError as error:               # scikit-learn is optional
-            print(f"{path} is not scored: {error}")
+            if state.world.is_main:
+                print(f"{path} is not scored: {error}")
     return results
 
 
-def validation_rows(cfg, instruction=""):
+def validation_rows(cfg, stage, instruction=""):
     """Return DATA's held-out documents or pairs as examples of data.sft_batch, [] if it has none.
 
     Raises ValueError for a file without any.
     """
     folder = Path(cfg.data)
-    file = {"pretrain": "text_dev.jsonl", "sft": "dev/corpus.jsonl"}.get(cfg.stage)
-    if file is None or not data.uses_folder(cfg):
+    file = {"pretrain": "text_dev.jsonl", "sft": "dev/corpus.jsonl"}.get(stage)
+    if file is None or not cfg.uses_folder:
         return []
     path = next((p for p in (folder / file, folder / f"{file}.gz") if p.is_file()), None)
     if path is None:
         return []
-    if cfg.stage == "pretrain":
+    if stage == "pretrain":
         texts = islice(read_jsonl(path, {"text": str}), VALIDATION_TEXTS)
-        rows = [(None, "", row["text"]) for row in texts]
+        rows = [(None, "", row["text"]) for row in texts]  # the first token follows a blank line
     else:
         dev = load_collection(folder / "dev")
         body = {row["id"]: document_text(row) for row in dev.corpus}
@@ -413,16 +344,18 @@ def validation_rows(cfg, instruction=""):
 @torch.no_grad()
 def validation_loss(state):
     """Return the next-token loss on `validation_rows`; None if there are none."""
-    cfg, rows = state.cfg, validation_rows(state.cfg, state.prompts["retrieval"])
+    cfg = state.cfg
+    rows = validation_rows(cfg, cfg.stage, state.prompts["retrieval"])
     if not rows:
         return None
     total = count = 0
     for i in range(0, len(rows), 50):
         batch = data.sft_batch(rows[i:i + 50], range(i, i + 50), state.tokenizer, cfg.passage_len)
-        batch, n = batch.to(state.world.device), int((batch.targets != -100).sum())
-        with state.world.autocast(state.dtype):
-            total += float(state.wrapped(batch.ids, batch.lengths, CAUSAL, batch.targets)) * n
-        count += n
+        for ids, lengths, targets, _ in batch.to(state.world.device).chunks(cfg.micro_batch_size):
+            n = int((targets != -100).sum())
+            with state.world.autocast(state.dtype):
+                total += float(state.wrapped(ids, lengths, CAUSAL, targets)) * n
+            count += n
     return total / count
 
 
@@ -449,9 +382,10 @@ class EvalConfig:
     def __post_init__(self):
         if sum(map(bool, (self.checkpoint, self.sentence_transformer, self.bm25))) != 1:
             raise ValueError("give one of --checkpoint, --sentence_transformer and --bm25")
-        if self.bm25 and self.dims or self.mteb and not self.checkpoint:
-            raise ValueError(f"a checkpoint is needed for mteb={self.mteb}, and vectors for "
-                             f"dims={self.dims}")
+        if self.bm25 and self.dims:
+            raise ValueError(f"dims={self.dims}: BM25 has no vectors")
+        if self.mteb and not self.checkpoint:
+            raise ValueError(f"mteb={self.mteb} needs a --checkpoint")
         if self.mteb and (self.split or self.ignore_identical_ids is not None):
             raise ValueError(f"split={self.split} and ignore_identical_ids="
                              f"{self.ignore_identical_ids} are not for mteb: its tasks have theirs")
@@ -462,17 +396,6 @@ class EvalConfig:
         if self.out or self.checkpoint:
             return Path(self.out or Path(self.checkpoint) / "eval.json")
         return Path(f"out/eval_{Path(self.sentence_transformer or 'bm25').name}.json")
-
-
-def table(results):
-    """Format flat results as text: a line per task, set and subset, metric after metric."""
-    rows = {}
-    for key, value in results.items():
-        name, metric = key.rsplit("/", 1)
-        metric, _, dim = metric.partition(":")
-        rows.setdefault(f"{name}, {dim} dims" if dim else name, []).append(f"{metric} {value:.4f}")
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {'  '.join(cells)}" for name, cells in rows.items())
 
 
 def run(config):
@@ -490,9 +413,11 @@ def run(config):
         encoder = Embedder(config.checkpoint)
     elif config.sentence_transformer:
         encoder = SentenceTransformerBaseline(config.sentence_transformer)
-    before, results, path = {}, {}, config.place
-    if path.is_file() and not config.out:              # its other scores stay
-        before = read_object(path)
+    results, path = {}, config.place
+
+    def earlier():                                 # another process may have added to it
+        return read_object(path) if path.is_file() and not config.out else {}
+    before = earlier()                             # these scores stay
     jobs = [(task, name) for task in ("retrieval", "mkqa", *ROW_TASKS)
             for name in getattr(config, task)]
     jobs += [("mteb", name) for name in join_names(config.mteb)]
@@ -507,7 +432,7 @@ def run(config):
                 raise ValueError(f"{name}: another set gave {min(twice)!r} already; rename it")
         results |= scores
         print(f"{table(scores)}\n({name}: {time.perf_counter() - start:.1f} s)", flush=True)
-        write_object(path, before | results)
+        write_object(path, earlier() | results)
     added = f", beside {len(before.keys() - results.keys())} earlier numbers" if before else ""
     if replaced := [key for key in before.keys() & results.keys() if before[key] != results[key]]:
         added += f"; {len(replaced)} others replace earlier values"

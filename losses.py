@@ -37,7 +37,8 @@ def gather_with_grad(x):
 
     B must be equal on all ranks. InfoNCE gathers documents, and each rank scores its own queries.
     CoSENT gathers both sides. A gather without gradient would lose what other ranks' queries say
-    of these documents.
+    of these documents. CoSENT's loss is the same on all ranks, which gives W times the gradient;
+    the mean over ranks takes that back.
     """
     alone = not dist.is_initialized() or dist.get_world_size() == 1
     return x if alone else _Gather.apply(x)
@@ -50,7 +51,8 @@ def info_nce(query, positive, negatives=None, wrong=None, *, temperature):
 
     PAPER Eq. 1: x_i -> query, y_i+ -> positive, y_j -> every candidate, on every rank.
     query, positive: (B, D), negatives: (B, N, D) or None, of any norm and float dtype.
-    wrong: (B, M) bool or None, the candidates that leave a query's sum (see false_negatives).
+    wrong: (B, M) bool or None, the candidates that would be wrong as negatives of a query and leave
+    its sum (see false_negatives).
     negative_scores: (B, N) detached cosines of each query with its own hard negatives, for DHNM.
     Raises ValueError for a temperature that is not positive, or embeddings that do not fit.
     """
@@ -88,6 +90,7 @@ def false_negatives(query_ids, positive_ids, negative_ids=None, known_ids=None):
     placed = positive_ids[:0] if negative_ids is None else negative_ids.flatten()
     candidates = torch.cat([answers, gather_with_grad(placed)])             # (M,)
     is_equal, is_answer = others == query_ids[:, None], candidates == answers[:, None]
+    # a query that equals the row's has this candidate as its positive
     wrong = (is_equal.float() @ is_answer.float() > 0) | (candidates == -1)             # (B, M)
     for known in [] if known_ids is None else known_ids.T:                  # (B,)
         wrong |= candidates == known[:, None]

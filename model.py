@@ -96,12 +96,12 @@ def attention(q, k, v, texts):
     lengths, mask = texts
     share = q.shape[1] // k.shape[1]
     out = []
-    for q, k, v in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
-        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)  # (T, H, E)
-        logits = torch.einsum("ihe,jhe->hij", q, k).float() / math.sqrt(q.shape[-1])
-        m = soft_mask(len(q), mask.alpha, mask.axis).to(logits)                      # (T, T)
+    for qt, kt, vt in zip(q.split(lengths), k.split(lengths), v.split(lengths)):     # one text
+        kt, vt = (x.repeat_interleave(share, dim=1) for x in (kt, vt))               # (T, H, E)
+        logits = torch.einsum("ihe,jhe->hij", qt, kt).float() / math.sqrt(q.shape[-1])
+        m = soft_mask(len(qt), mask.alpha, mask.axis).to(logits)                     # (T, T)
         logits = logits * m if mask.apply == "logits" else logits + m.log()          # (H, T, T)
-        out.append(torch.einsum("hij,jhe->ihe", logits.softmax(dim=-1).to(v.dtype), v))
+        out.append(torch.einsum("hij,jhe->ihe", logits.softmax(dim=-1).to(v.dtype), vt))
     return torch.cat(out)
 
 
@@ -230,7 +230,7 @@ class Conan(nn.Module):
         if targets is not None:
             return self.ops.next_token_loss(hidden, self.embed_tokens.weight, targets)
         if self.config.pooling == "last":
-            skip = lengths                                 # all but the last token
+            skip = lengths                         # all but the last token, which pool always keeps
         elif self.config.pool_prompt:
             skip = None
         return pool(hidden, lengths, skip)

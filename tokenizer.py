@@ -143,7 +143,10 @@ class Tokenizer:
     def save(self, path):
         """Write one text file, aside first: a file under this name is whole."""
         part = Path(f"{path}.{os.getpid()}.tmp")
-        part.write_bytes(self.to_bytes())
+        with open(part, "wb") as file:
+            file.write(self.to_bytes())
+            file.flush()
+            os.fsync(file.fileno())                # else a power cut may leave an empty one
         os.replace(part, path)
 
     @classmethod

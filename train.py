@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from configurator import ConfigError
+from configurator import from_command_line
 from embed import Embedder
 from engine import budget, checkpoint, distributed, kernels, memory, report, run
 from engine.jsonl import write_object
@@ -72,21 +72,21 @@ class TrainConfig:
     pairs: tuple[str, ...] = ()    # sft and embed_weak
     retrieval: tuple[str, ...] = ()        # embed_sup, with DHNM
     clr: tuple[str, ...] = ()              # embed_sup, with DHNM: rows made by tools.translate
-    classification: tuple[str, ...] = ()   # embed_sup, with DHNM: labels are the passages
+    classification: tuple[str, ...] = ()   # embed_sup, with DHNM: labels are passages (Table 11)
     sts: tuple[str, ...] = ()              # embed_sup, CoSENT
     evaluate: tuple[str, ...] = ()         # collections scored at the end; empty: DATA's own
     skip_bad_lines: bool = False   # count bad lines instead of stopping at them
     query_len: int = 48            # tokens of a query or STS sentence; longer ones are cut, counted
-    passage_len: int = 64          # of a passage, of examples of stages 1 and 2, of texts in use
+    passage_len: int = 64          # of a passage, of examples of stages 1 and 2, of all later texts
     # --- model (ConanConfig)
     vocab_size: int = 8192
     n_layer: int = 4
-    n_head: int = 2
-    n_kv_head: int = 1
-    n_embd: int = 128
-    ffn_dim: int = 384
-    block_size: int = 1024
-    pooling: Literal["mean", "last"] = "mean"
+    n_head: int = 2                # query heads
+    n_kv_head: int = 1             # key/value heads, which share the query heads out (GQA)
+    n_embd: int = 128              # width, of an embedding too
+    ffn_dim: int = 384             # of SwiGLU
+    block_size: int = 1024         # tokens of the longest text
+    pooling: Literal["mean", "last"] = "mean"      # of the tokens' states; UNSPECIFIED
     pool_prompt: bool = False      # whether an instruction's tokens are part of the mean
     # --- losses
     temperature: float = 0.05      # of InfoNCE and CoSENT; UNSPECIFIED
@@ -95,8 +95,8 @@ class TrainConfig:
         default_factory=lambda: {"retrieval": 3.0, "clr": 3.0, "classification": 2.8, "sts": 1.8})
     # --- soft mask (embed_weak; "causal" holds for embed_sup, too)
     schedule: Literal["linear", "accelerating", "decelerating", "hard", "causal"] = "linear"
-    mask_axis: Literal["row", "col"] = "row"
-    mask_apply: Literal["weights", "logits"] = "weights"
+    mask_axis: Literal["row", "col"] = "row"       # Eq. (4) divides by row, its prose by column
+    mask_apply: Literal["weights", "logits"] = "weights"   # logits + log M, or logits * M
     # --- DHNM (embed_sup)
     dhnm: Literal["v2", "fixed"] = "v2"    # Eq. (6), or never replace
     n_negatives: int = 7           # hard negatives of a query
@@ -111,7 +111,7 @@ class TrainConfig:
     warmup: float = 0.05           # share of the steps
     final_lr: float = 0.1          # share of learning_rate that the cosine falls to; UNSPECIFIED
     weight_decay: float = 0.001
-    beta2: float = 0.98
+    beta2: float = 0.98            # of AdamW, whose beta1 is 0.9; UNSPECIFIED
     # --- machine
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
@@ -120,7 +120,7 @@ class TrainConfig:
     parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"  # with torchrun (engine/distributed.py)
     dry_run: bool = False          # print parameters, memory, tokens and FLOPs; train nothing
     log_every: int = 10            # steps between two lines of OUT/STAGE/log.jsonl
-    save_every: int = 200
+    save_every: int = 200          # steps between two checkpoints
 
     def __post_init__(self):
         run.check_values(self, TASKS)              # raises for a value out of range
@@ -130,6 +130,11 @@ class TrainConfig:
         """Return the shape of the model."""
         return ConanConfig(**{f.name: getattr(self, f.name)
                               for f in dataclasses.fields(ConanConfig) if hasattr(self, f.name)})
+
+    @property
+    def uses_folder(self):
+        """Whether a run reads the folder `data`: if it names no files of its own."""
+        return not any(getattr(self, kind) for kind in data.PARSERS)
 
     @property
     def run_dir(self):
@@ -156,8 +161,9 @@ def stage_mask(cfg, step):
 def embedding_loss(x, batch, temperature, dims):
     """Return (loss, cosines of hard negatives) of a batch's embeddings x (texts, D).
 
-    The cosines are (B, N), N = 0 in stage 3, and None for STS. STS is PAPER Eq. 2, everything else
-    Eq. 1; both are averaged over the MRL dims (App. A).
+    x has B queries, B positives, B * N hard negatives; for STS all first sentences, then all second
+    ones. The cosines are (B, N), N = 0 in stage 3, and None for STS. STS is PAPER Eq. 2, everything
+    else Eq. 1; both are averaged over the MRL dims (App. A).
     """
     if batch.scores is not None:
         def sts(left, right):
@@ -183,8 +189,13 @@ def step_loss(model, batch, cfg, step):
     no_sync = getattr(model, "no_sync", contextlib.nullcontext)        # ddp: ranks meet once a step
     if batch.targets is None:                              # stages 3 and 4
         dims = {cfg.n_embd, *(cfg.dims if cfg.stage == "embed_sup" else ())}
-        return two_pass(lambda c: model(c[0], c[1], mask, skip=c[3]), chunks,
+
+        def embed(chunk):
+            ids, lengths, _, skip = chunk
+            return model(ids, lengths, mask, skip=skip)                     # (texts, D)
+        return two_pass(embed, chunks,
                         lambda x: embedding_loss(x, batch, cfg.temperature, dims), no_sync)
+    # over the mean count of the ranks: DDP's mean of gradients is then that of all ranks' tokens
     counts = gather_with_grad((batch.targets != -100).sum()[None])          # (W,), of each rank
     total, count = 0.0, float(counts.sum()) / len(counts)
     for i, (ids, lengths, targets, _) in enumerate(chunks):
@@ -219,27 +230,13 @@ def build_optimizer(model, cfg):
 
 def prepare(cfg):
     """Build the embedded corpus if a run needs it; other data to read must exist already."""
-    if data.uses_folder(cfg) and Path(cfg.data).name == "installed_docs":
+    if cfg.uses_folder and Path(cfg.data).name == "installed_docs":
         toy.ensure(cfg.data)
-    elif data.uses_folder(cfg) and not Path(cfg.data).is_dir():
+    elif cfg.uses_folder and not Path(cfg.data).is_dir():
         raise ValueError(f"data: there is no folder {cfg.data}; `python -m tools.sets` makes one")
-    for path in data.unread(cfg.data) if data.uses_folder(cfg) else ():
+    for path in data.unread(cfg.data) if cfg.uses_folder else ():
         print(f"warning: {path} is not read: no file of data has this name")
     read_ahead(cfg)
-
-
-def finished(cfg, world, before):
-    """Return the checkpoint of a finished stage, else None.
-
-    Raises ValueError if it had other settings or data, or started from other weights.
-    """
-    where = world.on_main(lambda: run.finished(cfg)) if cfg.resume else None
-    if where:
-        run.check_data(data.hashes(cfg, world), where)
-        run.check_before(before, where)
-        if world.is_main and run.read_meta(where)["train"]["evaluate"] != list(cfg.evaluate):
-            print(f"{where} is scored already; eval.py scores it on other collections")
-    return where
 
 
 def build_model(state, weights):
@@ -302,22 +299,15 @@ def start(cfg, world, where, before):
     """
     source, weights, prompts = where or before, None, dict(data.PROMPTS)
     hashes = data.hashes(cfg, world)
-    if where:
-        run.check_data(hashes, where)
-        run.check_before(before, where)
+    run.check_origin(hashes, before, where)
     if source:
         meta = run.read_meta(source)
-        shape = dataclasses.asdict(cfg.model_config())
-        own = ("pooling", "pool_prompt")           # a stage may change them
-        if other := [f"{name} {meta['model'].get(name)}, this stage asks for {value}"
-                     for name, value in shape.items()
-                     if name not in own and meta["model"].get(name) != value]:
-            raise ValueError(f"{source}: its model has {'; '.join(other)}")
+        run.check_shape(cfg, meta["model"], source)
         weights, prompts = run.load_weights(cfg, world, source), meta["prompts"]
         tokenizer = Tokenizer.load(source / "tokenizer.tiktoken")
     else:
         tokenizer = world.on_main(lambda: train_tokenizer(cfg))
-    dtype = distributed.matmul_dtype(cfg.dtype, world.device)
+    dtype = max(world.gather_objects(distributed.matmul_dtype(cfg.dtype, world.device)))
     if where and cfg.dtype == "auto":
         dtype = meta.get("dtype", dtype)           # a run keeps its own on another machine
     state = run.State(cfg, world, tokenizer, dtype, hashes, run.weights_hash(before))
@@ -333,22 +323,14 @@ def start(cfg, world, where, before):
     if where:
         run.restore(state, checkpoint.load(where, "trainer.pt"))
     elif cfg.stage == "embed_sup":
-        data.fill_pools([task for task, _ in state.tasks], whole_embedder(state))
+        miner = copy.copy(state.embedder)
+        miner.model = distributed.whole_model(state.model, world)
+        data.fill_pools([task for task, _ in state.tasks], miner)
         if any(task.pool for task, _ in state.tasks):
             run.save(state, 0)                     # mining may have taken longer than many steps
     elif (loss := validation_loss(state)) is not None:
         state.counters |= {"validation_before": loss, "validation": loss}
     return state
-
-
-def whole_embedder(state):
-    """Return the state's embedder; under fsdp that of a whole copy, so that ranks share work."""
-    cfg, world, embedder = state.cfg, state.world, copy.copy(state.embedder)
-    if cfg.parallel == "fsdp" and world.size > 1:
-        with torch.device("meta"):
-            model = Conan(cfg.model_config(), ops=kernels.pick(world.device))
-        embedder.model = distributed.copy_whole(state.model, model.to_empty(device=world.device))
-    return embedder
 
 
 # ---------------------------------------------------------------- the loop
@@ -367,19 +349,17 @@ def train(cfg, world, before=None):
 def run_steps(state):
     """Take the steps that are left: log, save, stop cleanly on a signal; return the checkpoint."""
     cfg, world, tasks, counters = state.cfg, state.world, state.tasks, state.counters
-    order = task_of_step(np.arange(cfg.steps), [w for _, w in tasks], cfg.seed)
-    visits = np.bincount(order[:state.step], minlength=len(tasks))
+    order, visits = task_of_step(np.arange(cfg.steps), [w for _, w in tasks], cfg.seed)
     stop, log = report.StopSignal(), report.Log(cfg, world, state.step)
     log.tasks(tasks)
     for step in range(state.step, cfg.steps):
         task, began = tasks[order[step]][0], time.perf_counter()
-        batch = task.batch(int(visits[order[step]])).to(world.device)
+        batch = task.batch(int(visits[step])).to(world.device)
         data_seconds = time.perf_counter() - began
-        visits[order[step]] += 1
         for group in state.optimizer.param_groups:
             group["lr"] = lr_at(step, cfg)
         with world.autocast(state.dtype):
-            loss, scores = step_loss(state.wrapped, batch, cfg, step)
+            loss, cosines = step_loss(state.wrapped, batch, cfg, step)
         state.embedder.mask = stage_mask(cfg, step)        # a checkpoint carries its own
         norm = distributed.whole(torch.nn.utils.clip_grad_norm_(
             state.wrapped.parameters(), GRAD_CLIP))        # over all ranks
@@ -394,7 +374,7 @@ def run_steps(state):
             counters["in_a_row"] = 0
             if task.pool:
                 task.pool.update(world.gather(torch.from_numpy(batch.rows)),
-                                 world.gather(scores.cpu()))
+                                 world.gather(cosines.cpu()))
                 stats = task.pool.stats()
         state.wrapped.zero_grad(set_to_none=True)
         if (step + 1) % VALIDATE_EVERY == 0 and "validation" in counters:
@@ -409,6 +389,7 @@ def run_steps(state):
         is_last = step + 1 == cfg.steps
         if agreed["stop"] or is_last or (step + 1) % cfg.save_every == 0:
             where = run.save(state, step + 1)
+        # the last save may have taken long, so ask again
         if agreed["stop"] or is_last and world.mean({"stop": stop.number})["stop"]:
             raise run.Interrupted(stop.number or signal.SIGTERM)
     log.close()
@@ -431,48 +412,33 @@ def score(state):
     state.world.barrier()
 
 
+def train_chain(configs, world):
+    """Train the stages that are not finished, in order; print what all of them scored."""
+    cfg, began = configs[-1], time.perf_counter()
+    world.on_main(lambda: prepare(cfg))
+    for stage in configs:                  # a mistake shows now, not after the stages before it
+        data.hashes(stage, world)
+        world.on_main(lambda: stage.resume and run.finished(stage))
+    done, trained = None, False
+    for stage in configs:
+        before, done = done, run.reusable(stage, world, data.hashes(stage, world), done)
+        if not done:
+            done, trained = train(stage, world, before), True
+            gc.collect()                           # else a card may hold two stages at a time
+    if world.is_main:
+        bm25 = {"BM25": lexical_scores(cfg)} if cfg.uses_folder else {}
+        report.summarise(cfg, STAGES, bm25, (time.perf_counter() - began) / 60, trained)
+
+
 def main(argv=None):
     """Train the stage that the command line asks for, and before it the stages that are missing."""
-    try:
-        configs = run.chain(TrainConfig, sys.argv[1:] if argv is None else list(argv))
-    except ConfigError as error:
-        if argv is not None:
-            raise
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    configs = from_command_line(partial(run.chain, TrainConfig), argv)
     cfg = configs[-1]
     if cfg.dry_run:
         with torch.device("meta"):                 # shapes without memory
             model = Conan(cfg.model_config())
         return print(budget.report(cfg, add_lora(model, cfg.lora_rank) if cfg.lora_rank else model))
-    world, began, code = distributed.ALONE, time.perf_counter(), 0
-    try:
-        world = distributed.start(cfg.device)
-        world.on_main(lambda: prepare(cfg))
-        for stage in configs:
-            data.hashes(stage, world)      # its mistakes show now, not after the stages before it
-            world.on_main(lambda: stage.resume and run.finished(stage) is not None)
-        done, trained = None, False
-        for stage in configs:
-            before, done = done, finished(stage, world, done)
-            if not done:
-                done, trained = train(stage, world, before), True
-                gc.collect()                       # else a card may hold two stages at a time
-        if world.is_main:
-            bm25 = {"BM25": lexical_scores(cfg)} if data.uses_folder(cfg) else {}
-            report.summarise(cfg, STAGES, bm25, (time.perf_counter() - began) / 60, trained)
-    except run.Interrupted as stopped:
-        if world.is_main:
-            print(f"stopped by a signal and saved in {cfg.out}; the same command resumes"
-                  + ("" if cfg.resume else ", without --resume=false"))
-        code = 128 + int(str(stopped))
-    except (ValueError, OSError, FloatingPointError) as error:
-        code = f"train.py: error: {error}"
-    finally:
-        # the traceback no longer holds the model
-        distributed.stop(is_orderly=not isinstance(code, str) and sys.exc_info()[0] is None)
-    if code:
-        sys.exit(code)
+    run.session(cfg, partial(train_chain, configs))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Stage 4 on a laptop: retrieval, CLR, classes and STS; DHNM and MRL (PAPER Sec. 3.1.2 to 3.4).
 
     torchrun train.py config/embed_sup.py     # all four stages
+
+DEVIATES from App. A and Table 11: fewer steps of classes and STS, one batch size for all tasks, and
+fewer hard negatives. config/full has the paper's values.
 """
 stage = "embed_sup"
 previous = "config/embed_weak.py"

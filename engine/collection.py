@@ -15,6 +15,7 @@ HELD_OUT = ("test", "dev", "validation")           # the split that is scored, t
 # A file or folder of such a name is called after the folder it is in: my_set/data.jsonl.gz.
 PLAIN_NAMES = ("data", "rows", "pairs", "bitext", "sentences", "titles", "train", *HELD_OUT)
 SENTENCES = {"sentence1": str, "sentence2": str}
+TEST_FILES = {"sts": "sts_test.jsonl", "classification": "labels_test.jsonl"}   # of a run's data
 COLUMNS = {                        # what a task's rows must have
     "bitext": {"query": str, "pos": (str, list)},
     "aligned": {"id": (str, int), "lang": str, "text": str},       # the other form of bitext
@@ -238,3 +239,36 @@ def align(rows, path):
     if not pairs:
         raise ValueError(f"{path}: no id occurs in {pivot!r} and in another language")
     return pairs
+
+
+# ---------------------------------------------------------------- what a run is scored on
+
+def collections_in(folder):
+    """Return the collections in a folder of data that are read once, at the end.
+
+    Those named dev and clr_dev are for choosing, search for searching.
+    """
+    folders = {path.parent for name in ("corpus.jsonl", "corpus.jsonl.gz")
+               for path in Path(folder).rglob(name)}
+    return sorted(path for path in folders if path.name not in ("dev", "clr_dev", "search"))
+
+
+def collections(cfg):
+    """Return the folders that a stage is scored on: those named, else the test splits of DATA.
+
+    Raises ValueError if the scores of two would have one name.
+    """
+    folders = [Path(name) for name in cfg.evaluate]
+    if not folders and cfg.uses_folder:
+        folders = collections_in(cfg.data)
+    names = [(set_name(f), f.name if f.name in HELD_OUT else "") for f in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{', '.join(map(str, folders))}: two folders to evaluate have one name, "
+                         "and their scores would, too; rename one")
+    return folders
+
+
+def labelled_files(cfg):
+    """Return {task: file} of the rows in a run's data that stages 3 and 4 are scored on."""
+    files = {task: Path(cfg.data) / name for task, name in TEST_FILES.items()}
+    return {task: path for task, path in files.items() if cfg.uses_folder and path.is_file()}

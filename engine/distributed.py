@@ -8,6 +8,7 @@ import contextlib
 import gc
 import os
 import shutil
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import memory
+from engine import kernels, memory
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "910B": 376e12}   # dense bfloat16
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl", "cpu": "gloo"}
-# one rank may train a tokenizer or unpack a file meanwhile: objects go by gloo, which waits longest
+# One rank may train a tokenizer or unpack a file meanwhile. All backends wait as long, also NCCL.
 PATIENCE = timedelta(hours=12)
 
 
@@ -131,6 +132,8 @@ def together(world, work):
     try:
         value = work()
     except Exception as error:
+        if world.size > 1:
+            error.add_note(traceback.format_exc())     # which pickling would lose
         value = error
     values = world.gather_objects(value)
     for value in values:
@@ -207,14 +210,13 @@ def parallelize(model, world, mode="ddp", dtype="float32"):
     `shard_optimizer`. fsdp: `fully_shard` of each block, then of the root (embedding and last
     norm), in place. Its blocks compute in `dtype` and reduce in float32. The root and the residual
     stream stay in float32, as under autocast. A model on the meta device takes no memory until
-    `fill`. broadcast_buffers would make an evaluation on rank 0 alone hang.
+    `fill`.
     """
     if world.size == 1:
         return model
     if mode != "fsdp":
         ids = [world.device.index] if world.device.type != "cpu" else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
-                                       gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh      # half a second of imports
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(world.device.type, (world.size,))
@@ -231,6 +233,15 @@ def fill(model, world, weights):
     model.to_empty(device=world.device)
     set_model_state_dict(model, weights if world.is_main else {}, options=StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True))
+
+
+def whole_model(model, world):
+    """Return a whole copy of an fsdp model, and any other model itself; all ranks must call."""
+    if not hasattr(next(model.parameters()), "full_tensor"):
+        return model
+    with torch.device("meta"):                     # FSDP2's class gives its plain one when called
+        target = type(model)(model.config, kernels.pick(world.device))
+    return copy_whole(model, target.to_empty(device=world.device))
 
 
 @torch.no_grad()
@@ -267,7 +278,8 @@ def shard_optimizer(optimizer, world, mode="ddp"):
 
     zero1 (PAPER App. A, ZeRO stage 1): each rank keeps optimizer state for its rows of every
     parameter, updates these, and fetches the others'. The rows are views of the parameter, as
-    DTensors, which fsdp's parameters are already. An elementwise update is the same, bit for bit.
+    DTensors, which fsdp's parameters are already. An elementwise update is the same, but for the
+    rounding of a fused kernel at a tensor's end.
     """
     if mode != "zero1" or world.size == 1:
         return optimizer

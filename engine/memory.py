@@ -4,9 +4,12 @@ A CPU step frees and asks for the same hundreds of MB each time. Paging them in 
 of a small model's step and more than half of a wide one's (docs/log.md). Where the C library is not
 glibc, the caches alone are bounded.
 """
+import contextlib
 import ctypes
+import functools
 import os
 import sys
+from pathlib import Path
 
 
 def keep_freed_memory():
@@ -39,9 +42,17 @@ def release_memory(share=0.5):
     have to be paged in anew.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if _glibc() and ranks * held("VmRSS") * 1e9 > share * (
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+    if _glibc() and ranks * held("RssAnon") * 1e9 > share * available():
         _glibc().malloc_trim(0)
+
+
+@functools.cache
+def available():
+    """Return the bytes of memory that this machine has, or this container may use."""
+    physical, limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), ""
+    with contextlib.suppress(OSError):
+        limit = Path("/sys/fs/cgroup/memory.max").read_text("ascii").strip()
+    return min(physical, int(limit)) if limit.isdigit() else physical
 
 
 def held(field="VmHWM"):

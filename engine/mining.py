@@ -231,7 +231,14 @@ class Miner:
     def _embed(self, name, n, work):
         dim = self.embedder.dim
         dtype = np.float32 if n * dim * 4 <= LARGE else np.float16
-        return shared(self.folder / name, (n, dim), dtype, TEXTS, work, self.world)
+
+        def checked(first, end):
+            vectors = work(first, end)
+            bad = np.flatnonzero(~np.isfinite(vectors).all(1))
+            if bad.size:                           # it would be every query's hardest negative
+                raise ValueError(f"{name}: the embedding of number {first + bad[0]} is not finite")
+            return vectors
+        return shared(self.folder / name, (n, dim), dtype, TEXTS, checked, self.world)
 
     def passages(self, name, passages):
         """Return exact search over the embeddings of a `Passages`."""

@@ -42,11 +42,18 @@ def shuffled(positions, n, seed):
 
 
 def task_of_step(steps, weights, seed):
-    """Return the task number of each step (int64 array), drawn by weight from (seed, step) only."""
+    """Return (the task of each step, how often it came before): two int64 arrays.
+
+    Tasks are drawn by weight, from (seed, step) only. The second needs all `steps` from 0 on.
+    """
     edges = np.cumsum(np.asarray(weights, dtype=np.float64))
     key = int(mix([seed], 0x7A5C)[0])                  # near seeds, far draws
     draw = mix(steps, key) / 2.0 ** 64
-    return np.searchsorted(edges / edges[-1], draw, side="right").clip(max=len(weights) - 1)
+    task = np.searchsorted(edges / edges[-1], draw, side="right").clip(max=len(weights) - 1)
+    visit = np.empty_like(task)
+    for number in range(len(weights)):
+        visit[task == number] = np.arange(np.count_nonzero(task == number))
+    return task, visit
 
 
 def choice(n, seed, epoch, row):

@@ -177,7 +177,7 @@ def summarise(cfg, stages, scores, minutes, trained):
     memory and versions stay those of the run before.
     """
     scores, path = dict(scores), Path(cfg.out) / "summary.json"
-    for stage in stages:
+    for stage in stages[:stages.index(cfg.stage) + 1]:
         written = Path(cfg.out) / stage / "eval.json"
         if written.is_file():
             scores[stage] = read_object(written)
@@ -198,3 +198,14 @@ def summarise(cfg, stages, scores, minutes, trained):
         where += "" if corpus == "out/installed_docs/search" else f" --corpus={corpus}"
         print(f"search:     python embed.py{where} --query \"how do I compute the determinant of a "
               "matrix\"")
+
+
+def table(results):
+    """Format flat results as text: a line per task, set and subset, metric after metric."""
+    rows = {}
+    for key, value in results.items():
+        name, metric = key.rsplit("/", 1)
+        metric, _, dim = metric.partition(":")
+        rows.setdefault(f"{name}, {dim} dims" if dim else name, []).append(f"{metric} {value:.4f}")
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {'  '.join(cells)}" for name, cells in rows.items())

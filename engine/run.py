@@ -5,10 +5,12 @@ needs, and all that `Embedder` needs: weights, tokenizer, settings, instructions
 every data file. A run whose settings or data have changed is refused by name.
 """
 import dataclasses
+import functools
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +81,9 @@ def check_values(cfg, tasks):
     if cfg.lora_rank and cfg.parallel == "fsdp":
         raise ValueError(f"lora_rank {cfg.lora_rank} needs parallel ddp or zero1: fsdp's bfloat16 "
                          "shards would round what adapters add to a weight away")
+    if cfg.lora_rank and not cfg.stage.startswith("embed"):
+        raise ValueError(f"lora_rank {cfg.lora_rank}: {cfg.stage} trains all weights, adapters are "
+                         "for stages 3 and 4")
     if cfg.n_negatives > cfg.pool_size:
         raise ValueError(f"n_negatives {cfg.n_negatives} exceeds pool_size {cfg.pool_size}")
     if any(not 1 <= d <= cfg.n_embd for d in cfg.dims):
@@ -140,6 +145,34 @@ def finished(cfg):
     return where if done else None
 
 
+def reusable(cfg, world, hashes, before):
+    """Return the checkpoint of a finished stage, else None; all ranks must call.
+
+    Raises ValueError if it had other settings or data, or started from other weights.
+    """
+    where = world.on_main(lambda: finished(cfg)) if cfg.resume else None
+    check_origin(hashes, before, where)
+    if where and world.is_main and read_meta(where)["train"]["evaluate"] != list(cfg.evaluate):
+        print(f"{where} is scored already; eval.py scores it on other collections")
+    return where
+
+
+def check_origin(hashes, before, where):
+    """Raise ValueError if a checkpoint, if there is one, had other data or another stage before."""
+    if where:
+        check_data(hashes, where)
+        check_before(before, where)
+
+
+def check_shape(cfg, saved, where):
+    """Raise ValueError if a checkpoint's model has another shape; how it pools may change."""
+    own = ("pooling", "pool_prompt")
+    if other := [f"{name} {saved.get(name)}, this stage asks for {value}"
+                 for name, value in dataclasses.asdict(cfg.model_config()).items()
+                 if name not in own and saved.get(name) != value]:
+        raise ValueError(f"{where}: its model has {'; '.join(other)}")
+
+
 def read_meta(where):
     """Return the config.json of a checkpoint."""
     return json.loads(checkpoint.load(where, "config.json"))
@@ -197,10 +230,10 @@ def claim(cfg, lock):
 
 def set_aside(cfg):
     """Rename what an old run left; what an older one left is deleted."""
-    checkpoint.set_aside(cfg.run_dir)
-    for name in ("eval.json", "log.jsonl"):
+    for name in ("eval.json", "log.jsonl"):        # first: else scores could outlive their weights
         if (cfg.run_dir / name).is_file():
             os.replace(cfg.run_dir / name, cfg.run_dir / f"{name}.aside")
+    checkpoint.set_aside(cfg.run_dir)
 
 
 def check_before(before, where):
@@ -209,6 +242,26 @@ def check_before(before, where):
         raise ValueError(f"{where} started from other weights than {before or 'random ones'} has "
                          "now. Choose another --out, or start this stage afresh with "
                          "--resume=false")
+
+
+def session(cfg, work):
+    """Call work(world) as one of a run's processes; a mistake or a signal ends it with one line."""
+    world, code = distributed.ALONE, 0
+    try:
+        world = distributed.start(cfg.device)
+        work(world)
+    except Interrupted as stopped:
+        if world.is_main:
+            print(f"stopped by a signal and saved in {cfg.out}; the same command resumes"
+                  + ("" if cfg.resume else ", without --resume=false"))
+        code = 128 + stopped.args[0]
+    except (ValueError, OSError, FloatingPointError) as error:
+        code = f"train.py: error: {error}"
+    finally:
+        # the traceback no longer holds the model
+        distributed.stop(is_orderly=not isinstance(code, str) and sys.exc_info()[0] is None)
+    if code:
+        sys.exit(code)
 
 
 # ---------------------------------------------------------------- saving and resuming
@@ -267,6 +320,7 @@ def load_weights(cfg, world, where):
     return checkpoint.load(where, "model.pt") if world.is_main or cfg.parallel != "fsdp" else {}
 
 
+@functools.cache
 def versions():
     """Return the versions and the git commit that a run was made with."""
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,

@@ -24,8 +24,9 @@ import torch
 from configurator import load_config, run_command
 from data import Rows, sources
 from embed import Embedder
+from engine.collection import collections_in
 from engine.jsonl import read_jsonl
-from eval import LexicalBaseline, SentenceTransformerBaseline, collections_in, evaluate
+from eval import LexicalBaseline, SentenceTransformerBaseline, evaluate
 from experiments.results import interval, markdown
 from experiments.runs import write_result
 from tokenizer import Tokenizer
@@ -275,12 +276,13 @@ def main(argv=None):
             if task in ("retrieval", "bitext") or not isinstance(encoder, LexicalBaseline):
                 scores[label] |= main_scores(evaluate(encoder, task, place))
                 print(f"{label}: {task} {place}", flush=True)
-    rows = table_of(scores)
+        rows = table_of(scores)
+        path = write_result(Path(cfg.out).parent, Path(cfg.out).stem, {
+            "title": "Public sets, from random weights" if cfg.root else "Baselines",
+            "tables": {"": rows}, "scores": scores,
+            "command": " ".join(["python -m experiments.baselines", *argv])})
     print("\n".join(["", *markdown(rows)]))
-    return write_result(Path(cfg.out).parent, Path(cfg.out).stem, {
-        "title": "Public sets, from random weights" if cfg.root else "Baselines",
-        "tables": {"": rows}, "scores": scores,
-        "command": " ".join(["python -m experiments.baselines", *argv])})
+    return path
 
 
 if __name__ == "__main__":

@@ -446,7 +446,7 @@ def quartiles(values):
 
 
 class Rows:
-    """The rows of one processor; a measurement that is taken again replaces its own alone."""
+    """The rows of a processor and recipe; what is measured again replaces its own row alone."""
 
     def __init__(self, cfg):
         self.cfg, self.name = cfg, f"bench_{'gpu' if cfg.device == 'cuda' else 'cpu'}"
@@ -454,11 +454,13 @@ class Rows:
         names = re.findall("model name\\s*: (.*)", info.read_text()) if info.is_file() else []
         chip = torch.cuda.get_device_name() if gpu else (names or [platform.machine()])[0]
         self.title = f"Speed, {cfg.device}, {chip}"
+        self.command = f"python -m experiments.bench --device={cfg.device} --config={cfg.recipe}"
         self.machine = (f"{chip}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
                         f"torch {torch.__version__}")
         path = Path(cfg.results) / f"{self.name}.json"
         before = read_object(path) if path.is_file() else {}
-        self.tables = before["tables"] if before.get("title") == self.title else {}
+        is_same = (before.get("title"), before.get("command")) == (self.title, self.command)
+        self.tables = before["tables"] if is_same else {}
 
     def compare(self, name, above, below, amount=None):
         """Measure two callables in turn, and keep the ratio of their seconds."""
@@ -490,8 +492,7 @@ class Rows:
         """Write everything; what is measured before an interruption is not lost."""
         self.tables[caption] = rows
         write_result(self.cfg.results, self.name, {
-            "title": self.title, "command": f"python -m experiments.bench "
-            f"--device={self.cfg.device} --config={self.cfg.recipe}", "tables": self.tables,
+            "title": self.title, "command": self.command, "tables": self.tables,
             "notes": [f"Machine: {self.machine}.", *NOTES]})
 
 

@@ -251,8 +251,8 @@ def main(argv=None):
         path = Path(cfg.figures) / f"{name}.png"
         try:
             figure = FIGURES[name](cfg)
-        except ImportError:
-            raise ValueError("figures need matplotlib: pip install matplotlib") from None
+        except ImportError as error:
+            raise ValueError(f"{name}: {error}; pip install matplotlib scikit-learn") from None
         except (Missing, FileNotFoundError) as missing:
             print(f"{path}: not drawn. {missing}")
             continue

@@ -59,7 +59,8 @@ def order_triplets(collection):
     for row in collection.queries:
         line, other = row["text"], swapped(row["text"])
         if other:
-            body = bodies[max(collection.qrels[row["id"]])]
+            judged = collection.qrels[row["id"]]
+            body = bodies[max(judged, key=judged.get)]
             documents = f"{line}\n\n{body}", f"{other}\n\n{body}"
             triplets += [(line, *documents), (other, *documents[::-1])]
     return triplets

@@ -63,6 +63,8 @@ def questions(cfg):
     rows = list(read_jsonl(QUESTIONS, {"lang": str, "query": str, "expected": list}))
     texts = [row["query"] for row in rows]
     rankings = {}
+    if not cfg.out:
+        raise ValueError("--out names no run")
     for out in cfg.out:
         embedder = Embedder(Path(out) / SUP)
         documents, vectors = load_index(embedder, cfg.corpus)

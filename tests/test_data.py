@@ -407,7 +407,18 @@ def test_a_stage_takes_the_files_that_are_named_or_those_of_its_folder(tmp_path)
     assert files("sts") == ["sts.json"] and files("clr") == []
     named = tiny_config(data=str(tmp_path / "set"), text=("x.jsonl",))
     assert data.sources(named, "text") == ("x.jsonl",) and data.sources(named, "pairs") == ()
-    assert data.uses_folder(cfg) and not data.uses_folder(named)
+    assert cfg.uses_folder and not named.uses_folder
+
+
+def test_hidden_files_are_not_read_and_a_file_beside_its_packed_self_is_named(tmp_path):
+    (tmp_path / "pairs").mkdir()
+    for name in ("a.jsonl", "._a.jsonl", "b.jsonl.gz"):
+        (tmp_path / "pairs" / name).write_bytes(b"x")
+    cfg = tiny_config(data=str(tmp_path))
+    assert [data.Path(f).name for f in data.sources(cfg, "pairs")] == ["a.jsonl", "b.jsonl.gz"]
+    (tmp_path / "pairs/b.jsonl").write_bytes(b"x")
+    with pytest.raises(ValueError, match="pairs/b.jsonl lies beside its own .gz"):
+        data.sources(cfg, "pairs")
 
 
 @pytest.mark.parametrize("name", ["text-2.jsonl.zst", "text/b.parquet"])

@@ -640,8 +640,8 @@ def test_what_was_measured_before_stays_in_the_runs_file(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("options, reason", [
     ({}, "one of --checkpoint"), ({"checkpoint": "x", "bm25": True}, "one of --checkpoint"),
-    ({"bm25": True, "dims": (64,)}, r"vectors for dims=\(64,\)"),
-    ({"bm25": True, "mteb": ("STS17",)}, "a checkpoint is needed for mteb=.*STS17"),
+    ({"bm25": True, "dims": (64,)}, r"dims=\(64,\): BM25 has no vectors"),
+    ({"bm25": True, "mteb": ("STS17",)}, "mteb=.*STS17.* needs a --checkpoint"),
     ({"checkpoint": "x", "mteb": ("STS17",), "split": "dev"}, "split=dev .* are not for mteb")])
 def test_options_that_do_not_fit(options, reason):
     with pytest.raises(ValueError, match=reason):
@@ -671,18 +671,37 @@ def test_sft_is_validated_causally_on_the_document_that_answers_best(tmp_path, t
     assert evaluation.validation_loss(state) == pytest.approx(loss, rel=1e-6)
 
 
-def test_validation_loss_is_a_mean_over_tokens(tmp_path, tokenizer):
+@pytest.mark.parametrize("micro_batch_size", [0, 7])
+def test_validation_loss_is_a_mean_over_tokens(tmp_path, tokenizer, micro_batch_size):
     """More texts than are scored at once, of unequal lengths."""
     texts = ["the quick brown fox" * (1 + i // 20) for i in range(60)]
     write_rows(tmp_path / "text_dev.jsonl", [{"text": text} for text in texts])
     model = tiny_model(std=0.3, vocab_size=tokenizer.vocab_size)
-    state = SimpleNamespace(cfg=TrainConfig(stage="pretrain", data=str(tmp_path)), wrapped=model,
-                            tokenizer=tokenizer, prompts={"retrieval": "Find"}, world=ALONE,
-                            dtype=torch.float32)
+    cfg = TrainConfig(stage="pretrain", data=str(tmp_path), micro_batch_size=micro_batch_size)
+    sizes, part = [], model.forward
+    model.forward = lambda ids, lengths, *rest: sizes.append(len(lengths)) or part(
+        ids, lengths, *rest)
+    state = SimpleNamespace(cfg=cfg, wrapped=model, tokenizer=tokenizer, world=ALONE,
+                            prompts={"retrieval": "Find"}, dtype=torch.float32)
     batch = data.sft_batch([(None, "", text) for text in texts], range(60), tokenizer,
                            state.cfg.passage_len)
     loss = float(model(batch.ids, batch.lengths, CAUSAL, batch.targets).detach())
     assert evaluation.validation_loss(state) == pytest.approx(loss, rel=1e-6)
+    assert max(sizes[1:]) == (micro_batch_size or 50)
+
+
+def test_two_collections_of_a_folder_that_would_share_a_name_are_refused(tmp_path):
+    for name in ("en/mine", "zh/mine"):
+        write_rows(tmp_path / name / "corpus.jsonl", [{"id": "d", "text": "a"}])
+    with pytest.raises(ValueError, match="en/mine, .*zh/mine: two folders to evaluate have one n"):
+        evaluation.collections(TrainConfig(data=str(tmp_path)))
+
+
+def test_a_collection_without_a_judged_query_shows_before_a_run(tmp_path):
+    write_rows(tmp_path / "test/corpus.jsonl", [{"id": "d", "text": "a"}])
+    write_rows(tmp_path / "test/queries.jsonl", [{"id": "q", "text": "a", "answers": ["a"]}])
+    with pytest.raises(ValueError, match="test: no query has a judged document"):
+        evaluation.read_ahead(TrainConfig(data=str(tmp_path)))
 
 
 def test_a_run_is_scored_on_what_is_named_or_on_its_folders_test_splits(tmp_path):

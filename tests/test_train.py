@@ -454,9 +454,10 @@ def test_the_warm_up_is_the_nearest_whole_number_of_steps():
     (["--batch_size=25"], "24 rows are too few for a batch of 25"),
     (["--parallel=fsdp", "--lora_rank=4"], "needs parallel ddp or zero1"),
     (["--evaluate=nowhere"], "nowhere/corpus.jsonl: no such file"),
-    (["--evaluate=a/docs,b/docs"], "evaluate a/docs,b/docs: two folders have one name"),
+    (["--evaluate=a/docs,b/docs"], "a/docs, b/docs: two folders to evaluate have one name"),
     (["--n_negatives=51"], "n_negatives 51 exceeds pool_size 6"),
     (["--vocab_size=260", "--text=words.jsonl"], "too few for blocks of 32"),
+    (["--lora_rank=4", "--text=words.jsonl"], "lora_rank 4: pretrain trains all weights"),
 ])
 def test_a_mistake_is_one_clear_line(rows, tmp_path, more, message):
     stage = "pretrain" if "--text=words.jsonl" in more else "embed_sup"

@@ -108,11 +108,11 @@ def by_score(rows, counts, scorer, least=0.4, batch=256):
 def decontaminate(rows, counts, paths):
     """Keep the rows that do not overlap the evaluation texts, which are held as hashes.
 
-    paths: JSONL(.gz) files, or folders of them, of which corpus.jsonl is passed over: a
-    collection's documents are common background (Wikipedia), its queries are not. Name the file
-    to compare with it. "mteb:NAME" stands for a task or a benchmark of mteb. Any string in a row
-    counts as a text, but ids and labels do not. A text overlaps if it is equal, or if 13 words in
-    a row are; a text below 13 words has only the first.
+    paths: JSONL(.gz) files, or folders of .jsonl and .ndjson (.gz) files, of which corpus.jsonl is
+    passed over: a collection's documents are common background (Wikipedia), its queries are not.
+    Name the file to compare with it. "mteb:NAME" stands for a task or a benchmark of mteb. Any
+    string in a row counts as a text, but ids and labels do not. A text overlaps if it is equal, or
+    if 13 words in a row are; a text below 13 words has only the first, one below 3 never overlaps.
     """
     held = set()
     for path in join_names(map(str, paths)):           # "mteb:MTEB(eng, v2)" holds a comma
@@ -188,6 +188,10 @@ class FilterConfig:
     decontaminate: tuple[str, ...] = ()        # files or folders of evaluation texts, mteb:NAME
     min_score: float | None = None             # least cosine of query and passage; the paper's 0.4
     scorer: str = "Alibaba-NLP/gte-Qwen2-7B-instruct"    # a name or a folder; default: the paper's
+
+    def __post_init__(self):
+        if not self.dedup and not self.decontaminate and self.min_score is None:
+            raise ValueError("no filter: give --dedup, --decontaminate or --min_score")
 
 
 def read_input(paths, check, counts):

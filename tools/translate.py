@@ -164,6 +164,10 @@ class TranslateConfig:
     def __post_init__(self):
         if self.translator != "lexicon" and getattr(self, self.translator) is None:
             raise ValueError(f"translator {self.translator!r} needs --{self.translator}=VALUE")
+        if other := [name for name in ("table", "endpoint")
+                     if name != self.translator and getattr(self, name) is not None]:
+            raise ValueError(f"--{other[0]} is for --translator={other[0]}, which is "
+                             f"{self.translator!r}")
         if self.translator == "lexicon" and self.source_lang != "en":
             raise ValueError(f"the lexicon translates from en, not {self.source_lang!r}")
         if self.in_flight < 1:

@@ -14,6 +14,7 @@ between stages 3 and 4 shows what CLR does.
 import argparse
 import hashlib
 import random
+import shutil
 from pathlib import Path
 
 from clr import LANGUAGES, Gates, build_clr, copy_gate, script_gate
@@ -78,9 +79,10 @@ def ensure(folder):
     made_of = {"toy": VERSION, "tables": hashlib.sha256(tables).hexdigest(), **corpus.versions()}
     if place.is_file():
         manifest = read_object(place)
-        if manifest["versions"] == made_of:
+        if manifest.get("versions") == made_of:
             return manifest
         place.unlink()
+        shutil.rmtree(folder / "pairs", ignore_errors=True)    # an older version may have had more
     manifest = {"versions": made_of} | corpus.write(folder) | write_languages(folder)
     write_object(place, manifest)
     return manifest

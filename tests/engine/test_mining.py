@@ -1,4 +1,6 @@
 """Mining: by hand, and equal to a plain search of all pairs; files that ranks fill together."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,14 @@ def test_given_negatives_come_first_ranked_by_the_model():
     assert pool([[3, 2]], 3) == [[2, 3, 1]]        # one is missing
     assert pool([[]], 2) == [[1, 2, 3]]
     assert pool([[3, 2]], 2, depth=1) == [[2]]
+
+
+def test_an_embedding_that_is_not_finite_is_named(tmp_path):
+    vectors = EYE.copy()
+    vectors[2, 1] = np.nan
+    miner = mining.Miner(tmp_path, SimpleNamespace(dim=4))
+    with pytest.raises(ValueError, match="clr.passages: the embedding of number 2 is not finite"):
+        miner._embed("clr.passages", 4, lambda first, end: vectors[first:end])
 
 
 def test_mining_where_every_passage_is_a_positive():

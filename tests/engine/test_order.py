@@ -42,11 +42,12 @@ def test_neighbours_end_up_far_apart():
 
 
 def test_tasks_follow_their_weights_and_do_not_depend_on_the_start():
-    draw = task_of_step(np.arange(20_000), [3.0, 1.0, 0.0, 2.0], seed=1)
+    draw, visits = task_of_step(np.arange(20_000), [3.0, 1.0, 0.0, 2.0], seed=1)
     share = np.bincount(draw, minlength=4) / len(draw)
     assert np.allclose(share, [0.5, 1 / 6, 0, 1 / 3], atol=0.015)
-    later = task_of_step(np.arange(900, 1000), [3.0, 1.0, 0.0, 2.0], 1)
+    later, _ = task_of_step(np.arange(900, 1000), [3.0, 1.0, 0.0, 2.0], 1)
     assert (later == draw[900:1000]).all()
+    assert visits[:300].tolist() == [int((draw[:i] == draw[i]).sum()) for i in range(300)]
 
 
 def test_a_row_draws_anew_in_each_epoch_and_evenly():
@@ -59,5 +60,5 @@ def test_a_row_draws_anew_in_each_epoch_and_evenly():
 @pytest.mark.parametrize("seed", [0, 1, 2 ** 31, 2 ** 62])
 def test_seeds_of_any_size(seed):
     assert sorted(shuffled(np.arange(100), 50, seed)[:50]) == list(range(50))
-    assert task_of_step(np.arange(10), [1.0], seed).tolist() == [0] * 10
+    assert task_of_step(np.arange(10), [1.0], seed)[0].tolist() == [0] * 10
     assert 0 <= choice(3, seed, 0, 0) < 3

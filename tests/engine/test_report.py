@@ -122,11 +122,22 @@ def test_the_summary_shows_stages_dims_and_languages(capsys):
     assert rows[6][-2:] == ["mean", "0.500"] and rows[7] == ["de-en", "0.75", "zh-Hant-en", "0.25"]
 
 
+def test_the_summary_has_no_stage_after_the_one_that_was_asked_for(tmp_path):
+    for stage in STAGES:
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "eval.json").write_text('{"lm/x/dev/loss": 1.0}')
+    cfg = SimpleNamespace(out=str(tmp_path), dims=(), stage="sft", run_dir=tmp_path / "sft")
+    report.summarise(cfg, STAGES, {}, 1.0, True)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [name for name in summary if name in STAGES] == ["pretrain", "sft"]
+
+
 @pytest.mark.parametrize("name", ["embed_weak/eval.json", "summary.json"])
 def test_a_damaged_file_of_scores_is_named(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text('{"minutes": 1')
     with pytest.raises(ValueError, match=f"{name}: no JSON object: "):
-        report.summarise(SimpleNamespace(out=str(tmp_path), dims=()), STAGES, {}, 1.0, False)
+        report.summarise(SimpleNamespace(out=str(tmp_path), dims=(), stage="embed_sup"), STAGES, {},
+                         1.0, False)
     assert path.read_text() == '{"minutes": 1'

@@ -211,3 +211,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert (report["read"], report["kept"], report["dropped"]) == (5, 2, dropped)
     assert "2 of 5 rows" in capsys.readouterr().out
     assert sorted(p.name for p in out.parent.iterdir()) == ["out.jsonl", "out.jsonl.report.json"]
+
+
+def test_a_call_without_a_filter_is_a_mistake():
+    with pytest.raises(ValueError, match="no filter: give --dedup, --decontaminate or --min_score"):
+        filters.FilterConfig(input=("a.jsonl",), out="b.jsonl")

@@ -314,7 +314,8 @@ def test_bad_row_is_named(tmp_path):
 
 @pytest.mark.parametrize("settings, message", [
     ({"translator": "endpoint"}, "--endpoint"), ({"translator": "table"}, "--table"),
-    ({"source_lang": "zh"}, "lexicon"), ({"in_flight": 0}, "in_flight")])
+    ({"source_lang": "zh"}, "lexicon"), ({"in_flight": 0}, "in_flight"),
+    ({"endpoint": "http://localhost"}, "--endpoint is for --translator=endpoint")])
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
         TranslateConfig(input=("a",), out="b", **settings)
