@@ -270,5 +270,7 @@ def collections(cfg):
 
 def labelled_files(cfg):
     """Return {task: file} of the rows in a run's data that stages 3 and 4 are scored on."""
-    files = {task: Path(cfg.data) / name for task, name in TEST_FILES.items()}
-    return {task: path for task, path in files.items() if cfg.uses_folder and path.is_file()}
+    if not cfg.uses_folder:
+        return {}
+    return {task: path for task, name in TEST_FILES.items()
+            for path in (Path(cfg.data) / f"{name}.gz", Path(cfg.data) / name) if path.is_file()}

@@ -12,8 +12,7 @@ Every command is resumable, adds each seed to results/NAME.json, and prints its 
 Beside nDCG@10 stand measures that can see a mask (experiments/probes.py).
 
 A data folder needs dev/, test/, clr_dev/ and clr_test/.
-UNSPECIFIED: whether stage 3 has cross-lingual pairs. On the embedded corpus it has none, so stage 4
-alone binds languages to English.
+DEVIATES: stage 3 has no cross-lingual pairs on the embedded corpus: stage 4 alone binds languages.
 """
 import dataclasses
 import itertools
