@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from toy import lexicon
+from toy import build, lexicon
 from clr import LANGUAGES, TABLE_7, Gates, build_clr, copy_gate, script_gate, script_share
 from engine.jsonl import read_jsonl
 from toy.lexicon import (UNSPACED, LexiconTranslator, Phrasing, english, fold, join, order_phrases,
@@ -16,7 +16,6 @@ from toy.lexicon import (UNSPACED, LexiconTranslator, Phrasing, english, fold, j
 
 ROOT = Path(lexicon.__file__).parent.parent
 QUESTIONS = ROOT / "tests" / "data" / "natural_questions.jsonl"
-CORPUS = ROOT / "out" / "installed_docs"
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +58,20 @@ def test_words_that_people_ask_for(translate):
     assert (column["es"]["matrix"], column["ru"]["file"]) == ("matriz", "файл")
 
 
-@pytest.mark.skipif(not CORPUS.is_dir(), reason="python -m toy.build has not run")
-def test_coverage_of_the_embedded_corpus(translate):
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """The whole default corpus: half a minute."""
+    folder = tmp_path_factory.mktemp("corpus")
+    build.ensure(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_coverage_of_the_embedded_corpus(translate, corpus):
     """Seven in ten of the content words of the summary lines, names and identifiers aside."""
     known, names = translate.table["en"], {"true", "false", "none", "self"}
     content = Counter()
-    for row in read_jsonl(CORPUS / "pairs" / "documentation.jsonl", {"input": str}):
+    for row in read_jsonl(corpus / "pairs" / "documentation.jsonl", {"input": str}):
         for token in row["input"].split():
             word = token.strip("`'\"()[]{},.;:!?")
             if re.fullmatch("[A-Za-z]?[a-z]+", word) and len(word) > 1:
@@ -193,9 +200,9 @@ def test_natural_questions():
             assert re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name), name
 
 
-@pytest.mark.skipif(not CORPUS.is_dir(), reason="python -m toy.build has not run")
-def test_expected_functions_are_documented():
+@pytest.mark.slow
+def test_expected_functions_are_documented(corpus):
     """A few names may be missing under other versions of the packages, but never all of a row."""
-    ids = {json.loads(line)["id"] for line in open(CORPUS / "search" / "corpus.jsonl", "rb")}
+    ids = {json.loads(line)["id"] for line in open(corpus / "search" / "corpus.jsonl", "rb")}
     for row in read_jsonl(QUESTIONS):
         assert ids & set(row["expected"]), row["query"]
