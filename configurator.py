@@ -42,7 +42,10 @@ def load_config(cls, argv=None):
 
 
 def from_command_line(parse, argv=None):
-    """Return parse(argv); None: of the command line, where a ConfigError is one line and code 2."""
+    """Return parse(argv), by default of the command line.
+
+    There a ConfigError is printed as one line, and the exit code is 2.
+    """
     try:
         return parse(sys.argv[1:] if argv is None else list(argv))
     except ConfigError as error:

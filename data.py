@@ -310,7 +310,7 @@ def sources(cfg, kind):
 
 def unread(folder):
     """Return the JSONL files of a folder that nobody reads: their names may be misspelled."""
-    names = (*PARSERS, "text_dev", "sts_test", "labels_test")      # the last three are eval.py's
+    names = (*PARSERS, "text_dev", "sts_test", "labels_test")      # the last three: what is scored
     return sorted(path for path in Path(folder).glob("*.jsonl*") if is_json(path)
                   and path.name.partition(".")[0].partition("-")[0] not in names)
 
@@ -359,7 +359,7 @@ def hashes(cfg, world=ALONE):
 
 
 def warn_of_scales(rows):
-    """Warn of STS files whose scores reach differently high, by up to a thousand rows of each."""
+    """Warn of STS files whose highest scores differ much, by up to a thousand rows of each."""
     reach = {file.path: max(file[i]["score"] for i in range(0, len(file), len(file) // 1000 + 1))
              for file in rows.files}
     low, high = (choose(reach, key=reach.get) for choose in (min, max))

@@ -264,6 +264,7 @@ def main():
     except EOFError:                               # of the queries
         print()
     except KeyboardInterrupt:
+        print()
         sys.exit(130)
 
 

@@ -39,8 +39,6 @@ from engine.mteb_bridge import (MTEBModel, SentenceTransformerBaseline,  # noqa:
 from engine.report import table
 from mask import CAUSAL
 
-# An encoder has the `encode` of embed.Embedder, and may have its `prompts`; engine/encoders.py.
-
 DOCS = "out/installed_docs/test"   # the default collection, built by toy/
 VALIDATION_TEXTS = 200             # held-out examples that an LM stage is measured on
 TOP_K = 1000                       # ranks that a search returns, as in mteb
@@ -275,15 +273,17 @@ def evaluate(encoder, task, path, split=None, dims=(), ignore_identical_ids=None
 
 # ---------------------------------------------------------------- what a stage of a run is worth
 
-def read_ahead(cfg):
-    """Read all that a run is scored on, so that a mistake shows before it and not at its end."""
+def read_ahead(cfg, stages):
+    """Read all that a run of `stages` is scored on: a mistake shows before it, not at its end."""
     for folder in collections(cfg):
         collection = load_collection(folder)
-        if not any(collection.qrels.get(row["id"]) for row in collection.queries):
+        queries = collection.queries if collection.split else \
+            choose_split(collection.queries, None, folder)[0]
+        if not any(collection.qrels.get(row["id"]) for row in queries):
             raise ValueError(f"{folder}: no query has a judged document")
     for task, path in labelled_files(cfg).items():
         read_groups(task, path)
-    for stage in ("pretrain", "sft"):
+    for stage in stages:
         validation_rows(cfg, stage)
 
 

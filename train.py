@@ -82,7 +82,7 @@ class TrainConfig:
     vocab_size: int = 8192
     n_layer: int = 4
     n_head: int = 2                # query heads
-    n_kv_head: int = 1             # key/value heads, which share the query heads out (GQA)
+    n_kv_head: int = 1             # key/value heads: each serves several query heads (GQA)
     n_embd: int = 128              # width, of an embedding too
     ffn_dim: int = 384             # of SwiGLU
     block_size: int = 1024         # tokens of the longest text
@@ -228,15 +228,18 @@ def build_optimizer(model, cfg):
 
 # ---------------------------------------------------------------- starting
 
-def prepare(cfg):
-    """Build the embedded corpus if a run needs it; other data to read must exist already."""
+def prepare(cfg, stages):
+    """Build the embedded corpus if a run needs it; other data to read must exist already.
+
+    cfg: of the last stage. stages: the names of all that may run.
+    """
     if cfg.uses_folder and Path(cfg.data).name == "installed_docs":
         toy.ensure(cfg.data)
     elif cfg.uses_folder and not Path(cfg.data).is_dir():
         raise ValueError(f"data: there is no folder {cfg.data}; `python -m tools.sets` makes one")
     for path in data.unread(cfg.data) if cfg.uses_folder else ():
         print(f"warning: {path} is not read: no file of data has this name")
-    read_ahead(cfg)
+    read_ahead(cfg, stages)
 
 
 def build_model(state, weights):
@@ -307,6 +310,7 @@ def start(cfg, world, where, before):
         tokenizer = Tokenizer.load(source / "tokenizer.tiktoken")
     else:
         tokenizer = world.on_main(lambda: train_tokenizer(cfg))
+    # float32, the larger word, if one rank has no fast bfloat16
     dtype = max(world.gather_objects(distributed.matmul_dtype(cfg.dtype, world.device)))
     if where and cfg.dtype == "auto":
         dtype = meta.get("dtype", dtype)           # a run keeps its own on another machine
@@ -326,6 +330,7 @@ def start(cfg, world, where, before):
         miner = copy.copy(state.embedder)
         miner.model = distributed.whole_model(state.model, world)
         data.fill_pools([task for task, _ in state.tasks], miner)
+        del miner                                  # under fsdp a whole copy of the model
         if any(task.pool for task, _ in state.tasks):
             run.save(state, 0)                     # mining may have taken longer than many steps
     elif (loss := validation_loss(state)) is not None:
@@ -415,7 +420,7 @@ def score(state):
 def train_chain(configs, world):
     """Train the stages that are not finished, in order; print what all of them scored."""
     cfg, began = configs[-1], time.perf_counter()
-    world.on_main(lambda: prepare(cfg))
+    world.on_main(lambda: prepare(cfg, [stage.stage for stage in configs]))
     for stage in configs:                  # a mistake shows now, not after the stages before it
         data.hashes(stage, world)
         world.on_main(lambda: stage.resume and run.finished(stage))

@@ -256,7 +256,7 @@ def collections_in(folder):
 def collections(cfg):
     """Return the folders that a stage is scored on: those named, else the test splits of DATA.
 
-    Raises ValueError if the scores of two would have one name.
+    Raises ValueError if the names of two, and so of their scores, are equal.
     """
     folders = [Path(name) for name in cfg.evaluate]
     if not folders and cfg.uses_folder:

@@ -235,21 +235,17 @@ def fill(model, world, weights):
         full_state_dict=True, broadcast_from_rank0=True))
 
 
+@torch.no_grad()
 def whole_model(model, world):
     """Return a whole copy of an fsdp model, and any other model itself; all ranks must call."""
     if not hasattr(next(model.parameters()), "full_tensor"):
         return model
     with torch.device("meta"):                     # FSDP2's class gives its plain one when called
-        target = type(model)(model.config, kernels.pick(world.device))
-    return copy_whole(model, target.to_empty(device=world.device))
-
-
-@torch.no_grad()
-def copy_whole(model, target):
-    """Fill a model of the same shape with an fsdp model's weights, and return it; all must call."""
-    for mine, p in zip(target.parameters(), model.parameters()):
+        copy = type(model)(model.config, kernels.pick(world.device))
+    copy.to_empty(device=world.device)
+    for mine, p in zip(copy.parameters(), model.parameters()):
         mine.copy_(whole(p))                       # one tensor at a time
-    return target
+    return copy
 
 
 def compilers():

@@ -1,4 +1,8 @@
-"""Encoders that stand in for embed.Embedder in eval.py: one with a memory, and BM25."""
+"""Encoders in eval.py: one with a memory, and BM25.
+
+An encoder has the `encode` of embed.Embedder, and may have its `prompts`. A stock model chooses its
+prompts by itself: see engine.mteb_bridge.SentenceTransformerBaseline.
+"""
 import functools
 
 import numpy as np

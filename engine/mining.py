@@ -236,7 +236,8 @@ class Miner:
             vectors = work(first, end)
             bad = np.flatnonzero(~np.isfinite(vectors).all(1))
             if bad.size:                           # it would be every query's hardest negative
-                raise ValueError(f"{name}: the embedding of number {first + bad[0]} is not finite")
+                raise ValueError(f"{name}: the embedding of text number {first + bad[0]} is not "
+                                 "finite")
             return vectors
         return shared(self.folder / name, (n, dim), dtype, TEXTS, checked, self.world)
 

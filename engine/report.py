@@ -171,10 +171,10 @@ def print_summary(scores, dims):
 
 
 def summarise(cfg, stages, scores, minutes, trained):
-    """Print all stages beside `scores` of baselines; write the same numbers to OUT/summary.json.
+    """Print the stages up to cfg.stage beside `scores` of baselines; write OUT/summary.json.
 
-    scores: {label: flat results}. trained: whether any stage was trained now; if not, minutes,
-    memory and versions stay those of the run before.
+    stages: the names of all. scores: {label: flat results}. trained: whether any stage was trained
+    now; if not, minutes, memory and versions stay those of the run before.
     """
     scores, path = dict(scores), Path(cfg.out) / "summary.json"
     for stage in stages[:stages.index(cfg.stage) + 1]:
@@ -185,7 +185,7 @@ def summarise(cfg, stages, scores, minutes, trained):
     cost = {"minutes": minutes, "memory_gb": memory.held(), "cores": os.cpu_count(),
             "versions": run.versions()}
     if not trained and path.is_file():
-        cost |= read_object(path)
+        cost |= {key: value for key, value in read_object(path).items() if key in cost}
     write_object(path, cost | scores)
     spent = f"{cost['minutes']:.1f} minutes"
     if cost["memory_gb"]:                          # 0 where the system does not tell

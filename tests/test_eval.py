@@ -690,6 +690,30 @@ def test_validation_loss_is_a_mean_over_tokens(tmp_path, tokenizer, micro_batch_
     assert max(sizes[1:]) == (micro_batch_size or 50)
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_labelled_rows_may_be_packed(tmp_path, suffix):
+    for name in ("sts_test.jsonl", "labels_test.jsonl"):
+        (tmp_path / f"{name}{suffix}").touch()
+    assert evaluation.labelled_files(TrainConfig(data=str(tmp_path))) == {
+        "sts": tmp_path / f"sts_test.jsonl{suffix}",
+        "classification": tmp_path / f"labels_test.jsonl{suffix}"}
+
+
+def test_scores_that_another_process_adds_meanwhile_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = write_collection(tmp_path / "docs", COLLECTION)
+    path = tmp_path / "out" / "eval_bm25.json"
+    path.parent.mkdir()
+    score = evaluation.evaluate
+
+    def slow(*args):
+        path.write_text('{"sts/other/test/spearman": 0.5}')
+        return score(*args)
+    monkeypatch.setattr(evaluation, "evaluate", slow)
+    evaluation.run(evaluation.EvalConfig(bm25=True, retrieval=(str(folder),)))
+    assert json.loads(path.read_text()).keys() > {"sts/other/test/spearman"}
+
+
 def test_two_collections_of_a_folder_that_would_share_a_name_are_refused(tmp_path):
     for name in ("en/mine", "zh/mine"):
         write_rows(tmp_path / name / "corpus.jsonl", [{"id": "d", "text": "a"}])
@@ -701,7 +725,7 @@ def test_a_collection_without_a_judged_query_shows_before_a_run(tmp_path):
     write_rows(tmp_path / "test/corpus.jsonl", [{"id": "d", "text": "a"}])
     write_rows(tmp_path / "test/queries.jsonl", [{"id": "q", "text": "a", "answers": ["a"]}])
     with pytest.raises(ValueError, match="test: no query has a judged document"):
-        evaluation.read_ahead(TrainConfig(data=str(tmp_path)))
+        evaluation.read_ahead(TrainConfig(data=str(tmp_path)), ["embed_sup"])
 
 
 def test_a_run_is_scored_on_what_is_named_or_on_its_folders_test_splits(tmp_path):

@@ -624,7 +624,7 @@ def test_an_interrupted_stage_does_not_resume_on_another_base(rows, whole, tmp_p
 def test_a_file_that_nobody_reads_is_named(tmp_path, capsys):
     for name in ("text.jsonl", "retreival.jsonl"):
         write_lines(tmp_path / name, [{"text": "fox"}])
-    train.prepare(tiny_config("pretrain", data=str(tmp_path)))
+    train.prepare(tiny_config("pretrain", data=str(tmp_path)), ["pretrain"])
     assert f"warning: {tmp_path / 'retreival.jsonl'} is not read" in capsys.readouterr().out
 
 

@@ -21,7 +21,8 @@ rows of split "train", or of none, are trained on. A folder named *_dev or *_tes
 collection is copied to OUT, where the evaluation looks. Of sets without a split a share is held out
 and written to OUT/held_out in the same format: bitext by its passage side, documents whole,
 paraphrases by id or first sentence. A set with files of several forms holds nothing out: one may
-repeat the sentences of another. A collection's questions LANG/NAME (or NAME/LANG) are translations.
+repeat the sentences of another. Where a question has a passage in another language, questions with
+ids LANG/NAME (or NAME/LANG) of one NAME are translations.
 Professional translations stand in for machine ones in CLR: the query's language differs from the
 passage's.
 """

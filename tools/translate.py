@@ -166,7 +166,7 @@ class TranslateConfig:
             raise ValueError(f"translator {self.translator!r} needs --{self.translator}=VALUE")
         if other := [name for name in ("table", "endpoint")
                      if name != self.translator and getattr(self, name) is not None]:
-            raise ValueError(f"--{other[0]} is for --translator={other[0]}, which is "
+            raise ValueError(f"--{other[0]} is for --translator={other[0]}, but the translator is "
                              f"{self.translator!r}")
         if self.translator == "lexicon" and self.source_lang != "en":
             raise ValueError(f"the lexicon translates from en, not {self.source_lang!r}")

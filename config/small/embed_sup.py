@@ -2,7 +2,7 @@
 
     torchrun train.py config/small/embed_sup.py     # all four stages
 
-DEVIATES from App. A and Table 11: fewer steps of classes and STS, one batch size for all tasks, and
+DEVIATES from App. A and Table 11: fewer rows of classes and STS, one batch size for all tasks, and
 fewer hard negatives. config/full has the paper's values.
 """
 stage = "embed_sup"

@@ -27,6 +27,14 @@ print(faults[-1] - faults[0])"""
     assert done.returncode == 0 and int(done.stdout) < 1000, done.stdout + done.stderr
 
 
+def test_a_containers_limit_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "Path", lambda _: tmp_path / "memory.max")
+    physical = memory.available.__wrapped__()              # no such file; past the cache
+    for text, expected in (("max\n", physical), ("4096\n", 4096), (f"{2 ** 62}\n", physical)):
+        (tmp_path / "memory.max").write_text(text)
+        assert memory.available.__wrapped__() == expected > 0
+
+
 def test_kernels_of_old_shapes_are_dropped():
     """A matrix product of a new shape builds a kernel; the caches of 600 keep 60 MB and more."""
     script = """

@@ -53,7 +53,7 @@ def test_an_embedding_that_is_not_finite_is_named(tmp_path):
     vectors = EYE.copy()
     vectors[2, 1] = np.nan
     miner = mining.Miner(tmp_path, SimpleNamespace(dim=4))
-    with pytest.raises(ValueError, match="clr.passages: the embedding of number 2 is not finite"):
+    with pytest.raises(ValueError, match="clr.passages: the embedding of text number 2 is"):
         miner._embed("clr.passages", 4, lambda first, end: vectors[first:end])
 
 

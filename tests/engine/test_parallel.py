@@ -94,8 +94,8 @@ def built(world):
         parts[name] = {"held": sum(p.to_local().numel() for p in state.model.parameters()),
                        "largest": seen.numel,
                        "whole": distributed.gather_state(state.model.state_dict(), world)}
-        copy = train.Conan(cfg.model_config())
-        distributed.copy_whole(state.model, copy)
+        copy = distributed.whole_model(state.model, world)
+        assert type(copy) is train.Conan
         parts[name]["copy"] = copy.state_dict()
     return parts
 

@@ -122,14 +122,17 @@ def test_the_summary_shows_stages_dims_and_languages(capsys):
     assert rows[6][-2:] == ["mean", "0.500"] and rows[7] == ["de-en", "0.75", "zh-Hant-en", "0.25"]
 
 
-def test_the_summary_has_no_stage_after_the_one_that_was_asked_for(tmp_path):
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_summary_has_no_stage_after_the_one_that_was_asked_for(tmp_path, trained):
+    (tmp_path / "summary.json").write_text('{"minutes": 7.0, "embed_sup": {}}')
     for stage in STAGES:
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "eval.json").write_text('{"lm/x/dev/loss": 1.0}')
     cfg = SimpleNamespace(out=str(tmp_path), dims=(), stage="sft", run_dir=tmp_path / "sft")
-    report.summarise(cfg, STAGES, {}, 1.0, True)
+    report.summarise(cfg, STAGES, {}, 1.0, trained)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [name for name in summary if name in STAGES] == ["pretrain", "sft"]
+    assert summary["minutes"] == (1.0 if trained else 7.0)
 
 
 @pytest.mark.parametrize("name", ["embed_weak/eval.json", "summary.json"])
