@@ -14,7 +14,6 @@ import random
 import unicodedata
 from collections import Counter
 from functools import cache
-from itertools import islice
 
 from engine.bm25 import split_words
 
@@ -62,14 +61,10 @@ def build_clr(rows, translate, shares=TABLE_7, source_lang="en", gates=None):
     jobs = ((row["query"], lang) for row, lang in zip(rows, langs))
     many = getattr(translate, "many", None)
     texts = many(jobs) if many else (translate(*job) for job in jobs)
-    translated = zip(range(len(rows)), rows, langs, texts, strict=True)
-    while batch := list(islice(translated, 256)):
-        reasons = gates([row["query"] for _, row, _, _ in batch], [text for *_, text in batch],
-                        [lang for _, _, lang, _ in batch])
-        for (number, row, lang, text), reason in zip(batch, reasons):
-            if reason is None:
-                yield {**row, "query": text, "lang": lang, "source_lang": source_lang,
-                       "source_id": row.get("id", row.get("_id", number))}
+    for number, (row, lang, text) in enumerate(zip(rows, langs, texts, strict=True)):
+        if gates(row["query"], text, lang) is None:
+            yield {**row, "query": text, "lang": lang, "source_lang": source_lang,
+                   "source_id": row.get("id", row.get("_id", number))}
 
 
 # ---------------------------------------------------------------- quality gates
@@ -77,23 +72,20 @@ def build_clr(rows, translate, shares=TABLE_7, source_lang="en", gates=None):
 class Gates:
     """Quality gates in a row: what one drops, the next does not see. `dropped` counts the reasons.
 
-    A gate takes (sources, translations, langs), three lists, and returns a list with a reason to
-    drop each translation, or None.
+    A gate takes (source, translation, lang), and returns a reason to drop the translation, or None.
     """
 
     def __init__(self, *gates):
         self.gates, self.dropped = gates, Counter()
 
-    def __call__(self, sources, texts, langs):
-        """Return the first reason to drop each translation, None for the good ones."""
-        reasons = [None if text and text.strip() else "no translation" for text in texts]
+    def __call__(self, source, text, lang):
+        """Return the first reason to drop a translation, None for a good one."""
+        reason = None if text and text.strip() else "no translation"
         for gate in self.gates:
-            left = [i for i, reason in enumerate(reasons) if reason is None]
-            lists = [[part[i] for i in left] for part in (sources, texts, langs)]
-            for i, verdict in zip(left, gate(*lists) if left else ()):
-                reasons[i] = verdict
-        self.dropped.update(filter(None, reasons))
-        return reasons
+            reason = reason or gate(source, text, lang)
+        if reason:
+            self.dropped[reason] += 1
+        return reason
 
 
 SCRIPTS = {  # the first word of a character's Unicode name; Latin where nothing is said
@@ -124,19 +116,16 @@ def script_gate(least):
 
     Languages that are not in `LANGUAGES` are let through.
     """
-    return lambda sources, texts, langs: [
-        "script" if lang in LANGUAGES and script_share(text, lang) < least else None
-        for text, lang in zip(texts, langs)]
+    return lambda source, text, lang: (
+        "script" if lang in LANGUAGES and script_share(text, lang) < least else None)
 
 
 def length_gate(low, high):
     """Drop translations whose characters, per character of the source, are not in [low, high]."""
-    return lambda sources, texts, langs: [
-        None if low <= len(text) / max(1, len(source)) <= high else "length"
-        for source, text in zip(sources, texts)]
+    return lambda source, text, lang: (
+        None if low <= len(text) / max(1, len(source)) <= high else "length")
 
 
-def copy_gate(sources, texts, langs):
+def copy_gate(source, text, lang):
     """Drop translations without a single word that the source does not have."""
-    return ["copy" if set(split_words(text)) <= set(split_words(source)) else None
-            for source, text in zip(sources, texts)]
+    return "copy" if set(split_words(text)) <= set(split_words(source)) else None

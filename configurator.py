@@ -157,7 +157,7 @@ def _convert(value, hint, is_text):
     if origin in (Union, UnionType) and len(args) == 2 and NoneType in args:
         if value is None or is_text and value.lower() == "none":
             return None
-        return _convert(value, args[args[0] is NoneType], is_text)
+        return _convert(value, next(arg for arg in args if arg is not NoneType), is_text)
     if origin is Literal:
         for choice in args:
             if value == str(choice) if is_text else value == choice and type(value) is type(choice):

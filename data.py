@@ -35,13 +35,8 @@ from engine.pools import pool_of
 from engine.tokens import TokenStream
 
 # A query's instruction by task, unless its row has one. UNSPECIFIED: the words, and which tasks.
-PROMPTS = {
-    "retrieval": "Find",
-    "clr": "Find",
-    "classification": "Name the topic",
-    "sts": "",
-    "bitext": "",
-}
+PROMPTS = {"retrieval": "Find", "clr": "Find", "classification": "Name the topic", "sts": "",
+           "bitext": ""}
 
 
 def format_query(text, instruction=None):
@@ -125,7 +120,7 @@ def parse_sts(row):
     Only the order of scores counts. A batch mixes all files, so all need one scale; a run warns.
     """
     score = row.get("score")
-    if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) < 3e38:
+    if type(score) not in (int, float) or not abs(score) < 3e38:
         raise ValueError(f"key 'score' must be a finite number (float32), not {str(score)[:40]}; "
                          f"the keys are {sorted(row)[:8]}")
     return {"sentence1": _text(row, "sentence1"), "sentence2": _text(row, "sentence2"),
@@ -139,8 +134,6 @@ PARSERS = {"text": parse_text, "pairs": parse_pair, "retrieval": parse_pair, "cl
 
 def Rows(paths, kind, cache_dir="out/cache", skip_bad=False, world=ALONE):
     """Return the rows of several files of one kind as one sequence (engine/index.py)."""
-    if kind not in PARSERS:
-        raise ValueError(f"kind {kind!r} is unknown; choose one of {', '.join(PARSERS)}")
     if not paths:
         raise ValueError(f"no file of kind {kind!r} is given (--{kind}=FILE)")
     return JsonlFiles(paths, PARSERS[kind], cache_dir, skip_bad, kind in MINED, world)
@@ -429,9 +422,8 @@ def hard_enough(pool, scores, n):
     positive, not with the query, and for rows of tools/mine.py by its model. The first n stay, so
     no query is without.
     """
-    easy = should_replace(torch.from_numpy(scores), torch.from_numpy(scores)).numpy()
+    scores = torch.from_numpy(scores)
+    easy = should_replace(scores, scores).numpy()
     easy[:, :n] = False
-    keep = (pool >= 0) & ~easy
-    order = np.argsort(~keep, axis=1, kind="stable")
-    keep, pool = (np.take_along_axis(x, order, 1) for x in (keep, pool))
-    return np.where(keep, pool, -1)
+    pool = np.where(easy, -1, pool)
+    return np.take_along_axis(pool, np.argsort(pool < 0, axis=1, kind="stable"), 1)

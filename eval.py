@@ -111,8 +111,10 @@ def retrieval_by_language(encoder, collection, subset="all"):
             part = part_of(collection, q, p)
             if any(part.qrels.get(row["id"]) for row in part.queries):
                 cells[f"{q}-{p}"] = retrieval(encoder, part)
-    whole = {subset: retrieval(encoder, collection)}
-    return whole | cells | {"mean": mean_of(cells.values())} if len(cells) > 1 else whole
+    scores = {subset: retrieval(encoder, collection)}
+    if len(cells) > 1:
+        scores |= cells | {"mean": mean_of(cells.values())}
+    return scores
 
 
 def part_of(collection, query_language, passage_language):

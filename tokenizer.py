@@ -141,13 +141,8 @@ class Tokenizer:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def save(self, path):
-        """Write one text file, aside first: a file under this name is whole."""
-        part = Path(f"{path}.{os.getpid()}.tmp")
-        with open(part, "wb") as file:
-            file.write(self.to_bytes())
-            file.flush()
-            os.fsync(file.fileno())                # else a power cut may leave an empty one
-        os.replace(part, path)
+        """Write one text file."""
+        Path(path).write_bytes(self.to_bytes())
 
     @classmethod
     def load(cls, path):

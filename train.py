@@ -37,7 +37,7 @@ import data
 from configurator import from_command_line
 from embed import Embedder
 from engine import budget, checkpoint, distributed, kernels, memory, report, run
-from engine.jsonl import write_object
+from engine.jsonl import atomic, write_object
 from engine.microbatch import backward, two_pass
 from engine.order import key_of, shuffled, task_of_step
 from eval import evaluate_stage, lexical_scores, read_ahead, validation_loss
@@ -289,8 +289,10 @@ def train_tokenizer(cfg):
         texts = (row if isinstance(row, str) else f"{row['query']}\n{row['pos'][0]}"
                  for row in sample)
         is_large = len(chosen) > PYTHON_BPE_TEXTS and importlib.util.find_spec("rustbpe")
-        Tokenizer.train(texts, cfg.vocab_size, backend="rustbpe" if is_large else "python"
-                        ).save(path)
+        tokenizer = Tokenizer.train(texts, cfg.vocab_size,
+                                    backend="rustbpe" if is_large else "python")
+        with atomic(path, "wb") as file:
+            file.write(tokenizer.to_bytes())
     return Tokenizer.load(path)
 
 
@@ -412,9 +414,7 @@ def score(state):
             data.format_sft(state.prompts["retrieval"], "Return the sum of two numbers.")
         text = generate(state.model, state.tokenizer, prompt)
         print(f"\n{cfg.stage} writes: {prompt!r} -> {text!r}\n")
-    if state.world.is_main:
-        write_object(cfg.run_dir / "eval.json", results)
-    state.world.barrier()
+    state.world.on_main(lambda: write_object(cfg.run_dir / "eval.json", results))
 
 
 def train_chain(configs, world):
@@ -423,7 +423,7 @@ def train_chain(configs, world):
     world.on_main(lambda: prepare(cfg, [stage.stage for stage in configs]))
     for stage in configs:                  # a mistake shows now, not after the stages before it
         data.hashes(stage, world)
-        world.on_main(lambda: stage.resume and run.finished(stage))
+        world.on_main(lambda: run.finished(stage))
     done, trained = None, False
     for stage in configs:
         before, done = done, run.reusable(stage, world, data.hashes(stage, world), done)

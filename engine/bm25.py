@@ -12,7 +12,6 @@ The paper does not use BM25; its Sec. 3.4 mines candidates with an embedder.
     from engine.bm25 import BM25
     indices, scores = BM25(["a cat", "a dog"]).top_k(["dogs and a dog"], k=1)    # [[1]]
 """
-
 import unicodedata
 from array import array
 from collections import Counter

@@ -105,7 +105,7 @@ def step_texts(cfg):
         return {cfg.passage_len: cfg.batch_size}
     passages = 1 + (cfg.n_negatives if cfg.stage == "embed_sup" else 0)
     tasks = [{cfg.query_len: 2 * n} if kind == "sts" else
-             dict(Counter([cfg.query_len] * n + [cfg.passage_len] * n * passages))
+             Counter({cfg.query_len: n}) + Counter({cfg.passage_len: n * passages})
              for kind, n in batches_of(cfg).items()]
     return max(tasks, key=lambda texts: sum(t * b for t, b in texts.items()))
 

@@ -10,7 +10,6 @@ is killed or the disk is full, `latest` finds the previous or the new checkpoint
 compares with the manifest first (torch loads a flipped bit silently) and unpickles with
 `weights_only=True`, so a hostile file runs no code. One process saves; ranks are the caller's.
 """
-
 import contextlib
 import json
 import os

@@ -79,7 +79,8 @@ def find_qrels(directory, split=None):
     Of several splits, the one that is named or the first of HELD_OUT.
     """
     splits = [(f"qrels/{name}.tsv", name) for name in ([split] if split else HELD_OUT)]
-    for name, of_file in [*splits[:bool(split)], ("qrels.tsv", None), *splits]:
+    whole = [("qrels.tsv", None)]                      # of all splits, so a named one goes before
+    for name, of_file in splits + whole if split else whole + splits:
         for path in (directory / name, directory / f"{name}.gz"):
             if path.is_file():
                 return path, of_file

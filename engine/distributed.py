@@ -105,8 +105,6 @@ class World:
 
     def gather_to_main(self, value):
         """Return the list of every rank's `value` on the main rank, None on the others."""
-        if self.size == 1:
-            return [value]
         values = [None] * self.size if self.is_main else None
         dist.gather_object(value, values)
         return values
@@ -187,14 +185,12 @@ def _fresh_store(rank, size):
 
 
 def stop(is_orderly=True):
-    """Leave the process group, and end its threads.
+    """Leave the process group, and end its threads: one that is left may abort the process.
 
-    A card's group waits for the others in there. After an error they may be elsewhere, and wait for
-    this one: it then only ends, and torchrun stops the others.
-    One that still runs when the interpreter goes down may abort the process. They end with the last
-    reference to the group. A DDP model holds one, in a cycle: nobody may hold the model any more.
-    torch.distributed.nn.functional, which optimizers import, holds the group that there is at its
-    import in default arguments: `start` imports it.
+    A card's group waits for the others here. After an error they may wait elsewhere: then this
+    process only ends, and torchrun stops the others. Threads end with the last reference to the
+    group. A DDP model holds one, in a cycle: nobody may hold the model any more. Default arguments
+    in torch.distributed.nn.functional hold the group of its import: `start` imports it before.
     """
     if dist.is_initialized() and (is_orderly or dist.get_backend() == "gloo"):
         gc.collect()

@@ -213,8 +213,8 @@ def backends(device):
     On Blackwell that one is wrong for fewer than 8 key/value heads (pytorch issue 193893).
     """
     is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return [SDPBackend.CUDNN_ATTENTION] * is_hopper + [
-        SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return [SDPBackend.CUDNN_ATTENTION, *kernels] if is_hopper else kernels
 
 
 def equal_lengths(q, k, v, b, is_causal):

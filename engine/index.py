@@ -258,10 +258,10 @@ class JsonlFiles:
             raise ValueError(f"{paths[0]} and others: not the same files on all ranks; put them on "
                              "a file system that all nodes see")
         different = list({file.index: file for file in self.files}.values())
-        todo = sum(together(world, lambda: [
+        numbers = together(world, lambda: [
             i for i in range(world.rank, len(different), world.size)
-            if not different[i].is_ready()]), [])
-        todo = [different[i] for i in todo]
+            if not different[i].is_ready()])
+        todo = [different[i] for part in numbers for i in part]
         packed = [file for file in todo if file.is_packed]
         try:
             together(world, lambda: [f.unpack() for f in packed[world.rank::world.size]])

@@ -16,8 +16,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-SUFFIXES = (".jsonl", ".ndjson", ".json")
-
 
 @contextlib.contextmanager
 def atomic(path, mode="w"):
@@ -104,7 +102,7 @@ def write_jsonl(path, rows):
 def is_json(path):
     """Tell whether a file's name says JSONL, packed or not: x.jsonl, x.NDJSON, x.json.gz."""
     name = Path(path).name.lower().removesuffix(".gz")
-    return name.endswith(SUFFIXES)
+    return name.endswith((".jsonl", ".ndjson", ".json"))
 
 
 # ---------------------------------------------------------------- one line
@@ -146,15 +144,13 @@ def parse_line(line, required=None):
         if key not in row:
             raise ValueError(f"key {key!r} is missing; the keys are {sorted(row)[:8]}")
         if not isinstance(row[key], kind) or isinstance(row[key], bool):
-            raise ValueError(f"key {key!r} must be {_name(kind)}, not {type(row[key]).__name__}")
+            names = [k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))]
+            raise ValueError(f"key {key!r} must be {' or '.join(names)}, not "
+                             f"{type(row[key]).__name__}")
     for key in ("title", "lang", "split") if required else ():      # optional everywhere
         if not isinstance(row.get(key), (str, type(None))):
             raise ValueError(f"key {key!r} must be str, not {type(row[key]).__name__}")
     return row
-
-
-def _name(kind):
-    return " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
 
 
 # ---------------------------------------------------------------- whole files

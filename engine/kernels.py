@@ -320,11 +320,11 @@ class _SwiGLU(torch.autograd.Function):
 
 # ---------------------------------------------------------------- matmuls of a finished model
 
-def pack(model, tokens=16_384):
+def pack(model):
     """Lay the weights of a model's matmuls out for oneDNN once, for texts without a gradient.
 
     On a CPU torch would do so in every pass; in float32 it takes MKL, which is slower on many
-    tokens. The parameters stay as they are. tokens: of a usual pass.
+    tokens. The parameters stay as they are.
     """
     onednn, weight = torch.ops.mkldnn, model.embed_tokens.weight
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or \
@@ -332,7 +332,7 @@ def pack(model, tokens=16_384):
         return
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear):
-            packed = onednn._reorder_linear_weight(layer.weight.detach(), tokens)
+            packed = onednn._reorder_linear_weight(layer.weight.detach(), 16_384)  # tokens a pass
             layer.forward = partial(packed_linear, layer.weight, layer.weight._version, packed)
 
 

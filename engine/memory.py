@@ -19,9 +19,10 @@ def keep_freed_memory():
     frees more.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")     # torch asks for pages of 2 MB, not 4 kB
-    for parameter, value in ((-4, 0), (-1, -1), (-2, 2 ** 26)):
-        if _glibc():                       # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            _glibc().mallopt(parameter, value)
+    if library := _glibc():
+        library.mallopt(-4, 0)                             # M_MMAP_MAX
+        library.mallopt(-1, -1)                            # M_TRIM_THRESHOLD
+        library.mallopt(-2, 2 ** 26)                       # M_TOP_PAD
 
 
 def bound_kernel_caches(shapes=128):

@@ -117,11 +117,10 @@ class Exact:
 class Approximate(Exact):
     """The same by faiss: an inverted file of 8-bit vectors, ranked again by the exact cosines.
 
-    The file takes D bytes a passage; the main rank builds it, all ranks map it. probes: how many of
-    its sqrt(P) cells are searched.
+    The file takes D bytes a passage; the main rank builds it, all ranks map it.
     """
 
-    def __init__(self, passages, path, device="cpu", world=ALONE, probes=32):
+    def __init__(self, passages, path, device="cpu", world=ALONE):
         super().__init__(passages, device)
         try:
             import faiss
@@ -129,7 +128,7 @@ class Approximate(Exact):
             raise ImportError("--search=faiss needs `pip install faiss-cpu`") from None
         world.on_main(lambda: Path(path).is_file() or self._build(faiss, path))
         self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-        self.index.nprobe = probes
+        self.index.nprobe = 32         # of sqrt(P) cells, so many are searched
 
     def _build(self, faiss, path):
         n, dim = len(self.passages), self.passages[:1].shape[1]

@@ -20,9 +20,10 @@ def read_model(path):
     if not ((where / "manifest.json").is_file() and (where / "config.json").is_file()):
         where = checkpoint.latest(path)
     if where is None:
-        inside = sorted(str(p) for p in Path(path).glob("*/") if checkpoint.latest(p))
+        inside = sorted({str(p.parents[1]) for p in Path(path).glob("*/step_*/manifest.json")})
+        hint = f" ({', '.join(inside)})" if inside else ""
         raise FileNotFoundError(f"{path}: no checkpoint here; train.py writes them to OUT/STAGE"
-                                + f" ({', '.join(inside)})" * bool(inside))
+                                f"{hint}")
     checkpoint.load(where, "tokenizer.tiktoken")
     return where, checkpoint.load(where, "config.json"), checkpoint.load(where, "model.pt")
 

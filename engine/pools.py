@@ -50,7 +50,7 @@ class SharedPool:
         count = int((self.own.negatives(rows) >= 0).sum())
 
         def work():
-            self.own.update(rows, scores[is_own.to(scores.device)])
+            self.own.update(rows, scores[is_own])
             return self.own.stats(), count
         parts = together(self.world, work)
         total = max(sum(count for _, count in parts), 1)

@@ -111,10 +111,8 @@ def chain(cls, argv):
     stages = [read_settings(cls, argv)]
     if not files and "stage" not in stages[0]:
         raise ConfigError("name the config of a stage, such as config/embed_sup.py, or its --stage")
-    rest, seen = list(argv), files[:1]
-    if files:
-        rest.remove(files[0])                      # of this stage alone
-    handed = read_settings(cls, rest)
+    seen = files[:1]                               # the file of this stage alone
+    handed = read_settings(cls, [arg for arg in argv if arg not in seen])
     while path := stages[0].get("previous", ""):
         if path in seen:
             raise ConfigError(f"{path}: previous leads back to it")
@@ -136,7 +134,7 @@ def finished(cfg):
 
     Raises ValueError if it was trained with other settings.
     """
-    where = checkpoint.latest(cfg.run_dir)
+    where = checkpoint.latest(cfg.run_dir) if cfg.resume else None
     if where is None:
         return None
     meta = read_meta(where)
@@ -150,7 +148,7 @@ def reusable(cfg, world, hashes, before):
 
     Raises ValueError if it had other settings or data, or started from other weights.
     """
-    where = world.on_main(lambda: finished(cfg)) if cfg.resume else None
+    where = world.on_main(lambda: finished(cfg))
     check_origin(hashes, before, where)
     if where and world.is_main and read_meta(where)["train"]["evaluate"] != list(cfg.evaluate):
         print(f"{where} is scored already; eval.py scores it on other collections")
@@ -159,9 +157,13 @@ def reusable(cfg, world, hashes, before):
 
 def check_origin(hashes, before, where):
     """Raise ValueError if a checkpoint, if there is one, had other data or another stage before."""
-    if where:
-        check_data(hashes, where)
-        check_before(before, where)
+    if where is None:
+        return
+    check_data(hashes, where)
+    if read_meta(where).get("before") not in (None, weights_hash(before)):     # None: not noted yet
+        raise ValueError(f"{where} started from other weights than {before or 'random ones'} has "
+                         "now. Choose another --out, or start this stage afresh with "
+                         "--resume=false")
 
 
 def check_shape(cfg, saved, where):
@@ -234,14 +236,6 @@ def set_aside(cfg):
         if (cfg.run_dir / name).is_file():
             os.replace(cfg.run_dir / name, cfg.run_dir / f"{name}.aside")
     checkpoint.set_aside(cfg.run_dir)
-
-
-def check_before(before, where):
-    """Raise ValueError if the stage before was trained anew since a checkpoint started from it."""
-    if read_meta(where).get("before") not in (None, weights_hash(before)):     # None: not noted yet
-        raise ValueError(f"{where} started from other weights than {before or 'random ones'} has "
-                         "now. Choose another --out, or start this stage afresh with "
-                         "--resume=false")
 
 
 def session(cfg, work):

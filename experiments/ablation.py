@@ -15,7 +15,6 @@ A data folder needs dev/, test/, clr_dev/ and clr_test/.
 DEVIATES: stage 3 has no cross-lingual pairs on the embedded corpus: stage 4 alone binds languages.
 """
 import dataclasses
-import itertools
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,10 +32,10 @@ from experiments.cells import NOTHING, PRETRAIN, SFT, SUP, WEAK, Cell, Lab, colu
 from experiments.results import cells_lines
 from experiments.runs import choose, read_log, read_scores, seconds, write_result
 from mask import CAUSAL, FULL, MaskSpec, alpha
-from sample import generate
 
-TABLE_4 = {"+".join(part for part, on in zip(("SM", "CLR", "DHNM"), key) if on) or "nothing": key
-           for key in sorted(itertools.product((0, 1), repeat=3), key=sum)}
+TABLE_4 = {                            # {row: which of SM, CLR and DHNM are on}
+    "nothing": (0, 0, 0), "DHNM": (0, 0, 1), "CLR": (0, 1, 0), "SM": (1, 0, 0),
+    "CLR+DHNM": (0, 1, 1), "SM+DHNM": (1, 0, 1), "SM+CLR": (1, 1, 0), "SM+CLR+DHNM": (1, 1, 1)}
 TABLE_12 = {"linear": Cell(), "accelerating": Cell("accelerating"),
             "decelerating": Cell("decelerating"), "hard": Cell("hard"),
             "causal": Cell("causal"), "linear columns": Cell(mask_axis="col"),
@@ -95,7 +94,7 @@ def make_table(lab, name, cells, *, stage=WEAK, measure=None, **more):
              "steps": {s: cfg.steps for s, cfg in lab.base.items()},
              "learning_rates": lab.tuned, "versions": [versions()]}
     path = Path(lab.cfg.results) / f"{name}.json"
-    stages = (WEAK, SUP)[:1 + (stage == SUP)]          # whose learning rates count
+    stages = (WEAK, SUP) if stage == SUP else (WEAK,)  # whose learning rates count
     add_earlier(table, path, stages)                   # a mistake would show at the very end
     if stay := set(table["seeds"]) - set(lab.cfg.seeds):
         print(f"{path}: seeds {', '.join(map(str, sorted(stay)))} stay as they are")
@@ -113,7 +112,7 @@ def make_table(lab, name, cells, *, stage=WEAK, measure=None, **more):
             "command": " ".join([f"python -m experiments.ablation {name} --seeds={seeds}", *(
                 f"--{key}=FILE" for key in ("pawsx", "sts") if getattr(lab.cfg, key))]),
             "differences": {key: sides for key, sides in more.get("differences", {}).items()
-                            if set(sum(map(list, sides), [])) <= table["cells"].keys()}})
+                            if {*sides[0], *sides[1]} <= table["cells"].keys()}})
     print("\n".join(cells_lines(read_object(path))))
     return path
 
@@ -141,12 +140,10 @@ def add_earlier(table, path, stages):
 
 
 def language_model(lab, folder):
-    """Return what a language model is worth: its loss on dev documents, and what it writes."""
-    embedder = Embedder(folder / PRETRAIN)
+    """Return the loss of a language model on dev documents, and how many tokens it has read."""
     texts = [row["text"] for row in load_collection(f"{lab.cfg.data}/dev").corpus]
-    return {"loss": probes.lm_loss(embedder, texts), "tokens": read_log(
-        folder / PRETRAIN)[-1]["tokens"], "sample": "Return the" + generate(
-            embedder.model, embedder.tokenizer, "Return the", 40)}
+    return {"loss": probes.lm_loss(Embedder(folder / PRETRAIN), texts),
+            "tokens": read_log(folder / PRETRAIN)[-1]["tokens"]}
 
 
 # ---------------------------------------------------------------- Tables 4, 6 and 12

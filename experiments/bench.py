@@ -177,8 +177,8 @@ def lm(cfg, rows):
     batch = data.lm_batch(windows, None)
     for dtype in DTYPES:
         sides = {"": step_of(plain, stage, dtype, lambda: plain_lm_loss(plain, windows).backward())}
-        names = [f"LM {dtype}", *[f"LM {dtype}, --compile=true"] * bool(distributed.compilers())]
-        for compile, name in enumerate(names):
+        names = [f"LM {dtype}", f"LM {dtype}, --compile=true"]
+        for compile, name in enumerate(names if distributed.compilers() else names[:1]):
             sides[name] = step_of(model := cfg.model(compile), stage, dtype,
                                   partial(train.step_loss, model, batch, stage, 0))
         seconds = in_turn(sides, cfg.rounds)
@@ -264,11 +264,9 @@ def exported(cfg, folder, longest):
     """Write the recipe's model as a directory that sentence-transformers loads; return its path."""
     prompts = dict.fromkeys(data.PROMPTS, "")
     embedder = Embedder.of(cfg.model(), words()[1], FULL, longest, prompts)
-    embedder.checkpoint = Path(folder) / "none" / "step_000000"
     embedder.meta = {"model": dataclasses.asdict(embedder.model.config),
                      "mask": dataclasses.asdict(FULL), "passage_len": longest, "step": 0,
-                     "prompts": prompts, "versions": run.versions(),
-                     "train": dataclasses.asdict(cfg.stage(3))}
+                     "versions": run.versions(), "train": dataclasses.asdict(cfg.stage(3))}
     path = Path(folder) / f"exported_{longest}"
     export.write(embedder, path, "bench", False)
     return str(path)

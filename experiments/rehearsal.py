@@ -138,8 +138,7 @@ def rehearse(folder, world):
     meter("exact search", lambda: shared(
         cache / "pools", (SEARCH, 50), np.int32, 1024, lambda first, end: mine(
             vectors[first:end], Exact(vectors), [[q] for q in range(first, end)], 50)[0], world))
-    size = {kind: (folder / f"{kind}.jsonl").stat().st_size for kind in (
-        "text", "pairs", "retrieval")}
+    size = {kind: (folder / f"{kind}.jsonl").stat().st_size for kind in ("text", "pairs")}
     amounts = [size["text"] / 1e9, len(tokens) / 1e6, *[size["pairs"] / 1e9] * 2,
                *[len(found) / 1e6] * 3, 2 * SEARCH ** 2 * WIDTH / 1e12]
     for part, amount in zip(UNITS, amounts):

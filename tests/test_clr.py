@@ -92,8 +92,9 @@ def test_dropped_rows_are_counted_by_reason():
 
 
 def test_a_language_of_no_known_script_passes_the_script_gate():
-    assert script_gate(0.5)(["a", "a"], ["жар", "heat"], ["uk", "ru"]) == [None, "script"]
-    assert script_gate(0.5)(["a"], ["жxaр"], ["ru"]) == [None]              # just enough
+    gate = script_gate(0.5)
+    assert gate("a", "жар", "uk") is None and gate("a", "heat", "ru") == "script"
+    assert gate("a", "жxaр", "ru") is None                                  # just enough
 
 
 def test_beirs_id_is_an_id():
@@ -122,14 +123,8 @@ def test_script_share(lang, text, share):
 
 def test_length_and_copies():
     gate = length_gate(0.5, 2.0)
-    assert gate(["abcd"] * 4, ["a", "ab", "abcdefgh", "abcdefghi"], ["de"] * 4) == [
+    assert [gate("abcd", text, "de") for text in ("a", "ab", "abcdefgh", "abcdefghi")] == [
         "length", None, None, "length"]
-    assert gate(["a"], ["abc"], ["de"]) == ["length"]
-    sources = ["Sort the list"] * 3
-    assert copy_gate(sources, ["sort list!", "Liste sort", "the list"], ["de"] * 3) == [
-        "copy", None, "copy"]
-
-
-def test_no_gate_sees_an_empty_list():
-    gates = Gates(copy_gate, lambda sources, texts, langs: [None] * (6 // len(sources)))
-    assert gates(["a"], ["a"], ["de"]) == ["copy"]
+    assert gate("a", "abc", "de") == "length"
+    assert [copy_gate("Sort the list", text, "de") for text in (
+        "sort list!", "Liste sort", "the list")] == ["copy", None, "copy"]

@@ -86,8 +86,6 @@ def test_what_a_row_lacks_is_said(kind, row, reason):
 
 
 def test_rows_are_asked_for_by_their_kind():
-    with pytest.raises(ValueError, match="kind 'tables' is unknown; choose one of text, pairs"):
-        data.Rows(["a.jsonl"], "tables")
     with pytest.raises(ValueError, match=r"no file of kind 'sts' is given \(--sts=FILE\)"):
         data.Rows([], "sts")
 

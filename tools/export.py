@@ -122,7 +122,7 @@ def architecture(embedder, lm):
         "is_causal": embedder.mask.is_causal, "vocab_size": c.vocab_size, "hidden_size": c.n_embd,
         "intermediate_size": c.ffn_dim, "num_hidden_layers": c.n_layer,
         "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
-        "head_dim": c.n_embd // c.n_head, "max_position_embeddings": c.block_size,
+        "head_dim": c.head_dim, "max_position_embeddings": c.block_size,
         "rope_theta": c.rope_base,
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
         "rms_norm_eps": c.norm_eps, "tie_word_embeddings": True, "use_cache": lm,

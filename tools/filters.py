@@ -172,9 +172,9 @@ def _runs(words):
 
 def _strings(rows):
     for row in rows:
-        for value in (value for key, value in row.items() if key not in NOT_TEXT):
+        for key, value in row.items():
             values = value if isinstance(value, list) else [value]
-            yield from (text for text in values if isinstance(text, str))
+            yield from (x for x in values if isinstance(x, str) and key not in NOT_TEXT)
 
 
 # ---------------------------------------------------------------- command line
@@ -197,12 +197,8 @@ class FilterConfig:
 def read_input(paths, check, counts):
     """Yield the rows of some files and count them; a row that `check` refuses is named by line."""
     for path in paths:
-        rows = tqdm(read_jsonl(path), desc=Path(path).name, unit="row", disable=None)
-        for number, row in enumerate(rows, 1):
-            try:
-                check(row)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
+        rows = read_jsonl(path, check=check)
+        for row in tqdm(rows, desc=Path(path).name, unit="row", disable=None):
             counts["read"] += 1
             yield row
 

@@ -69,8 +69,8 @@ class Builder:
     is_mixed: whether the set has files of several forms.
     """
 
-    def __init__(self, out, seed=0):
-        self.out, self.rng = Path(out), random.Random(seed)
+    def __init__(self, out):
+        self.out, self.rng = Path(out), random.Random(0)
         self.files = defaultdict(list)
         self.name, self.file, self.document_of, self.is_mixed = "", "", {}, False
 
@@ -79,7 +79,7 @@ class Builder:
         if text.strip():
             self.files["text"].append({"text": text})
 
-    def add(self, kind, query, passage, **rest):
+    def add(self, kind, query, passage, form="", **rest):
         """Take a row {query, pos}; a query equal to its passage teaches nothing.
 
         Pairs go to a file for each set and passage language, since a batch is taken from one file:
@@ -88,8 +88,6 @@ class Builder:
         """
         if query.strip() and passage.strip() and query != passage:
             if kind == "pairs":
-                form = "crop-" if rest.get("prompt", 0) is None else \
-                    "bitext-" if "prompt" in rest else ""
                 kind = f"pairs/{self.name}-{form}{rest['lang_p']}"
                 kind += f"-{rest['lang_q']}" if form + rest["lang_p"] == "bitext-en" else ""
             self.files[kind].append({"query": query, "pos": [passage[:MAX_CHARS]], **rest})
@@ -106,7 +104,7 @@ class Builder:
         """
         if self.rng.random() < 0.5:
             left, right, lang_l, lang_r = right, left, lang_r, lang_l
-        self.add("pairs", left, right, prompt="", lang_q=lang_l, lang_p=lang_r)
+        self.add("pairs", left, right, "bitext-", prompt="", lang_q=lang_l, lang_p=lang_r)
         if lang_l != lang_r:
             self.text(f"{left}\n{right}")
 
@@ -115,7 +113,7 @@ class Builder:
         parts = re.split(r"(?<=[.!?。！？।؟])\s*", text)
         if len(parts) >= 3 and lang:
             i = self.rng.randrange(len(parts))
-            self.add("pairs", parts[i], " ".join(parts[:i] + parts[i + 1:]), lang_q=lang,
+            self.add("pairs", parts[i], " ".join(parts[:i] + parts[i + 1:]), "crop-", lang_q=lang,
                      lang_p=lang, prompt=None)
 
     def hold_out(self, rows, key):
@@ -154,11 +152,11 @@ class Builder:
         for row in queries:
             parts = [part for part in row["id"].split("/") if part != language(row)]
             same["/".join(parts)].append(row)
-            for key in (key for key, score in collection.qrels.get(row["id"], {}).items()
-                        if score > 0):
-                passage = documents[key]
-                crossing |= language(passage) != language(row)
-                self.ask(row["text"], document_text(passage), language(row), language(passage))
+            for key, score in collection.qrels.get(row["id"], {}).items():
+                if score > 0:
+                    passage = documents[key]
+                    crossing |= language(passage) != language(row)
+                    self.ask(row["text"], document_text(passage), language(row), language(passage))
         for rows in same.values() if crossing else ():
             for i, row in enumerate(rows):
                 for other in (other for other in rows[:i] if language(other) != language(row)):

@@ -7,7 +7,6 @@ The settings are those of the run, and so are the files: OUT/tokenizer-*.tiktoke
 OUT/tokens-HASH/. All processes must see OUT. A run that broke off continues with the next shard.
 """
 import sys
-from pathlib import Path
 
 import data
 import train
@@ -22,8 +21,7 @@ def main(argv=None):
         raise ValueError(f"stage {cfg.stage} reads no tokens; give the config of stage 1")
     world = distributed.start("cpu")
     try:
-        world.on_main(lambda: train.prepare(cfg))
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        world.on_main(lambda: train.prepare(cfg, [cfg.stage]))
         rows = data.Rows(data.sources(cfg, "text"), "text", skip_bad=cfg.skip_bad_lines,
                          world=world)
         tokenizer = world.on_main(lambda: train.train_tokenizer(cfg))

@@ -57,7 +57,7 @@ def source_files():
             if SKIP_PARTS & set(parts) or any(p.startswith("test_") for p in parts):
                 continue
             parts = parts[:-1] if parts[-1] == "__init__" else parts
-            name = ".".join(((package,) if package else ()) + parts)
+            name = ".".join(filter(None, (package, *parts)))
             if name and path.stat().st_size < 2_000_000:
                 yield name, path
 

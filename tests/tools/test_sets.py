@@ -234,7 +234,8 @@ def test_small_files_are_joined_by_set_then_all(tmp_path):
     for name, lang, n in (("a", "de", 3), ("a", "fr", 700), ("b", "de", 400), ("b", "fr", 400)):
         builder.name = name
         for i in range(n):
-            builder.add("pairs", f"{lang} {i}", f"english {i}", prompt="", lang_q=lang, lang_p="en")
+            builder.add("pairs", f"{lang} {i}", f"english {i}", "bitext-", lang_q=lang,
+                            lang_p="en")
     builder.join_small()
     assert {kind: len(rows) for kind, rows in builder.files.items()} == {
         "pairs/a-bitext-en-fr": 700,                   # enough for a file of its own
