@@ -197,7 +197,7 @@ def load_index(embedder, corpus):
             return rows, vectors
     try:
         return rows, np.load(cache, mmap_mode="r")
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ValueError(f"{cache} is damaged, delete it: {error}") from None
 
 

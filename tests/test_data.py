@@ -502,3 +502,11 @@ def test_ids_are_only_keys(tmp_path):
         (folder / "corpus.jsonl").write_text(json.dumps({"_id": text, "text": "a"}) + "\n")
         (folder / "qrels.tsv").write_bytes(f"0\t{text}\t1\n".encode())
         assert data.load_collection(folder).qrels == {"0": {text: 1.0}}
+
+
+def test_where_some_rows_alone_bring_cosines_all_are_mined(tokenizer, embedder):
+    rows = [{"query": f"the {i}", "pos": [f"fox {i}"], "neg": [f"own {i}"]} for i in range(6)]
+    rows[0]["cosines"] = [0.9]
+    t = task(tokenizer, rows, pool_size=4)
+    data.fill_pools([t], embedder)
+    assert not t.rows.is_scored and (t.pool.negatives(range(6)) >= 0).all()

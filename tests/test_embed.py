@@ -1,4 +1,5 @@
 """Embedder and search: the trained prompt travels, caches carry hashes, odd files are named."""
+import base64
 import dataclasses
 import json
 import sys
@@ -281,10 +282,68 @@ def test_a_full_disk_leaves_no_vectors(tmp_path):
     assert np.array_equal(np.load(path), vectors)
 
 
-def test_a_damaged_index_is_named(run, tmp_path):
+@pytest.mark.parametrize("left", [0, -8])
+def test_a_damaged_index_is_named(run, tmp_path, left):
+    """An empty one, too: its EOFError would pass for the end of the queries."""
     corpus = write_corpus(tmp_path / "docs")
     load_index(Embedder(run, "cpu"), corpus)
     path, = run.glob("index-*.npy")
-    path.write_bytes(path.read_bytes()[:-8])
+    path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(ValueError, match=rf"{path} is damaged, delete it: "):
         load_index(Embedder(run, "cpu"), corpus)
+
+
+@pytest.mark.parametrize("last, code", [(" ", 0), (EOFError(), 0), (KeyboardInterrupt(), 130)])
+def test_queries_are_asked_for_one_by_one(run, tmp_path, monkeypatch, capsys, last, code):
+    """Until an empty one; the end of the input and Ctrl-C end them, too."""
+    typed = iter(["lists", "words", last])
+
+    def ask(_):
+        if isinstance(line := next(typed), str):
+            return line
+        raise line
+    monkeypatch.setattr("builtins.input", ask)
+    corpus = write_corpus(tmp_path / "docs") / "corpus.jsonl"      # the file itself will do
+    with pytest.raises(SystemExit) as caught:
+        sys.exit(command(monkeypatch, "--checkpoint", run, "--device=cpu", "--corpus", corpus))
+    assert (caught.value.code or 0) == code and not list(typed)
+    shown = capsys.readouterr().out
+    assert shown.count("  1  ") == shown.count("  2  ") == 2
+
+
+def test_what_else_decides_the_vectors_is_in_the_name_of_their_index(run, tmp_path):
+    corpus, embedder, names = write_corpus(tmp_path / "docs"), Embedder(run, "cpu"), set()
+    for change in ({}, {"max_len": 3}, {"dtype": "bfloat16"}):
+        vars(embedder).update(change)
+        load_index(embedder, corpus)
+        names |= {path.name for path in run.glob("index-*.npy")}
+    assert len(names) == 3
+
+
+def test_no_text_is_longer_than_the_models_context(tmp_path, tokenizer):
+    embedder = Embedder(write_run(tmp_path / "x", tokenizer, passage_len=500), "cpu")
+    assert embedder.max_len == 64 and embedder.encode(["words " * 99]).shape == (1, 16)
+
+
+def test_a_model_in_memory_computes_in_the_dtype_of_its_run(run, tokenizer):
+    exact = Embedder(run, "cpu", "float32")
+    rough = Embedder.of(exact.model, tokenizer, FULL, 64, dtype="bfloat16")
+    gap = np.abs(rough.encode(["the rank of words"]) - exact.encode(["the rank of words"]))
+    assert 0 < gap.max() < 0.05 and exact.model.norm.weight.dtype == torch.float32
+
+
+def test_a_changed_tokenizer_of_a_named_checkpoint_is_refused(run):
+    """`latest` verifies what it finds; of a checkpoint that is named each file is, one by one."""
+    where = checkpoint.latest(run)
+    *head, last, end = (where / "tokenizer.tiktoken").read_bytes().split(b"\n")
+    word, rank = last.split()
+    other = base64.b64encode(base64.b64decode(word)[::-1] + b"z")
+    (where / "tokenizer.tiktoken").write_bytes(b"\n".join([*head, other + b" " + rank, end]))
+    assert Tokenizer.load(where / "tokenizer.tiktoken")            # for itself it is whole
+    with pytest.raises(checkpoint.CorruptCheckpoint, match="tokenizer.tiktoken: "):
+        Embedder(where, "cpu")
+
+
+def test_a_folder_of_runs_names_them(run):
+    with pytest.raises(FileNotFoundError, match=rf"no checkpoint here; .* \({run}\)$"):
+        Embedder(run.parent, "cpu")

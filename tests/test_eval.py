@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import torch
 import data
 import eval as evaluation
 from data import PROMPTS, Collection
+from engine import collection
 from engine.distributed import ALONE
 from eval import (CachedEncoder, LexicalBaseline, average_precision, evaluate, hit_at_k,
                   mean_average_precision, mrr_at_k, ndcg_at_k, recall_at_k, spearman)
@@ -749,3 +751,37 @@ def test_a_folder_may_be_asked_for_the_split_that_it_is_named_after(tmp_path):
     assert evaluate(LexicalBaseline(), "retrieval", folder, split="test") == scores
     with pytest.raises(ValueError, match="no query of split 'dev' has a judged document"):
         evaluate(LexicalBaseline(), "retrieval", folder, split="dev")
+
+
+@pytest.mark.parametrize("text, gain, left_out", [("a", 0, True), ("b", 0, False), ("a", 1, False)])
+def test_a_query_that_is_a_document_leaves_its_own_ranking(tmp_path, text, gain, left_out):
+    """With a warning: of equal id and text, and not judged relevant to itself, as in ArguAna."""
+    write_rows(tmp_path / "corpus.jsonl", [{"id": "q", "text": text}, {"id": "d", "text": "c"}])
+    write_rows(tmp_path / "queries.jsonl", [{"id": "q", "text": "a"}])
+    (tmp_path / "qrels.tsv").write_text(f"q\td\t1\nq\tq\t{gain}\n")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert data.load_collection(tmp_path).without_self is left_out
+        assert data.load_collection(tmp_path, ignore_identical_ids=False).without_self is False
+    assert ["1 queries are documents too, 'q' first" in str(w.message) for w in said] == \
+        [True] * left_out
+
+
+def test_which_qrels_of_several_are_read(tmp_path):
+    folder = write_beir(tmp_path / "x", ("dev", "test"))
+    assert data.load_collection(folder).split == "test"
+    (folder / "qrels.tsv").write_text("q0 0 d0 1".replace(" ", "\t") + "\n")       # TREC's form
+    assert data.load_collection(folder).qrels == {"q0": {"d0": 1.0}}
+    assert data.load_collection(folder).split is None
+    assert data.load_collection(folder, "dev").split == "dev"
+
+
+def test_the_test_split_is_scored_where_there_are_both():
+    rows = [{"split": split} for split in ("dev", "validation", "test")]
+    assert [evaluation.choose_split(rows[:n], None, "f")[1] for n in (3, 2)] == ["test", "dev"]
+
+
+def test_without_english_the_first_language_is_the_pivot():
+    rows = [{"id": 1, "lang": lang, "text": lang} for lang in ("fr", "de")]
+    assert collection.align(rows, "f") == [
+        {"query": "fr", "pos": "de", "lang_q": "fr", "lang_p": "de"}]

@@ -88,3 +88,10 @@ def test_the_flags_reach_the_writer(monkeypatch):
                                       "--temperature=0.5", "--seed=7"])
     sample.main()
     assert asked == [("model", "tokenizer", "a", 3, 0.5, 7)]
+
+
+def test_no_token_beyond_the_tokenizers_is_written(model, tokenizer):
+    """A vocabulary may be learned smaller than the one that was asked for."""
+    with torch.no_grad():
+        model.embed_tokens.weight[tokenizer.vocab_size:] = 100.0
+    assert generate(model, tokenizer, "a", n_tokens=3, temperature=0) == "bcd"

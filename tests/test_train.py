@@ -678,3 +678,32 @@ def test_the_embedder_reads_what_training_wrote(whole):
     ids = torch.tensor(tokenizer.encode("sort a list") + [tokenizer.eos_id])
     right = F.normalize(saved(ids, [len(ids)]), dim=1)[0].detach()
     assert torch.allclose(right, vectors[0], atol=1e-6)
+
+
+def test_the_log_counts_texts_that_are_cut(rows, tmp_path):
+    cut = []
+
+    def noted(real, model, batch, *rest):
+        cut.append(batch.truncated)
+        return real(model, batch, *rest)
+    with step_loss_replaced(noted):
+        train.main(arguments(rows, "embed_weak", tmp_path, "--passage_len=16"))
+    shown = [line["truncated"] for line in log(tmp_path, "embed_weak").values()]
+    assert shown == np.cumsum(cut).tolist() and min(cut) > 0
+
+
+def test_while_a_stage_is_scored_the_first_ctrl_c_ends_the_run(rows, tmp_path, monkeypatch):
+    before, seen = signal.getsignal(signal.SIGINT), []
+    monkeypatch.setattr(train, "evaluate_stage", lambda state: seen.append(
+        signal.getsignal(signal.SIGINT)) or {})
+    train.main(arguments(rows, "pretrain", tmp_path, "--steps=1"))
+    assert seen == [before]
+
+
+@pytest.mark.parametrize("name", ["text_dev.jsonl", "sts_test.jsonl", "test/corpus.jsonl"])
+def test_bad_lines_of_what_is_scored_are_never_skipped(tmp_path, name):
+    write_lines(tmp_path / "text.jsonl", [{"text": "fox"}])
+    write_lines(tmp_path / name, [{"txt": "a"}])
+    cfg = tiny_config("embed_sup", data=str(tmp_path), skip_bad_lines=True)
+    with pytest.raises(ValueError, match=rf"{name}:1: key '\w+' is missing"):
+        train.prepare(cfg, list(train.STAGES))

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
+from dhnm import HardNegativePool
 from engine import budget, kernels
 from engine.microbatch import backward
 from mask import FULL
@@ -126,3 +127,25 @@ def test_stage_4_counts_its_largest_task_and_each_tasks_visits():
     assert budget.step_texts(cfg) == {10: 200}             # two sentences a row, 2,000 tokens
     # weight over batch: 0.25, 0.25 and 1, so 5, 5 and 20 of the 30 steps
     assert budget.visits(cfg) == pytest.approx({"retrieval": 40, "clr": 40, "sts": 2000})
+
+
+def test_what_comes_before_the_first_step_by_hand():
+    law = {part: {"seconds": seconds} for part, seconds in (
+        ("index of text", 60), ("token shards", 120), ("index of stage 4", 60),
+        ("passage tables", 120), ("pools of mined rows", 180), ("index of pairs", 60))}
+    law |= {"bytes": {"a token of text": 5, "a pair": 200}, "exact search": {"share": 0.5},
+            "disk": {"a token": 4, "a row of stage 4": 300}}
+    assert budget.start_minutes(law, "pretrain", {"text": 2e9}, 4) == {"index": 2.5, "tokens": 1000}
+    assert budget.start_minutes(law, "sft", {"pairs": 1e7}, 2) == {"index": 1}
+    found = budget.start_minutes(law, "embed_sup", {"clr": 2e6, "sts": 1e6}, 2, PAPER)
+    assert [found[name] for name in ("index", "tables", "pools")] == [1.5, 2, 3]
+    # 2M queries and 4M passages of 256 tokens, 2 FLOP a weight; two cards at half of 300 TFLOP/s
+    assert found["embedding"] == pytest.approx(
+        6e6 * 256 * 2 * (1_499_205_120 - 537_600_000) / (3e14 * 2 * 0.5) / 60)
+    cfg = train.TrainConfig(stage="embed_sup", pool_size=50, n_negatives=7)
+    pool = HardNegativePool(torch.zeros(10, 50, dtype=torch.int32), 7)
+    held = sum(x.nbytes for x in vars(pool).values() if torch.is_tensor(x))
+    assert budget.start_bytes(law, "embed_sup", {"clr": 10, "sts": 5}, cfg) == {
+        "disk": 15 * 300, "pools": held}
+    assert budget.start_bytes(law, "pretrain", {"text": 7}, cfg) == {"disk": 28}
+    assert budget.start_bytes(law, "sft", {"pairs": 7}, cfg) == {"disk": 56}

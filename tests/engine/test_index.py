@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 import random
+import time
 
 import numpy as np
 import pytest
 
 from data import parse_pair, parse_text
-from engine import index
+from engine import index, jsonl
 from engine.index import JsonlFiles, together
 from ranks import on_ranks, write_lines
 
@@ -111,6 +112,7 @@ def test_a_second_start_reads_no_row(tmp_path, monkeypatch, capsys):
     right = content(JsonlFiles([path], parse_pair, tmp_path / "cache"))
     with monkeypatch.context() as patch:
         patch.setattr(index.JsonlFile, "_check", lambda *_: pytest.fail("a line is checked"))
+        patch.setattr(jsonl, "sha256_of", lambda _: pytest.fail("a file is hashed"))
         again = JsonlFiles([path], parse_pair, tmp_path / "cache")
     assert content(again) == right and "damaged" not in "".join(capsys.readouterr())
     damaged, = (tmp_path / "cache").glob("*.idx")
@@ -171,3 +173,14 @@ def test_ids_of_the_texts_stand_in_the_index(tmp_path):
     assert file.n_pos.tolist() == [len(row["pos"]) for row in PAIRS]
     assert file.query_ids.tolist() == [index.text_id(row["query"]) for row in PAIRS]
     assert np.array_equal(file.first, np.cumsum([0, *(len(row["pos"]) + 2 for row in PAIRS)])[:-1])
+
+
+def test_an_edit_that_keeps_size_and_time_is_seen(tmp_path):
+    """As `cp -p` and `touch -r` do: the time of the last change of the inode tells."""
+    path = write_lines(tmp_path / "rows.jsonl", [{"text": "one"}])
+    first, stat = JsonlFiles([path], parse_text, tmp_path / "cache").hashes(), path.stat()
+    time.sleep(0.05)                                       # a tick of the file system's clock
+    path.write_text(path.read_text().replace("one", "two"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    again = JsonlFiles([path], parse_text, tmp_path / "cache")
+    assert again.hashes() != first and again[0] == "two"

@@ -77,7 +77,7 @@ def test_keys_that_a_format_needs(tmp_path, required, reason):
     assert len(list(read_jsonl(path))) == 1        # asked for nothing, nothing is missed
 
 
-@pytest.mark.parametrize("end", [b"", b"\n", b"\n\n", b"\n \n\t\n", b"\r\n\r\n"])
+@pytest.mark.parametrize("end", [b"", b"\n", b"\n\n", b"\n \n\t\n", b"\r\n\r\n", b"\n" * 70_000])
 def test_blank_lines_at_the_end_are_no_mistake(tmp_path, end):
     for name in ("rows.jsonl", "rows.jsonl.gz"):
         path = file_of(tmp_path, GOOD, b'{"text": "b"}', name=name, end=end)
@@ -302,3 +302,12 @@ def test_a_full_disk_leaves_no_half_index(tmp_path):
                           capture_output=True, text=True)
     assert done.stdout.startswith("OSError"), done.stderr
     assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=getattr(os, name):
+                            calls.append(name) or real(*args))
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    assert calls == ["fsync", "replace"]

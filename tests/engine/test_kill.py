@@ -41,6 +41,9 @@ train.main()
 """
 
 
+SAVING = ("fsync", "rename", "open", "rmtree")     # calls of a save, of those that `deadly` counts
+
+
 def deadly(left, epitaph):
     """Make this process die, as by `kill -9`, at the `left`-th of some calls; leave its name.
 
@@ -172,7 +175,8 @@ def whole_of_two(rows, tmp_path_factory):
 
 def test_a_run_killed_in_a_save_resumes_as_if_nothing_had_been(rows, whole, tmp_path):
     out = stages_before("sft", whole, tmp_path)
-    assert live_on(1, rows, "sft", out, dies=47) == [-signal.SIGKILL]
+    assert live_on(1, rows, "sft", out, dies=50) == [-signal.SIGKILL]
+    assert (out / "epitaph").read_text() in SAVING
     assert 0 < len(list((out / "sft").glob("*step_*"))) and not (out / "sft/eval.json").exists()
     assert live_on(1, rows, "sft", out) == [0]
     assert_same_run(whole, out, "sft")
@@ -183,6 +187,7 @@ def test_two_ranks_killed_in_a_step_and_in_a_save(rows, pretrained_by_two, tmp_p
     for dies, victim in ((6, 1), (40, 0)):         # rank 1 only steps; rank 0 saves as well
         codes = live_on(2, rows, "pretrain", out, dies=dies, victim=victim)
         assert codes[victim] == -signal.SIGKILL and codes[1 - victim]
+        assert ((out / "epitaph").read_text() in SAVING) == (victim == 0)
     assert live_on(2, rows, "pretrain", out) == [0, 0]
     assert_same_run(pretrained_by_two, out, "pretrain")
 
@@ -192,7 +197,7 @@ def note(record, name, out):
     path, kills = out / "epitaph", record.setdefault(name, {"kills": 0, "in a save": 0})
     kills["kills"] += 1
     if path.exists():
-        kills["in a save"] += path.read_text() in ("fsync", "rename", "open", "rmtree")
+        kills["in a save"] += path.read_text() in SAVING
         path.unlink()
 
 

@@ -49,11 +49,12 @@ def test_given_negatives_come_first_ranked_by_the_model():
     assert pool([[3, 2]], 2, depth=1) == [[2]]
 
 
-def test_an_embedding_that_is_not_finite_is_named(tmp_path):
+def test_an_embedding_that_is_not_finite_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(mining, "TEXTS", 2)                # it is the second of the second part
     vectors = EYE.copy()
-    vectors[2, 1] = np.nan
+    vectors[3, 1] = np.nan
     miner = mining.Miner(tmp_path, SimpleNamespace(dim=4))
-    with pytest.raises(ValueError, match="clr.passages: the embedding of text number 2 is"):
+    with pytest.raises(ValueError, match="clr.passages: the embedding of text number 3 is"):
         miner._embed("clr.passages", 4, lambda first, end: vectors[first:end])
 
 
@@ -154,3 +155,11 @@ def fill_on(world, path):
 
 def test_ranks_fill_a_file_together(tmp_path):
     on_ranks(3, fill_on, tmp_path / "numbers")
+
+
+@pytest.mark.parametrize("large, dtype", [(64, np.float32), (63, np.float16)])
+def test_very_many_embeddings_lie_in_16_bits(tmp_path, monkeypatch, large, dtype):
+    monkeypatch.setattr(mining, "LARGE", large)            # 4 x 4 numbers of 4 bytes
+    found = mining.Miner(tmp_path, SimpleNamespace(dim=4))._embed(
+        "x", 4, lambda first, end: EYE[first:end])
+    assert found.dtype == dtype and found.tolist() == EYE.tolist()

@@ -144,3 +144,17 @@ def test_a_damaged_file_of_scores_is_named(tmp_path, name):
         report.summarise(SimpleNamespace(out=str(tmp_path), dims=(), stage="embed_sup"), STAGES, {},
                          1.0, False)
     assert path.read_text() == '{"minutes": 1'
+
+
+def test_rates_are_those_of_the_steps_since_the_last_line(tmp_path, monkeypatch):
+    now = iter(range(0, 99, 4))                            # four seconds from look to look
+    monkeypatch.setattr(report.time, "perf_counter", lambda: float(next(now)))
+    world = SimpleNamespace(**{**vars(WORLD), "size": 2})
+    log = Log(config(tmp_path, log_every=2), world, 0)
+    for step in range(4):
+        batch = SimpleNamespace(ids=[0] * 8, lengths=[8], task="sft", targets=None)
+        log.step(step, batch, {"loss": 1.0}, 0.5, {})
+    log.close()
+    rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    # 2 steps of 8 tokens on 2 ranks, and a second of reading, in 4 seconds
+    assert [(row["tokens_per_second"], row["data_share"]) for row in rows] == [(8, 0.25)] * 2

@@ -197,3 +197,16 @@ def test_data_is_compared_by_content(tmp_path, now, reason):
 def test_a_machine_without_git_can_save(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert runs.versions.__wrapped__()["git"] is None      # past the cache
+
+
+def test_scores_are_set_aside_before_their_weights(tmp_path, monkeypatch):
+    """A run killed in between must not find the old scores beside no weights, or new ones."""
+    cfg = tiny_config(out=str(tmp_path))
+    saved(cfg.run_dir, 4, cfg)
+
+    def killed(_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(checkpoint, "set_aside", killed)
+    with pytest.raises(KeyboardInterrupt):
+        runs.set_aside(cfg)
+    assert (cfg.run_dir / "eval.json.aside").is_file() and runs.finished(cfg) is None

@@ -25,6 +25,7 @@ def test_windows_are_the_same_in_shards_of_any_size_and_on_any_ranks(tokenizer, 
     monkeypatch.setattr(tokens, "OPEN", 2)
     parts = TokenStream(TEXTS, tokenizer, tmp_path / "parts", 3)
     assert np.array_equal(parts.windows(np.arange(40), 16), right)
+    assert parts._shard.cache_info().currsize == 2         # of all shards
 
 
 def test_a_broken_build_continues(tokenizer, tmp_path, monkeypatch):

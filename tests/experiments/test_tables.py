@@ -123,13 +123,6 @@ def test_questions_are_ranked_over_a_corpus(home, tmp_path):
     assert [row["top-10 accuracy"] for row in table["tables"][""]] == ["BM25", out]
 
 
-def test_a_name_of_the_first_ranks_is_a_hit():
-    questions = [{"lang": "en", "expected": ["b"]}, {"lang": "en", "expected": ["a", "c"]},
-                 {"lang": "de", "expected": ["a"]}]
-    shares = tables.accuracy_by_language(questions, [[1, 2], [0, 1], [2, 1]], ["a", "b", "c"])
-    assert shares == {"en": 1.0, "de": 0.0, "mean": 0.5}
-
-
 def test_exercises_that_have_been_done_are_read(home, tmp_path):
     out = tmp_path / "out"
     for name in ("sft", "embed_weak", "no_lm/embed_weak", "logits/embed_weak", "fixed/embed_sup",

@@ -174,3 +174,24 @@ def test_alpaca_rows_are_mined_as_pairs(rows, run, tmp_path):
     assert (row["query"], row["pos"], row["prompt"]) == (source["input"], [source["output"]],
                                                          "Find")
     assert not {"input", "output", "instruction"} & set(row)
+
+
+@pytest.mark.parametrize("more", ["--task=clr", "--depth=4", "--n_negatives=1", "--lexical=2"])
+def test_a_broken_run_of_other_settings_is_not_continued(rows, run, tmp_path, monkeypatch, more):
+    def dies(*_):
+        raise KeyboardInterrupt
+    source, out = rows / "retrieval.jsonl", tmp_path / "a.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mine, "join", dies)                  # when all parts are written
+        mined(run, source, out)
+    again, fresh = (mined(run, source, path, more) for path in (out, tmp_path / "b.jsonl"))
+    assert [row["neg"] for row in again] == [row["neg"] for row in fresh]
+
+
+def test_bad_lines_are_named_or_counted(rows, run, tmp_path, capsys):
+    path, out = tmp_path / "rows.jsonl", tmp_path / "a.jsonl"
+    path.write_text((rows / "retrieval.jsonl").read_text() + "{\n")
+    with pytest.raises(ValueError, match="rows.jsonl:25: not JSON"):
+        mined(run, path, out)
+    assert len(mined(run, path, out, "--skip_bad_lines")) == 24
+    assert f"{out}: 24 rows, 1 bad lines left out" in capsys.readouterr().out

@@ -196,9 +196,10 @@ def test_one_command_takes_out_what_mteb_evaluates_on(tmp_path, monkeypatch, cap
 
 def test_the_list_names_every_set_with_licence_and_size(capsys):
     prepare.main(["--list"])
-    shown = capsys.readouterr().out
-    for name, entry in SETS.items():
-        assert name in shown and entry.licence in shown and entry.size in shown
+    lines = iter(capsys.readouterr().out.splitlines())
+    for (name, entry), first, second in zip(SETS.items(), lines, lines, strict=True):
+        assert first.split()[:2] == [name, entry.kind] and entry.hub in first
+        assert second.strip() == f"{entry.size}; licence: {entry.licence}"
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -325,3 +326,12 @@ def test_where_no_hub_answers_the_command_says_so(tmp_path):
     assert done.returncode == 1 and said.startswith("prepare.py: error: "), done.stderr[-3000:]
     assert f"{SETS['nq'].hub} cannot be read" in said and "HF_ENDPOINT" in said
     assert "Traceback" not in done.stderr
+
+
+def test_a_language_is_asked_of_the_hub_and_named_in_the_file(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(prepare, "stream", lambda entry, lang: asked.append(lang) or FakeStream(
+        [ROWS[entry.name][0]]))
+    for lang, name in (("fi", "miracl-fi.jsonl"), (None, f"miracl-{SETS['miracl'].lang}.jsonl")):
+        assert prepare.prepare(config(tmp_path, name="miracl", lang=lang)).name == name
+    assert asked == ["fi", SETS["miracl"].lang] and SETS["miracl"].lang != "fi"

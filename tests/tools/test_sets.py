@@ -174,13 +174,11 @@ def test_bitext_carries_no_instruction_and_questions_the_default_one(built):
 
 
 def test_a_second_call_builds_anew(root, tmp_path, built):
-    shutil.rmtree(root / "plain")
+    for name in ("plain", "sim"):
+        shutil.rmtree(root / name)
     sets.build(root, tmp_path / "sets")
     assert all("Four." not in row["text"] for row in read_jsonl(tmp_path / "sets" / "text.jsonl"))
-
-
-def test_collections_for_evaluation_are_in_the_folder(root, tmp_path, built):
-    assert len(load_collection(tmp_path / "sets" / "qa_dev").queries) == 2
+    assert not (tmp_path / "sets" / "sts.jsonl").exists()          # a kind that is gone
 
 
 def test_two_builds_are_equal(root, tmp_path):
@@ -391,3 +389,49 @@ def test_a_build_that_fails_leaves_the_one_before(root, tmp_path):
     for out in (root, root / "sets", tmp_path):
         with pytest.raises(ValueError, match="lie in each other"):
             sets.build(root, out)
+
+
+def test_stage_4_takes_some_rows_of_a_set_and_stage_3_all(tmp_path):
+    write(tmp_path / "root" / "asked" / "x.jsonl",
+          [{"query": f"q{i}", "pos": "p"} for i in range(600)])
+    write(tmp_path / "root" / "topics" / "x.jsonl",
+          [{"text": f"text {i}", "label": f"l{i % 20}"} for i in range(40)])
+    files = sets.build(tmp_path / "root", tmp_path / "sets")
+    assert len(files["retrieval"]) == sets.SUPERVISED == 500 and len(files["pairs/asked"]) == 600
+    assert {len(set(row["neg"])) for row in files["classification"]} == {15}
+
+
+def test_what_a_document_is_asked_by(tmp_path):
+    """Its title or its keywords, in each language; a title that says all of it teaches nothing."""
+    root = tmp_path / "root"
+    write(root / "pages" / "x.jsonl", [
+        *({"id": 1, "lang": lang, "title": f"{lang} title", "text": lang * 1000}
+          for lang in ("en", "ko")), {"id": 2, "title": "same", "text": "same"}])
+    write(root / "words" / "x.jsonl", [{"text": "a text", "keywords": ["one", "two"]},
+                                       {"text": "other text", "keywords": "three"}])
+    files = sets.build(root, tmp_path / "sets")
+    asked = {kind: {(row["query"], *row["pos"]) for row in files[kind]}
+             for kind in ("retrieval", "clr")}
+    assert asked == {"retrieval": {("en title", "en" * 600), ("ko title", "ko" * 600),
+                                   ("one two", "a text"), ("three", "other text")},
+                     "clr": {("en title", "ko" * 600), ("ko title", "en" * 600)}}
+
+
+def test_a_crop_is_no_part_of_its_passage(tmp_path):
+    write(tmp_path / "root" / "plain" / "x.jsonl", [
+        {"text": f"One {i}. Two {i}. Three {i}.", "lang": "en"} for i in range(9)])
+    rows = sets.build(tmp_path / "root", tmp_path / "sets")["pairs/others"]
+    assert rows and all(row["query"] not in row["pos"][0] for row in rows)
+
+
+def test_only_what_means_the_same_is_a_pair(tmp_path):
+    write(tmp_path / "root" / "same" / "x.jsonl", [
+        {"sentence1": f"one {i}", "sentence2": f"two {i}", "label": i % 2} for i in range(40)])
+    rows = sets.build(tmp_path / "root", tmp_path / "sets")["pairs/others"]
+    assert rows and all(int(row["query"].split()[1]) % 2 for row in rows)
+    assert {row["query"].split()[0] for row in rows} == {"one", "two"}     # both directions
+
+
+def test_scored_pairs_cross_languages(built):
+    assert {("en a", "en b"), ("ja a", "ja b"), ("en a", "ja b"), ("ja a", "en b")} == {
+        (row["sentence1"], row["sentence2"]) for row in built["sts"]}

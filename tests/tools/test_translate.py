@@ -1,5 +1,6 @@
 """Translators and their command line: a table, a real HTTP server that misbehaves, the journal."""
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -95,6 +96,7 @@ class Server:
 @pytest.fixture(autouse=True)
 def no_long_pauses(monkeypatch):
     monkeypatch.setattr(EndpointTranslator, "BACKOFF", 0.001)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")            # of a machine behind a proxy
 
 
 @contextmanager
@@ -324,12 +326,15 @@ def test_settings_that_make_no_sense(settings, message):
 def test_ctrl_c(tmp_path):
     """The program stops within a moment, says how to go on, and leaves no half-written output."""
     write_rows(tmp_path / "in.jsonl", ROWS)
+    # a job in the background ignores SIGINT, and so would the process that it starts
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with endpoint(lambda prompt, nth: time.sleep(0.05) or "übersetzt") as (server, _):
         run = subprocess.Popen(
             [sys.executable, "-m", "tools.translate", f"--input={tmp_path / 'in.jsonl'}",
              "--in_flight=2", f"--out={tmp_path / 'out.jsonl'}", "--translator=endpoint",
              f"--endpoint={server.url}"],
             cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        signal.signal(signal.SIGINT, before)
         while server.asked.total() < 4:
             time.sleep(0.02)
             assert run.poll() is None
@@ -348,3 +353,53 @@ def test_where_nothing_is_translated_the_reason_is_said(tmp_path):
         module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}",
                      "--translator=table", f"--table={tmp_path / 'table.jsonl'}"])
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_settings_and_gates_of_the_command_line(tmp_path, capsys, monkeypatch):
+    """Another script, the source itself, twenty times its length: each is dropped."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    write_rows(tmp_path / "in.jsonl", ROWS[:6])
+    bad = {"question 0": "问题", "question 1": "question 1", "question 2": "ü" * 200}
+
+    def behave(prompt, nth):
+        return time.sleep(0.02) or bad.get(text_of(prompt), "übersetzt")
+    with endpoint(behave) as (server, _):
+        module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}",
+                     "--translator=endpoint", f"--endpoint={server.url}", "--shares=de:1",
+                     "--model=mine", "--in_flight=1"])
+    shown = capsys.readouterr().out
+    assert "3 of 6 rows" in shown and "languages: de 3" in shown
+    assert all(f"{reason} 1" in shown for reason in ("script", "copy", "length"))
+    assert server.most == 1 and {body["model"] for *_, body in server.requests} == {"mine"}
+    assert {headers["Authorization"] for _, headers, _ in server.requests} == {"Bearer secret"}
+
+
+def test_without_a_key_none_is_sent():
+    with endpoint(lambda prompt, nth: "x") as (server, translate):
+        translate("a", "de")
+    assert "Authorization" not in server.requests[0][1]
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_a_refusal_ends_all_at_once(code):
+    with endpoint(lambda prompt, nth: (code, b"no"), tries=2, in_flight=4) as (server, translate):
+        with pytest.raises(ConnectionError, match="127.0.0.1"):
+            list(translate.many(jobs(500)))
+    assert server.asked.total() <= 4
+
+
+def test_failures_between_answers_do_not_add_up(monkeypatch):
+    """Every second text has no answer: never `GIVE_UP` in a row."""
+    monkeypatch.setattr(EndpointTranslator, "GIVE_UP", 3)
+
+    def behave(prompt, nth):
+        return (500, b"") if int(text_of(prompt).split()[1]) % 2 else "ja"
+    with endpoint(behave, tries=1, in_flight=1) as (_, translate):
+        assert list(translate.many(jobs(12))) == ["ja", None] * 6
+
+
+def test_a_server_that_has_answered_is_given_time_to_come_back(tmp_path):
+    with endpoint(lambda prompt, nth: "x", journal=tmp_path / "j") as (_, translate):
+        translate("a", "de")
+    with pytest.raises(ConnectionError, match=r"\d+ texts in a row failed, .* refused"):
+        list(translate.many(jobs(100)))

@@ -1,10 +1,12 @@
 """The embedded corpus: docstrings read without imports, split into summary and body, kept apart."""
+import shutil
+
 import pytest
 
 from clr import LANGUAGES, script_share
 from data import PARSERS, load_collection
 from engine.jsonl import read_jsonl
-from toy import build, corpus
+from toy import build, corpus, lexicon
 
 
 @pytest.mark.parametrize("text, summary, body", [
@@ -176,3 +178,48 @@ def test_labels_are_held_out_half_and_half():
     labelled = list(corpus.labelled_rows(rows))
     assert {row["label"] for row in labelled} == {"torch.nn"} and len(labelled) == 16
     assert [row["split"] for row in labelled[:4]] == ["train", "test", "train", "test"]
+
+
+def test_files_are_built_anew_for_other_code_packages_or_tables(tmp_path, monkeypatch):
+    tables, out, built = tmp_path / "tables", tmp_path / "out", []
+    shutil.copytree(lexicon.HERE, tables)
+    monkeypatch.setattr(lexicon, "HERE", tables)
+    monkeypatch.setattr(corpus, "write", lambda folder: built.append(1) or {"pairs": 1})
+    monkeypatch.setattr(build, "write_languages", lambda folder: {})
+    build.ensure(out)
+    build.ensure(out)
+    assert len(built) == 1
+    for n, change in enumerate((
+            lambda: (tables / "words.tsv").write_text("x\ty\n"),
+            lambda: monkeypatch.setattr(corpus, "versions", lambda: {"torch": "0"}),
+            lambda: monkeypatch.setattr(build, "VERSION", -1)), 2):
+        change()
+        (out / "pairs").mkdir(exist_ok=True)               # an older version may have had more
+        build.ensure(out)
+        assert len(built) == n and not (out / "pairs").exists()
+    monkeypatch.setattr(corpus, "write", lambda folder: 1 / 0)
+    monkeypatch.setattr(build, "VERSION", -2)
+    with pytest.raises(ZeroDivisionError):
+        build.ensure(out)
+    assert not (out / "manifest.json").exists()            # what is half built is not taken
+
+
+def test_rare_labels_and_the_share_of_neighbours():
+    rows = [{"name": f"lib{i // 25}.f{i}", "text": f"text {i}"} for i in range(25 * 20)]
+    rows += [{"name": f"rare.f{i}", "text": "x"} for i in range(24)]
+    labelled = list(corpus.classification_rows(rows))
+    assert len(labelled) == 500 and {len(set(row["neg"])) for row in labelled} == {15}
+    assert all(row["pos"][0] not in row["neg"] and "rare" not in row["neg"] for row in labelled)
+    rows = [{"name": f"lib{i // 25}.f{i}", "summary": ""} for i in range(25 * 20)]
+    pairs = list(corpus.sts_rows(rows, n=2000))
+    # of the near half one in ten crosses to another library, of the other 19 in 20
+    assert sum(row["score"] > 0 for row in pairs) / len(pairs) == pytest.approx(0.475, abs=0.04)
+
+
+def test_of_equal_texts_the_plainest_name_stays(monkeypatch):
+    monkeypatch.setattr(corpus, "source_files", lambda: [])
+    monkeypatch.setattr(corpus, "read_topics", lambda: [])
+    monkeypatch.setattr(corpus, "read_builtins", lambda: [
+        ("a._f", "It says the same here."), ("a.long", "It says the SAME here!"),
+        ("a.f", "it says the same here"), ("b.f", "Too short.")])
+    assert corpus.read_all() == [("a.f", "it says the same here")]

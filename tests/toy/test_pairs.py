@@ -77,3 +77,10 @@ def test_a_description_comes_once():
     assert found == [{"query": "x: Sort all items.", "name": "a.f",
                       "pos": ["The first number, as it comes. A second line."]}]
     assert list(parameter_rows(rows, {key_of(found[0]["pos"][0])})) == []
+
+
+def test_a_held_out_text_is_no_passage_and_two_sentences_are_queries_at_most():
+    rest = key_of(f"Sort all items. {SECOND}")             # of the first sentence
+    assert [row["query"] for row in sentence_rows([ROW], {rest})] == [SECOND]
+    third = "Nothing else is kept in memory while it is at work on them."
+    assert len(list(sentence_rows([ROW | {"text": f"{ROW['text']}\n\n{third}"}], set()))) == 2
