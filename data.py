@@ -355,7 +355,7 @@ def warn_of_scales(rows):
     """Warn of STS files whose highest scores differ much, by up to a thousand rows of each."""
     reach = {file.path: max(file[i]["score"] for i in range(0, len(file), len(file) // 1000 + 1))
              for file in rows.files}
-    low, high = (choose(reach, key=reach.get) for choose in (min, max))
+    low, high = min(reach, key=reach.get), max(reach, key=reach.get)
     if reach[high] > 1.5 * reach[low] > 0:
         tqdm.write(f"warning: the scores of {high} reach {reach[high]:g}, those of {low} "
                    f"{reach[low]:g}; CoSENT compares them, so bring them onto one scale")

@@ -275,8 +275,9 @@ def evaluate(encoder, task, path, split=None, dims=(), ignore_identical_ids=None
 
 # ---------------------------------------------------------------- what a stage of a run is worth
 
-def read_ahead(cfg, stages):
-    """Read all that a run of `stages` is scored on: a mistake shows before it, not at its end."""
+def read_ahead(configs):
+    """Read all that some stages are scored on: a mistake shows before them, not at their end."""
+    cfg = configs[-1]                              # stages share what they are scored on
     for folder in collections(cfg):
         collection = load_collection(folder)
         queries = collection.queries if collection.split else \
@@ -285,8 +286,8 @@ def read_ahead(cfg, stages):
             raise ValueError(f"{folder}: no query has a judged document")
     for task, path in labelled_files(cfg).items():
         read_groups(task, path)
-    for stage in stages:
-        validation_rows(cfg, stage)
+    for cfg in configs:
+        validation_rows(cfg)
 
 
 def lexical_scores(cfg):
@@ -317,19 +318,19 @@ def evaluate_stage(state):
     return results
 
 
-def validation_rows(cfg, stage, instruction=""):
+def validation_rows(cfg, instruction=""):
     """Return DATA's held-out documents or pairs as examples of data.sft_batch, [] if it has none.
 
     Raises ValueError for a file without any.
     """
     folder = Path(cfg.data)
-    file = {"pretrain": "text_dev.jsonl", "sft": "dev/corpus.jsonl"}.get(stage)
+    file = {"pretrain": "text_dev.jsonl", "sft": "dev/corpus.jsonl"}.get(cfg.stage)
     if file is None or not cfg.uses_folder:
         return []
     path = next((p for p in (folder / file, folder / f"{file}.gz") if p.is_file()), None)
     if path is None:
         return []
-    if stage == "pretrain":
+    if cfg.stage == "pretrain":
         texts = islice(read_jsonl(path, {"text": str}), VALIDATION_TEXTS)
         rows = [(None, "", row["text"]) for row in texts]  # the first token follows a blank line
     else:
@@ -346,8 +347,7 @@ def validation_rows(cfg, stage, instruction=""):
 @torch.no_grad()
 def validation_loss(state):
     """Return the next-token loss on `validation_rows`; None if there are none."""
-    cfg = state.cfg
-    rows = validation_rows(cfg, cfg.stage, state.prompts["retrieval"])
+    cfg, rows = state.cfg, validation_rows(state.cfg, state.prompts["retrieval"])
     if not rows:
         return None
     total = count = 0

@@ -228,18 +228,16 @@ def build_optimizer(model, cfg):
 
 # ---------------------------------------------------------------- starting
 
-def prepare(cfg, stages):
-    """Build the embedded corpus if a run needs it; other data to read must exist already.
-
-    cfg: of the last stage. stages: the names of all that may run.
-    """
+def prepare(configs):
+    """Build the embedded corpus if a run of some stages needs it; other data must exist already."""
+    cfg = configs[-1]                              # stages share what they read
     if cfg.uses_folder and Path(cfg.data).name == "installed_docs":
         toy.ensure(cfg.data)
     elif cfg.uses_folder and not Path(cfg.data).is_dir():
         raise ValueError(f"data: there is no folder {cfg.data}; `python -m tools.sets` makes one")
     for path in data.unread(cfg.data) if cfg.uses_folder else ():
         print(f"warning: {path} is not read: no file of data has this name")
-    read_ahead(cfg, stages)
+    read_ahead(configs)
 
 
 def build_model(state, weights):
@@ -420,7 +418,7 @@ def score(state):
 def train_chain(configs, world):
     """Train the stages that are not finished, in order; print what all of them scored."""
     cfg, began = configs[-1], time.perf_counter()
-    world.on_main(lambda: prepare(cfg, [stage.stage for stage in configs]))
+    world.on_main(lambda: prepare(configs))
     for stage in configs:                  # a mistake shows now, not after the stages before it
         data.hashes(stage, world)
         world.on_main(lambda: run.finished(stage))

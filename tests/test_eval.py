@@ -727,7 +727,7 @@ def test_a_collection_without_a_judged_query_shows_before_a_run(tmp_path):
     write_rows(tmp_path / "test/corpus.jsonl", [{"id": "d", "text": "a"}])
     write_rows(tmp_path / "test/queries.jsonl", [{"id": "q", "text": "a", "answers": ["a"]}])
     with pytest.raises(ValueError, match="test: no query has a judged document"):
-        evaluation.read_ahead(TrainConfig(data=str(tmp_path)), ["embed_sup"])
+        evaluation.read_ahead([TrainConfig(data=str(tmp_path))])
 
 
 def test_a_run_is_scored_on_what_is_named_or_on_its_folders_test_splits(tmp_path):

@@ -624,7 +624,7 @@ def test_an_interrupted_stage_does_not_resume_on_another_base(rows, whole, tmp_p
 def test_a_file_that_nobody_reads_is_named(tmp_path, capsys):
     for name in ("text.jsonl", "retreival.jsonl"):
         write_lines(tmp_path / name, [{"text": "fox"}])
-    train.prepare(tiny_config("pretrain", data=str(tmp_path)), ["pretrain"])
+    train.prepare([tiny_config("pretrain", data=str(tmp_path))])
     assert f"warning: {tmp_path / 'retreival.jsonl'} is not read" in capsys.readouterr().out
 
 
@@ -704,6 +704,7 @@ def test_while_a_stage_is_scored_the_first_ctrl_c_ends_the_run(rows, tmp_path, m
 def test_bad_lines_of_what_is_scored_are_never_skipped(tmp_path, name):
     write_lines(tmp_path / "text.jsonl", [{"text": "fox"}])
     write_lines(tmp_path / name, [{"txt": "a"}])
-    cfg = tiny_config("embed_sup", data=str(tmp_path), skip_bad_lines=True)
+    configs = [tiny_config(stage, data=str(tmp_path), skip_bad_lines=True)
+               for stage in train.STAGES]
     with pytest.raises(ValueError, match=rf"{name}:1: key '\w+' is missing"):
-        train.prepare(cfg, list(train.STAGES))
+        train.prepare(configs)

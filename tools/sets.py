@@ -22,9 +22,8 @@ collection is copied to OUT, where the evaluation looks. Of sets without a split
 and written to OUT/held_out in the same format: bitext by its passage side, documents whole,
 paraphrases by id or first sentence. A set with files of several forms holds nothing out: one may
 repeat the sentences of another. Where a question has a passage in another language, questions with
-ids LANG/NAME (or NAME/LANG) of one NAME are translations.
-Professional translations stand in for machine ones in CLR: the query's language differs from the
-passage's.
+ids LANG/NAME (or NAME/LANG) of one NAME are translations. Professional translations stand in for
+machine ones in CLR: the query's language differs from the passage's.
 """
 import argparse
 import random
@@ -159,8 +158,9 @@ class Builder:
                     self.ask(row["text"], document_text(passage), language(row), language(passage))
         for rows in same.values() if crossing else ():
             for i, row in enumerate(rows):
-                for other in (other for other in rows[:i] if language(other) != language(row)):
-                    self.bitext(row["text"], other["text"], language(row), language(other))
+                for other in rows[:i]:
+                    if language(other) != language(row):
+                        self.bitext(row["text"], other["text"], language(row), language(other))
         for row in for_training(collection.corpus):
             self.text(document_text(row))
             self.crop(row["text"], language(row))

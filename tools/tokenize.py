@@ -21,7 +21,7 @@ def main(argv=None):
         raise ValueError(f"stage {cfg.stage} reads no tokens; give the config of stage 1")
     world = distributed.start("cpu")
     try:
-        world.on_main(lambda: train.prepare(cfg, [cfg.stage]))
+        world.on_main(lambda: train.prepare([cfg]))
         rows = data.Rows(data.sources(cfg, "text"), "text", skip_bad=cfg.skip_bad_lines,
                          world=world)
         tokenizer = world.on_main(lambda: train.train_tokenizer(cfg))
