@@ -17,8 +17,12 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_finish():
-    """Take what is imported out of the collector's sight: it would visit, and a fork copy, it."""
+    """Take what is imported out of the collector's sight: it would visit, and a fork copy, it.
+
+    One thread for the fixtures of a module, too: they come before those of a test.
+    """
     gc.freeze()
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
