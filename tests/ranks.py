@@ -4,6 +4,7 @@ A process of its own takes seconds to import torch. Tests with several ranks are
 which meet through gloo.
 """
 import contextlib
+import gzip
 import json
 import os
 import random
@@ -43,9 +44,10 @@ CLOCK = ("tokens_per_second", "data_share")        # what a log line measures by
 # ---------------------------------------------------------------- rows, settings, models
 
 def write_lines(path, rows):
-    """Write rows (dicts) as JSONL; return the path."""
+    """Write rows (dicts) as JSONL, packed where the name ends in .gz; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
     return path
 
 
@@ -190,7 +192,7 @@ def assert_equal(a, b, close=None, where=""):
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and a.shape == b.shape, where
         same = torch.allclose(a, b, *close, equal_nan=True) if close else \
-            a.numpy().tobytes() == b.numpy().tobytes()         # NaN equals NaN here
+            torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (a, b)))    # NaN equals NaN
         assert same, (where, float((a.double() - b.double()).abs().max()))
     elif isinstance(a, dict):
         assert list(a) == list(b), where
@@ -201,7 +203,7 @@ def assert_equal(a, b, close=None, where=""):
         for i, (x, y) in enumerate(zip(a, b)):
             assert_equal(x, y, close, f"{where}/{i}")
     else:
-        assert a == b, where
+        assert type(a) is type(b) and a == b, where
 
 
 def assert_same_run(one, other, stage):

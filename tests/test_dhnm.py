@@ -199,9 +199,15 @@ def test_state_of_another_pool_is_refused():
 
 def test_a_score_that_is_not_a_number_changes_nothing():
     pool = pool_of([10, 11, 12])
+    before = pool.state_dict()
     with pytest.raises(ValueError, match="finite"):
         pool.update([0], torch.tensor([[0.1, math.nan]]))
-    assert pool.negatives([0]).tolist() == [[10, 11]]
+    torch.testing.assert_close(pool.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_depth_is_that_of_the_deepest_pool():
+    """train.py warns of pools that are no deeper than N: there is nothing to swap in."""
+    assert pool_of([10], [30, 31, 32]).depth == 3 and pool_of([10]).depth == 2
 
 
 def test_what_a_pool_refuses():

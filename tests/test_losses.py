@@ -269,6 +269,7 @@ def test_cosent_of_thousands_of_pairs():
 
 @pytest.mark.parametrize("cosine, score, temperature, text", [
     ([0.1, 0.2], [1.0], 0.05, r"\(2,\)"), ([0.1, 0.2], [1.0, 0.0], 0.0, "temperature"),
+    ([[0.1, 0.2]], [[1.0, 0.0]], 0.05, r"\(1, 2\)"),
 ])
 def test_what_cosent_refuses(cosine, score, temperature, text):
     with pytest.raises(ValueError, match=text):

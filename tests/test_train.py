@@ -49,6 +49,7 @@ def test_asking_for_the_last_stage_trains_all_four(rows, whole, capsys):
     assert stamps == [(whole / s / "log.jsonl").stat().st_mtime_ns for s in train.STAGES]
     shown = capsys.readouterr().out
     assert "embed_weak" in shown and "python embed.py --checkpoint" in shown
+    assert "scored already" not in shown           # its collections are the same
     summary = json.loads((whole / "summary.json").read_text())
     assert set(train.STAGES) < set(summary) and summary["versions"]["torch"] == torch.__version__
     assert summary["memory_gb"] > 0.1 and summary["minutes"] == minutes > 0
@@ -101,8 +102,9 @@ def test_a_stage_may_pool_otherwise_than_the_one_before_it(rows, whole, tmp_path
 
 def test_without_text_the_tokenizer_learns_from_the_pairs(rows, tmp_path):
     argv = [arg for arg in arguments(rows, "embed_weak", tmp_path) if not arg.startswith("--text")]
-    train.train_tokenizer(config(argv))
+    tokenizer = train.train_tokenizer(config(argv))
     assert len(list(tmp_path.glob("tokenizer-*"))) == 1
+    assert len(tokenizer.encode("This function")) < 5      # of the passages, too
 
 
 def test_the_tokenizer_learns_from_a_seeded_sample_of_the_documents(rows, tmp_path, monkeypatch):
@@ -162,9 +164,9 @@ def test_an_instruction_outlives_a_stage_that_asks_nothing(rows, tmp_path):
     assert meta_of(tmp_path, "embed_sup")["prompts"]["retrieval"] == "Look up"
 
 
-def test_a_weak_stage_killed_in_its_evaluation_is_scored_bidirectionally(rows, whole, tmp_path,
-                                                                         monkeypatch):
-    out, seen = stages_before("embed_weak", whole, tmp_path), []
+def test_a_stage_killed_in_its_evaluation_is_scored_when_it_resumes(rows, whole, tmp_path,
+                                                                     monkeypatch):
+    out, seen, real = stages_before("embed_weak", whole, tmp_path), [], train.evaluate_stage
 
     def dies(state):
         seen.append(state.embedder.mask)
@@ -173,7 +175,11 @@ def test_a_weak_stage_killed_in_its_evaluation_is_scored_bidirectionally(rows, w
     for _ in range(2):                             # after the last step, and resumed
         with pytest.raises(KeyboardInterrupt):
             train.main(chain_arguments(rows, "embed_weak", out))
-    assert seen == [FULL, FULL]
+    assert seen == [FULL, FULL]                    # bidirectionally
+    monkeypatch.setattr(train, "evaluate_stage", real)
+    train.main(chain_arguments(rows, "embed_weak", out))
+    assert_same_run(out, whole, "embed_weak")
+    assert "retrieval/little/test/ndcg@10" in (out / "embed_weak/eval.json").read_text()
 
 
 def test_the_log_has_the_rate_of_each_step(rows, whole):
@@ -236,22 +242,6 @@ def test_a_run_killed_and_resumed_equals_the_undisturbed_one(rows, whole, tmp_pa
     if stage == "embed_sup":                       # negatives were replaced before and after
         replaced = [line.get("replaced", 0) > 0 for line in log(out, stage).values()]
         assert any(replaced[:2]) and any(replaced[2:])
-
-
-def test_a_run_killed_in_its_evaluation_is_scored_when_it_resumes(rows, tmp_path, monkeypatch):
-    argv, real = chain_arguments(rows, "pretrain", tmp_path), train.evaluate_stage
-
-    def dies(*args, **options):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train, "evaluate_stage", dies)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(argv)
-    monkeypatch.setattr(train, "evaluate_stage", real)
-    lines, trained = log(tmp_path, "pretrain"), state_of(tmp_path, "pretrain")
-    train.main(argv)
-    assert log(tmp_path, "pretrain") == lines      # no step is taken again
-    assert_equal(state_of(tmp_path, "pretrain"), trained)
-    assert "retrieval/little/test/ndcg@10" in (tmp_path / "pretrain/eval.json").read_text()
 
 
 def test_sigterm_saves_and_says_so(rows, whole, tmp_path, capsys):
@@ -457,6 +447,7 @@ def test_the_warm_up_is_the_nearest_whole_number_of_steps():
     (["--evaluate=a/docs,b/docs"], "a/docs, b/docs: two folders to evaluate have one name"),
     (["--n_negatives=51"], "n_negatives 51 exceeds pool_size 6"),
     (["--vocab_size=260", "--text=words.jsonl"], "too few for blocks of 32"),
+    (["--text=", "--retrieval=", "--classification="], "trained on text, or on pairs: neither"),
     (["--lora_rank=4", "--text=words.jsonl"], "lora_rank 4: pretrain trains all weights"),
 ])
 def test_a_mistake_is_one_clear_line(rows, tmp_path, more, message):
@@ -489,16 +480,13 @@ def test_a_mistake_in_a_later_stages_data_shows_before_the_first_stage(tmp_path)
     assert not out.exists()
 
 
-def test_a_folder_of_data_must_exist_unless_it_is_the_embedded_one(tmp_path):
+def test_a_folder_of_data_must_exist_unless_it_is_the_embedded_one(tmp_path, monkeypatch):
+    folder, built = tmp_path / "installed_docs", []
+    monkeypatch.setattr(train.toy, "ensure", built.append)
+    train.prepare([tiny_config("pretrain", data=str(folder))])
+    assert built == [str(folder)]
     with pytest.raises(SystemExit, match="there is no folder nowhere; `python -m tools.sets`"):
         train.main(["--stage=pretrain", "--data=nowhere", f"--out={tmp_path}", "--device=cpu"])
-
-
-def test_another_setting_does_not_pass_for_the_old_run(rows, whole):
-    for more, message in (["--learning_rate=0.5", "learning_rate=0.001 there, 0.5 now"],
-                          ["--n_layer=3", "n_layer=2 there, 3 now"]):
-        with pytest.raises(SystemExit, match=message):
-            train.main(chain_arguments(rows, "embed_sup", whole, more))
 
 
 def test_a_model_of_another_shape_is_not_continued(rows, whole, tmp_path):
@@ -508,54 +496,17 @@ def test_a_model_of_another_shape_is_not_continued(rows, whole, tmp_path):
         train.train(cfg, train.distributed.start("cpu"), before)
 
 
-@pytest.fixture(scope="module")
-def interrupted(rows, whole, tmp_path_factory):
-    """Runs of each stage that died after the checkpoint of step 2, on data of their own."""
-    folders = {}
-
-    def of(stage):
-        if stage not in folders:
-            folder = folders[stage] = tmp_path_factory.mktemp(f"died_{stage}")
-            for path in rows.glob("*.jsonl"):
-                shutil.copy(path, folder)
-            for path in rows.glob("*.py"):
-                shutil.copy(path, folder)
-            die_at(3, lambda: train.main(arguments(folder, stage, folder / "out",
-                                                   "--save_every=2")))
-        return folders[stage]
-    return of
-
-
-@pytest.mark.parametrize("stage", train.STAGES)
-def test_a_resumed_run_refuses_data_that_changed(interrupted, stage):
-    folder = interrupted(stage)
-    argv = arguments(folder, stage, folder / "out", "--save_every=2")
-    path = folder / {"pretrain": "text", "embed_sup": "retrieval"}.get(stage, "pairs")
-    path = path.with_suffix(".jsonl")
-    before = path.read_text()
-    path.write_text(before.replace("a", "e", 1))
-    try:
-        with pytest.raises(SystemExit, match=f"step_000002 was trained on other .* data: "
-                                             f"{re.escape(str(path))} changed"):
-            train.main(argv)
-    finally:
-        path.write_text(before)
-    assert max(log(folder / "out", stage)) == 3    # and nothing has happened
-
-
-def test_a_kind_of_data_that_is_gone_is_refused(interrupted):
-    folder = interrupted("embed_sup")
-    argv = arguments(folder, "embed_sup", folder / "out", "--save_every=2", "--sts=")
-    with pytest.raises(SystemExit, match=r"other sts data: .*sts.jsonl gone"):
+@pytest.mark.parametrize("stage, kind", [("pretrain", "text"), ("embed_sup", "retrieval")])
+def test_a_resumed_run_refuses_data_that_changed(rows, tmp_path, stage, kind):
+    path = tmp_path / f"{kind}.jsonl"
+    path.write_bytes((rows / path.name).read_bytes())
+    argv = arguments(rows, stage, tmp_path, "--save_every=2", f"--{kind}={path}")
+    die_at(3, lambda: train.main(argv))            # after the checkpoint of step 2
+    path.write_text(path.read_text().replace("a", "e", 1))
+    with pytest.raises(SystemExit, match=f"step_000002 was trained on other {kind} data: "
+                                         f"{re.escape(str(path))} changed"):
         train.main(argv)
-
-
-def test_the_same_data_elsewhere_is_the_same_data(interrupted, tmp_path):
-    folder = interrupted("embed_weak")
-    shutil.copytree(folder, tmp_path / "moved")
-    train.main(arguments(tmp_path / "moved", "embed_weak", tmp_path / "moved/out",
-                         "--save_every=2"))
-    assert sorted(log(tmp_path / "moved/out", "embed_weak")) == list(range(1, STEPS + 1))
+    assert max(log(tmp_path, stage)) == 3          # and nothing has happened
 
 
 def test_a_stage_whose_base_was_trained_anew_is_refused(rows, whole, tmp_path):
@@ -626,11 +577,6 @@ def test_a_file_that_nobody_reads_is_named(tmp_path, capsys):
         write_lines(tmp_path / name, [{"text": "fox"}])
     train.prepare([tiny_config("pretrain", data=str(tmp_path))])
     assert f"warning: {tmp_path / 'retreival.jsonl'} is not read" in capsys.readouterr().out
-
-
-def test_the_same_collections_are_nothing_to_speak_of(rows, whole, capsys):
-    train.main(chain_arguments(rows, "embed_sup", whole))
-    assert "scored already" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- what a checkpoint holds

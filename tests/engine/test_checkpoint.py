@@ -19,6 +19,7 @@ import engine.checkpoint as checkpoint
 from dhnm import HardNegativePool
 from engine.checkpoint import CorruptCheckpoint, latest, load, save, verify
 from engine.distributed import World, load_optimizer_state, optimizer_state
+from ranks import assert_equal
 
 
 def state(step):
@@ -32,22 +33,6 @@ def state(step):
                "pool": {7: [1, 2], "seen": {1, 2}, "empty": torch.zeros(0, 3, dtype=torch.int64)}}
     return {"model.pt": weights, "trainer.pt": trainer, "config.json": f'{{"step": {step}}}',
             "tokens.bin": bytes([0, 255, step % 256])}
-
-
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 def step_of(path):
@@ -71,10 +56,10 @@ def test_round_trip(tmp_path):
     for name, value in state(100).items():
         wanted = value.encode() if isinstance(value, str) else value
         if name != "trainer.pt":
-            assert_same(load(path, name), wanted)
+            assert_equal(load(path, name), wanted)
     trainer = load(str(path), "trainer.pt")
-    assert_same(trainer["optimizer"], state(100)["trainer.pt"]["optimizer"])
-    assert_same(trainer["pool"], state(100)["trainer.pt"]["pool"])
+    assert_equal(trainer["optimizer"], state(100)["trainer.pt"]["optimizer"])
+    assert_equal(trainer["pool"], state(100)["trainer.pt"]["pool"])
     random.setstate(trainer["rng"]["python"])
     torch.set_rng_state(trainer["rng"]["torch"])
 

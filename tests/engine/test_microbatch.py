@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from engine.microbatch import two_pass
-from losses import info_nce, matryoshka
+from losses import matryoshka
 from tiny import nce, relative
 
 
@@ -42,20 +42,8 @@ def test_two_passes_equal_one(sizes, autocast):
         assert relative(a.grad, b.grad) < close
 
 
-def test_the_gradient_is_the_whole_batchs_and_not_the_chunks_mean():
-    inputs, chunked, apart = torch.randn(8, 7), small_encoder(), small_encoder()
-
-    def loss_fn(x):
-        return info_nce(*x.chunk(2), temperature=0.1)
-    two_pass(chunked, inputs.split(2), loss_fn)
-    for chunk in inputs.view(2, 4, 7).transpose(0, 1):      # a query and its positive at a time
-        (loss_fn(apart(chunk))[0] / 4).backward()
-    assert relative(apart[0].weight.grad, chunked[0].weight.grad) > 0.5
-
-
-@pytest.mark.parametrize("sizes, opened, passes", [([24], 0, 1), ([12, 12], 1, 4),
-                                                   ([6] * 4, 3, 8)], ids=str)
-def test_all_chunks_but_the_last_run_without_synchronisation(sizes, opened, passes):
+@pytest.mark.parametrize("sizes", [[24], [12, 12], [6] * 4], ids=str)
+def test_all_chunks_but_the_last_run_without_synchronisation(sizes):
     encoder, log = small_encoder(), []
 
     @contextlib.contextmanager
@@ -72,7 +60,6 @@ def test_all_chunks_but_the_last_run_without_synchronisation(sizes, opened, pass
     n = len(sizes)
     first = ["encode"] * n if n > 1 else []
     assert log == first + ["open", "encode", "close"] * (n - 1) + ["encode"]
-    assert (log.count("open"), log.count("encode")) == (opened, passes)
 
 
 @pytest.mark.parametrize("sizes", [[24], [12, 12]], ids=str)

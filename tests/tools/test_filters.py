@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engine.jsonl import read_jsonl
+from ranks import write_lines
 from tools import filters
 from tools.filters import (by_score, decontaminate, exact_duplicates, main, mteb_rows, texts_of,
                            words_of)
@@ -30,12 +31,6 @@ def texts(*values):
 def reason(row, *paths):
     """Return why a row overlaps the evaluation texts of these files, or None."""
     return next(iter(run(decontaminate, [row], paths=paths)[1]), None)
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-                    encoding="utf-8")
-    return str(path)
 
 
 class Scorer:
@@ -97,7 +92,7 @@ def test_score_of_pairs_with_the_edge_inside():
     ({"id": "x"}, False, r"in\.jsonl:2: no text in a row")])
 def test_a_row_that_cannot_be_read_is_named_by_line(tmp_path, monkeypatch, row, scores, message):
     monkeypatch.setattr(filters, "SentenceTransformerBaseline", Scorer)
-    path = write_jsonl(tmp_path / "in.jsonl", [{"query": "q", "pos": ["0.5"]}, row])
+    path = write_lines(tmp_path / "in.jsonl", [{"query": "q", "pos": ["0.5"]}, row])
     out = tmp_path / "out.jsonl"
     out.write_text("before")
     with pytest.raises(ValueError, match=message):
@@ -120,7 +115,7 @@ def test_a_row_that_cannot_be_read_is_named_by_line(tmp_path, monkeypatch, row, 
     ("这里有一个很长的句子用来测试过滤器的重叠", "overlaps an evaluation text"),
     ("这里有一个很长的句子", None)])
 def test_overlap(tmp_path, text, expected):
-    path = write_jsonl(tmp_path / "e.jsonl", [
+    path = write_lines(tmp_path / "e.jsonl", [
         {"query": LONG, "pos": ["what is the capital?", "yes no"]},
         {"sentence1": "前面这里有一个很长的句子用来测试过滤器", "label": "what is the capital of"}])
     assert reason({"query": "q", "pos": [text]}, path) == expected
@@ -129,8 +124,8 @@ def test_overlap(tmp_path, text, expected):
 
 def test_a_folder_is_read_without_its_documents(tmp_path):
     (tmp_path / "set").mkdir()
-    write_jsonl(tmp_path / "set" / "queries.jsonl", texts("the first query"))
-    corpus = write_jsonl(tmp_path / "set" / "corpus.jsonl", texts("the first document"))
+    write_lines(tmp_path / "set" / "queries.jsonl", texts("the first query"))
+    corpus = write_lines(tmp_path / "set" / "corpus.jsonl", texts("the first document"))
     row = {"text": "The first document."}
     assert reason({"text": "The first query"}, tmp_path) == "overlaps an evaluation text"
     assert reason(row, tmp_path) is None
@@ -139,7 +134,7 @@ def test_a_folder_is_read_without_its_documents(tmp_path):
     with pytest.raises(ValueError, match="empty: no evaluation text"):
         reason(row, corpus, tmp_path / "empty")
     with pytest.raises(ValueError, match="ids.jsonl: no evaluation text"):
-        reason(row, write_jsonl(tmp_path / "ids.jsonl", [{"id": "a"}]))
+        reason(row, write_lines(tmp_path / "ids.jsonl", [{"id": "a"}]))
 
 
 # ---------------------------------------------------------------- chains, command line
@@ -202,8 +197,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
             {"query": "in the evaluation set", "pos": ["0.5"]},
             {"query": "scored low", "pos": ["0.1"]}, {"query": "scored high", "pos": ["0.7"]}]
     monkeypatch.setattr(filters, "SentenceTransformerBaseline", Scorer)
-    source, out = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "new" / "out.jsonl"
-    bad = write_jsonl(tmp_path / "eval.jsonl", texts("In the evaluation set"))
+    source, out = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "new" / "out.jsonl"
+    bad = write_lines(tmp_path / "eval.jsonl", texts("In the evaluation set"))
     main([f"--input={source}", f"--out={out}", "--dedup", "--min_score=0.4", "--scorer=x",
           f"--decontaminate={bad}"])
     assert list(read_jsonl(out)) == [rows[0], rows[4]]

@@ -17,6 +17,7 @@ import pytest
 
 from data import PARSERS
 from engine.jsonl import read_jsonl
+from ranks import write_lines
 from tools import filters, prepare
 from tools.prepare import PrepareConfig, convert, public_sets, stream
 
@@ -76,12 +77,6 @@ def expected(name):
     """The rows of ROWS with the set's prompt, where it has one."""
     prompt = SETS[name].prompt
     return [row | ({"prompt": prompt} if prompt else {}) for row in ROWS[name][1]]
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-                    encoding="utf-8")
-    return str(path)
 
 
 class FakeStream:
@@ -176,7 +171,7 @@ def test_limit_counts_rows_of_ours(tmp_path, monkeypatch):
 
 def test_one_command_takes_out_what_mteb_evaluates_on(tmp_path, monkeypatch, capsys):
     """A benchmark's name holds a comma, as the command line's lists do; a file stands beside it."""
-    asked, other = [], write_jsonl(tmp_path / "own.jsonl", [{"text": "this is question 3"}])
+    asked, other = [], write_lines(tmp_path / "own.jsonl", [{"text": "this is question 3"}])
     task = SimpleNamespace(
         metadata=SimpleNamespace(eval_splits=["test"]), load_data=lambda: None,
         unload_data=lambda: None, dataset={"test": [{"sentence1": "The QUESTION 1!"}]})
@@ -294,7 +289,7 @@ def test_every_set_comes_from_where_the_hub_has_it(tmp_path):
 def test_a_run_that_lost_the_hub_between_two_files_leaves_nothing(tmp_path, name, key):
     pytest.importorskip("datasets")
     rows = [ROWS[name][0] | {key: f"this is number {i}"} for i in range(40)]
-    bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": f"This is number {i}!"} for i in (7, 30)])
+    bad = write_lines(tmp_path / "bad.jsonl", [{"text": f"This is number {i}!"} for i in (7, 30)])
 
     def run():
         argv = [name, f"--out={tmp_path / 'out'}", f"--decontaminate={bad}"]

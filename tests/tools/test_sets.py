@@ -1,6 +1,5 @@
 """A folder of sets becomes the files of the four stages: every form by a set of a few rows."""
 
-import gzip
 import json
 import shutil
 
@@ -8,13 +7,8 @@ import pytest
 
 from data import PARSERS, load_collection
 from engine.jsonl import read_jsonl
+from ranks import write_lines as write
 from tools import sets
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
 def collection(folder, queries, corpus, qrels):

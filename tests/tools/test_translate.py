@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from clr import Gates, build_clr
+from ranks import write_lines
 from tools import translate as module
 from tools.translate import EndpointTranslator, TranslateConfig, table_translator
 
@@ -260,12 +261,8 @@ def test_stopping_half_way_leaves_no_work_behind():
 # ---------------------------------------------------------------- command line
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def test_command_line(tmp_path, capsys):
-    write_rows(tmp_path / "in.jsonl", ROWS)
+    write_lines(tmp_path / "in.jsonl", ROWS)
     with endpoint(lambda prompt, nth: "übersetzt " + text_of(prompt)) as (server, _):
         argv = [f"--input={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'o' / 'out.jsonl'}",
                 "--translator=endpoint", f"--endpoint={server.url}", "--shares=en:9,fr:1,de:2"]
@@ -286,7 +283,7 @@ def test_command_line(tmp_path, capsys):
 def test_failed_run_leaves_the_old_output(tmp_path):
     out = tmp_path / "out.jsonl"
     out.write_text("old")
-    write_rows(tmp_path / "in.jsonl", ROWS)
+    write_lines(tmp_path / "in.jsonl", ROWS)
     with endpoint(lambda prompt, nth: (401, b"")) as (server, _):
         with pytest.raises(ConnectionError):
             module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out={out}",
@@ -297,8 +294,8 @@ def test_failed_run_leaves_the_old_output(tmp_path):
 
 def test_chinese_titles_through_a_table(tmp_path):
     """Another source language: the recipe of docs/data.md for translations."""
-    write_rows(tmp_path / "in.jsonl", [{"query": f"标题{i}", "id": str(i)} for i in range(3)])
-    write_rows(tmp_path / "t.jsonl", [
+    write_lines(tmp_path / "in.jsonl", [{"query": f"标题{i}", "id": str(i)} for i in range(3)])
+    write_lines(tmp_path / "t.jsonl", [
         {"text": f"标题{i}", "lang": "en", "translation": f"title {i}"} for i in (0, 2)])
     module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}",
                  "--translator=table", f"--table={tmp_path / 't.jsonl'}",
@@ -325,7 +322,7 @@ def test_settings_that_make_no_sense(settings, message):
 
 def test_ctrl_c(tmp_path):
     """The program stops within a moment, says how to go on, and leaves no half-written output."""
-    write_rows(tmp_path / "in.jsonl", ROWS)
+    write_lines(tmp_path / "in.jsonl", ROWS)
     # a job in the background ignores SIGINT, and so would the process that it starts
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with endpoint(lambda prompt, nth: time.sleep(0.05) or "übersetzt") as (server, _):
@@ -358,7 +355,7 @@ def test_where_nothing_is_translated_the_reason_is_said(tmp_path):
 def test_settings_and_gates_of_the_command_line(tmp_path, capsys, monkeypatch):
     """Another script, the source itself, twenty times its length: each is dropped."""
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    write_rows(tmp_path / "in.jsonl", ROWS[:6])
+    write_lines(tmp_path / "in.jsonl", ROWS[:6])
     bad = {"question 0": "问题", "question 1": "question 1", "question 2": "ü" * 200}
 
     def behave(prompt, nth):
