@@ -83,6 +83,9 @@ def _numbers(values, n):
     return values
 
 
+NOT_NEG = {"negative", "negatives", "hard_negatives", "negative_passages"}
+
+
 def parse_text(row):
     """Return the document of a {"text"} row."""
     return _text(row, "text")
@@ -105,6 +108,8 @@ def parse_pair(row):
         prompt = row.get("instruction") if prompt is None else prompt
     if not pos:
         raise ValueError("key 'pos' is an empty list")
+    if "neg" not in row and (other := NOT_NEG & row.keys()):
+        raise ValueError(f"key {min(other)!r} is not read: hard negatives have the key 'neg'")
     if not isinstance(prompt, (str, type(None))):
         raise ValueError(f"the prompt must be a string, not {type(prompt).__name__}")
     pair = {"query": query, "pos": pos, "neg": _texts(row, "neg") if row.get("neg") else [],
@@ -304,7 +309,8 @@ def sources(cfg, kind):
 def unread(folder):
     """Return the JSONL files of a folder that nobody reads: their names may be misspelled."""
     names = (*PARSERS, "text_dev", "sts_test", "labels_test")      # the last three: what is scored
-    return sorted(path for path in Path(folder).glob("*.jsonl*") if is_json(path)
+    return sorted(path for path in Path(folder).glob("*")          # a .json is somebody's report
+                  if is_json(path) and ".json" not in path.suffixes
                   and path.name.partition(".")[0].partition("-")[0] not in names)
 
 

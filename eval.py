@@ -93,7 +93,7 @@ def retrieval(encoder, collection):
     for row, ranks in zip(queries, ranking):
         ids = [corpus[i]["id"] for i in ranks.tolist() if i >= 0]
         relevance = collection.qrels[row["id"]]
-        if collection.without_self and row["id"] in ids:
+        if row["id"] in collection.without_self and row["id"] in ids:
             ids.remove(row["id"])
         gains.append([relevance.get(document, 0) for document in ids])
         judged.append(list(relevance.values()))

@@ -397,7 +397,7 @@ def run_steps(state):
         # the last save may have taken long, so ask again
         if agreed["stop"] or is_last and world.mean({"stop": stop.number})["stop"]:
             raise run.Interrupted(stop.number or signal.SIGTERM)
-    log.close()
+    log.close(counters["truncated"])
     stop.restore()
     return where
 

@@ -29,14 +29,14 @@ COLUMNS = {                        # what a task's rows must have
 class Collection:
     """A retrieval collection: rows with ids, and qrels {query id: {document id: relevance}}.
 
-    split: the name of the qrels, None where rows name it. without_self: a ranking leaves out the
-    document whose id is the query's own.
+    split: the name of the qrels, None where rows name it. without_self: ids of queries whose
+    ranking leaves out the document of the same id.
     """
     corpus: list
     queries: list
     qrels: dict
     split: str | None = None
-    without_self: bool = False
+    without_self: frozenset = frozenset()
 
 
 def document_text(row):
@@ -125,7 +125,7 @@ def load_collection(directory, split=None, ignore_identical_ids=None):
     split: one of qrels/SPLIT.tsv, or the queries whose row says `"split": split`, or says none in a
     folder of that name. Queries without a judged document are left out, unless their row has
     `answers`. ignore_identical_ids: leave the document with a query's own id out of its ranking;
-    None: if such a pair has equal texts and is not judged relevant, as in ArguAna. Raises
+    None: where the texts are equal and the document is not judged relevant, as in ArguAna. Raises
     ValueError by file and line.
     """
     directory = Path(directory)
@@ -149,14 +149,14 @@ def load_collection(directory, split=None, ignore_identical_ids=None):
     if not queries:
         raise ValueError(f"{directory}: no query{f' of split {split!r}' if split else ''} has a "
                          "judged document")
-    if ignore_identical_ids is None:
-        same = [row["id"] for row in queries if texts.get(row["id"]) == row["text"]
-                and qrels.get(row["id"], {}).get(row["id"], 0) <= 0]
-        if ignore_identical_ids := bool(same):
-            warnings.warn(f"{directory}: {len(same)} queries are documents too, {same[0]!r} first; "
-                          "each is left out of its own ranking (ignore_identical_ids=false keeps "
-                          "them)", stacklevel=2)
-    return Collection(corpus, queries, qrels, of_file, ignore_identical_ids)
+    same = [row["id"] for row in queries if ignore_identical_ids or ignore_identical_ids is None
+            and texts.get(row["id"]) == row["text"]
+            and qrels.get(row["id"], {}).get(row["id"], 0) <= 0]
+    if same and ignore_identical_ids is None:
+        warnings.warn(f"{directory}: {len(same)} queries are documents too, {same[0]!r} first; "
+                      "each is left out of its own ranking (ignore_identical_ids=false keeps "
+                      "them)", stacklevel=2)
+    return Collection(corpus, queries, qrels, of_file, frozenset(same))
 
 
 # ---------------------------------------------------------------- rows by split and language

@@ -184,22 +184,19 @@ def attention(q, k, v, texts):
 def group_attention(q, k, v, group, mask):
     """Return the attention of one group's slots: q (B T, H, E), k, v (B T, K, E) -> like q."""
     q, k, v = (x.view(*group.shape, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-    return block_attention(q, k, v, group, mask).transpose(1, 2).flatten(0, 1)
-
-
-def block_attention(q, k, v, group, mask):
-    """Choose the kernel of one group: q (B, H, T, E), k, v (B, K, T, E) -> like q."""
     # measured on a CPU in bfloat16: up to 256 tokens plain matmuls beat SDPA 2 to 4 times, but not
     # for a few short texts, nor where SDPA can use AMX and needs no gradient
     plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256 \
         and q.numel() > SMALL and (torch.is_grad_enabled() or not has_amx())
     if group.weights is not None or plain:
-        return explicit_attention(q, k, v, group.bias, mask.is_causal, group.weights)
-    if q.is_cuda and q.dtype == torch.float32:     # SDPA's kernels take no groups in float32
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=group.bias, enable_gqa=k.shape[1] < q.shape[1],
-        is_causal=mask.is_causal and q.shape[2] > 1)
+        y = explicit_attention(q, k, v, group.bias, mask.is_causal, group.weights)
+    else:
+        if q.is_cuda and q.dtype == torch.float32:     # SDPA's kernels take no groups in float32
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=group.bias, enable_gqa=k.shape[1] < q.shape[1],
+            is_causal=mask.is_causal and q.shape[2] > 1)
+    return y.transpose(1, 2).flatten(0, 1)                                  # (B T, H, E)
 
 
 @cache

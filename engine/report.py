@@ -121,9 +121,12 @@ class Log:
                                      f"{row['tokens_per_second']:,.0f} tokens/s")
         self._restart()
 
-    def close(self):
-        """Finish the bar and the files."""
+    def close(self, truncated=0):
+        """Finish the bar and the files; say how many texts were cut."""
         self.bar.close()
+        if truncated and self.world.is_main:
+            tqdm.write(f"{self.cfg.stage}: {truncated:,} texts were cut: query_len is "
+                       f"{self.cfg.query_len} tokens, passage_len {self.cfg.passage_len}")
         if self.file:
             self.file.close()
 

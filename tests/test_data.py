@@ -68,6 +68,7 @@ def test_where_alpacas_input_is_empty_the_instruction_is_the_query(nothing):
     ("pairs", {"query": "q", "answer": "p"}, "'pos' is missing; the keys are ['answer', 'query']"),
     ("pairs", {"query": "q", "pos": {"en": "p"}}, "'pos' must be a string, not dict"),
     ("pairs", {"query": "q", "pos": []}, "key 'pos' is an empty list"),
+    ("pairs", {"query": "q", "pos": "p", "negatives": ["n"]}, "'negatives' is not read: hard neg"),
     ("pairs", {"query": "q", "pos": ["p", " "]}, "key 'pos' is empty"),
     ("pairs", {"query": "q", "pos": ["p"], "neg": [1]}, "key 'neg' must be a string, not int"),
     ("pairs", {"query": "q", "pos": ["p"], "prompt": 1}, "the prompt must be a string, not int"),

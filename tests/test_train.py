@@ -573,10 +573,13 @@ def test_an_interrupted_stage_does_not_resume_on_another_base(rows, whole, tmp_p
 
 
 def test_a_file_that_nobody_reads_is_named(tmp_path, capsys):
-    for name in ("text.jsonl", "retreival.jsonl"):
+    for name in ("text.jsonl", "retreival.jsonl", "st.ndjson.gz", "manifest.json"):
         write_lines(tmp_path / name, [{"text": "fox"}])
     train.prepare([tiny_config("pretrain", data=str(tmp_path))])
-    assert f"warning: {tmp_path / 'retreival.jsonl'} is not read" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.count("warning") == 2
+    for name in ("retreival.jsonl", "st.ndjson.gz"):
+        assert f"warning: {tmp_path / name} is not read" in shown
 
 
 # ---------------------------------------------------------------- what a checkpoint holds
@@ -626,7 +629,7 @@ def test_the_embedder_reads_what_training_wrote(whole):
     assert torch.allclose(right, vectors[0], atol=1e-6)
 
 
-def test_the_log_counts_texts_that_are_cut(rows, tmp_path):
+def test_texts_that_are_cut_are_counted(rows, tmp_path, capsys):
     cut = []
 
     def noted(real, model, batch, *rest):
@@ -634,6 +637,8 @@ def test_the_log_counts_texts_that_are_cut(rows, tmp_path):
         return real(model, batch, *rest)
     with step_loss_replaced(noted):
         train.main(arguments(rows, "embed_weak", tmp_path, "--passage_len=16"))
+    assert f"embed_weak: {sum(cut)} texts were cut: query_len is 16 tokens, passage_len 16" in \
+        "".join(capsys.readouterr())
     shown = [line["truncated"] for line in log(tmp_path, "embed_weak").values()]
     assert shown == np.cumsum(cut).tolist() and min(cut) > 0
 
