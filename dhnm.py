@@ -37,7 +37,7 @@ class HardNegativePool:
 
     candidates: for each query a list of ids, best first, of any length; or all as one integer
     tensor (Q, P), where -1 is an empty place at the end.
-    policy: "v2" is Eq. (6); "fixed" keeps the first N, for comparison.
+    policy: "v2", Conan-Embedding-v2's, is Eq. (6); "fixed" keeps the first N, for comparison.
 
     >>> pool = HardNegativePool([[7, 8, 9]], n_negatives=2)
     >>> pool.negatives([0])

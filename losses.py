@@ -6,8 +6,9 @@ UNSPECIFIED: Eq. (1) prints no temperature. With 1.0 the loss of 64 candidates c
 2.25. So the temperature is a required argument. DEVIATES: the mean over queries, not the sum.
 UNSPECIFIED: the candidates M of Eq. (1), and what to do with those that answer the query, too.
 
-Shapes: B queries of this rank, D width, N hard negatives of a query, W ranks, M candidates of all
-ranks (W * B positives, then W * B * N hard negatives), P known positives of a query.
+Shapes: B queries of this rank (one of torchrun's processes), D width, N hard negatives of a query,
+W ranks, M candidates of all ranks (W * B positives, then W * B * N hard negatives), P known
+positives of a query.
 """
 import torch
 import torch.distributed as dist

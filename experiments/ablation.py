@@ -28,7 +28,8 @@ from engine import checkpoint
 from engine.jsonl import read_object
 from engine.run import versions
 from experiments import probes
-from experiments.cells import NOTHING, PRETRAIN, SFT, SUP, WEAK, Cell, Lab, columns, table4_cell
+from experiments.cells import (NOTHING, PRETRAIN, ROWS, SFT, SUP, WEAK, Cell, Lab, columns,
+                               table4_cell)
 from experiments.results import cells_lines
 from experiments.runs import choose, read_log, read_scores, seconds, write_result
 from mask import CAUSAL, FULL, MaskSpec, alpha
@@ -57,6 +58,7 @@ PAPER_6 = {(16, 0): 72.18, (16, 1): 72.12, (32, 0): 72.08, (32, 1): 72.23, (64, 
 PAPER_12 = {"linear": (61.73, 70.41, 70.99), "accelerating": (61.50, 70.51, 70.81),
             "decelerating": (61.43, 70.01, 70.37)}
 RANKS = (16, 32, 64, 0)            # of Table 6's adapters; 0: all weights
+STAGE_4 = f"Stage 4 is retrieval and CLR alone: {ROWS} questions, no STS, classes or MRL."
 PARTS = 6                          # of stage 4, which Sec. 3.4 looks at one by one
 EQUAL_TIME = 3e6                   # LM tokens, and more, whose time a stage 3 without LM gets too
 
@@ -160,7 +162,7 @@ def table4(lab):
         title="Table 4: soft mask x CLR x DHNM", differences=effects,
         paper={label: dict(zip(("Multi", "Eng", "Zh"), PAPER_4[key]))
                for label, key in TABLE_4.items() if key in PAPER_4},
-        notes=["Without SM the mask is bidirectional from the first step of stage 3.",
+        notes=[STAGE_4, "Without SM the mask is bidirectional from the first step of stage 3.",
                "Without CLR its steps are retrieval's. Without DHNM the first negatives stay."])
 
 
@@ -177,7 +179,8 @@ def table6(lab):
         differences={f"{label(rank, 1)} minus hard": ([label(rank, 1)], [label(rank, 0)])
                      for rank in RANKS},
         paper={label(*key): {"Eng": value} for key, value in PAPER_6.items()},
-        notes=["CLR and DHNM are on in every cell. LoRA trains stages 3 and 4 by adapters.",
+        notes=[STAGE_4,
+               "CLR and DHNM are on in every cell. LoRA trains stages 3 and 4 by adapters.",
                "The paper's full row repeats Table 4: 71.50 is DHNM alone, 73.52 all parts."])
 
 
@@ -286,7 +289,8 @@ def sec34(lab):
         title="Sec. 3.4: do negatives stay hard if they are replaced?",
         differences={f"dynamic minus fixed{c}": ([f"dynamic{c}"], [f"fixed{c}"])
                      for c in ("", " CLR")},
-        notes=["S is the mean cosine of queries and their negatives in use, S_0 at first use.",
+        notes=[STAGE_4,
+               "S is the mean cosine of queries and their negatives in use, S_0 at first use.",
                f"A part is a {PARTS}th of stage 4's steps of a task: two visits of a query without "
                f"CLR, one with it. A step has {in_use} negatives.",
                "Pools are 50 deep, mined by the model itself."])

@@ -7,7 +7,7 @@
 
 Each stage is `train.main([FILE])` with a config file of its own, written beside its results.
 A finished stage is not repeated, an interrupted one resumes. Cells that differ in stage 4 share
-stage 3. Steps, batches and learning rates are equal in all cells of a table.
+stage 3. Steps, batches and learning rates are equal in all cells, but where a label says otherwise.
 
 UNSPECIFIED: Table 4's "without SM"; here the mask opens at the first step of stage 3.
 DEVIATES: nDCG@10 of retrieval instead of MTEB's averages.

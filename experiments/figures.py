@@ -164,7 +164,7 @@ def draw_figure1(cfg):
         "title": "Figure 1: score against parameters",
         "seeds": list(range(max(map(len, runs.values())))),
         "cells": {f"{size:,} parameters": runs[size] for size in sizes},
-        "notes": ["All sizes take the same steps."]})
+        "notes": ["All sizes take the same steps, at the rates of the default run."]})
     figure, (plot,) = canvas(1, width=5.6)
     for stage, marker in zip((WEAK, SUP), "os"):
         means, halves = zip(*(interval(row[f"nDCG@10 after {stage}"] for row in runs[size].values())

@@ -5,8 +5,8 @@
 
 A page marks a table by `<!-- results:NAME -->` ... `<!-- /results -->`. A table whose results file
 does not exist is left as it stands. docs/results.md opens with results/conclusions.md: five
-sentences and what stands behind them, written by hand after the tables are recorded. No other
-number or table is typed.
+sentences and what stands behind them, written by hand after the tables are recorded. Other numbers
+that were typed say so: "(By hand.)"
 
 A file has cells with seeds, {label: {seed: {column: number}}}, or named tables: of rows, or of
 cells again. `record` makes such cells of whole runs, a row for each stage.
@@ -205,8 +205,8 @@ def results_page(tables, folder):
     lines = ["# Results", "", path.read_text("utf-8").strip() if path.is_file() else
              "*No conclusion recorded yet.*", "",
              "`python -m experiments.results` generates this page from `results/`.",
-             "Intervals take seeds for independent, also where some share a language model, or the "
-             "order of their rows (see the log).",
+             "Intervals are over seeds, with the questions fixed. They take seeds for independent, "
+             "also where some share a language model, or the order of their rows (see the log).",
              "Where nothing differs, one difference in twenty is bold all the same.", ""]
     for name, table in tables.items():
         lines += [f"## {table.get('title', name.replace('_', ' ').capitalize())}", ""]

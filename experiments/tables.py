@@ -87,11 +87,16 @@ def mean(log, key, first=0.0, last=1.0):
 
 
 def seen(folder):
-    """Return what an exercise looks at in a stage's folder; what the stage lacks is left out."""
+    """Return what an exercise looks at in a stage's folder; what the stage lacks is left out.
+
+    Losses and cosines of several tasks cannot be averaged, so they are of stages with one.
+    """
     log, scores = read_log(folder), read_scores(folder)
+    log = log if len({row["task"] for row in log}) == 1 else []
     row = {"loss, first tenth": mean(log, "loss", 0, 0.1),
            "loss, last tenth": mean(log, "loss", 0.9), "S_0, last fifth": mean(log, "S_0", 0.8),
-           "S, last fifth": mean(log, "S", 0.8), "replaced a step": mean(log, "replaced", 0.2),
+           "S, last fifth": mean(log, "S", 0.8),
+           "replaced a step, last four fifths": mean(log, "replaced", 0.2),
            **{f"nDCG@10 {pair}".removesuffix(" test"): score_of(
                scores, "retrieval/", f"/{pair}/ndcg@10") for pair in ("test", "zh-en", "xx-en")}}
     return {name: value for name, value in row.items() if value is not None}
