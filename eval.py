@@ -29,6 +29,7 @@ from engine import memory
 from engine.bm25 import BM25, split_words
 from engine.collection import (HELD_OUT, choose_split, collections, labelled_files, languages_in,
                                read_groups, set_name)
+from engine.distributed import accelerator
 from engine.encoders import CachedEncoder, LexicalBaseline
 from engine.jsonl import read_jsonl, read_object, write_object
 from engine.metrics import (average_precision, hit_at_k, mean_average_precision,  # noqa: F401
@@ -61,12 +62,12 @@ def search(encoder, queries, documents, k, kind):
     sides = ("query", "document") if kind == "retrieval" else (None, None)
     left, right = (encoder.encode(texts, prompt=prompt_of(encoder, kind, side))
                    for texts, side in zip((queries, list(number)), sides))
-    k, rows = min(k, len(documents)), max(1, SCORES_AT_ONCE // len(documents))
-    indices = np.empty((len(queries), k), dtype=np.int64)
-    for start in range(0, len(queries), rows):
-        scores = (left[start:start + rows] @ right.T)[:, place]         # (rows, N)
-        indices[start:start + rows] = top(torch.from_numpy(scores), k)[1]
-    return indices
+    left, right, place = (torch.from_numpy(x).to(accelerator()) for x in (left, right, place))
+    k, rows, indices = min(k, len(documents)), max(1, SCORES_AT_ONCE // len(documents)), []
+    for part in left.split(rows):
+        scores = (part @ right.T)[:, place]                             # (rows, N)
+        indices.append(top(scores, k)[1].cpu())
+    return torch.cat(indices).numpy()
 
 
 # ---------------------------------------------------------------- retrieval: {metric: float}

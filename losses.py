@@ -42,7 +42,7 @@ def gather_with_grad(x):
     the mean over ranks takes that back.
     """
     alone = not dist.is_initialized() or dist.get_world_size() == 1
-    return x if alone else _Gather.apply(x)
+    return x if alone or not x.numel() else _Gather.apply(x)
 
 
 # ---------------------------------------------------------------- InfoNCE, Eq. (1)

@@ -200,7 +200,7 @@ def step_loss(model, batch, cfg, step):
     total, count = 0.0, float(counts.sum()) / len(counts)
     for i, (ids, lengths, targets, _) in enumerate(chunks):
         with no_sync() if i < len(chunks) - 1 else contextlib.nullcontext():
-            share = int((targets != -100).sum()) / max(count, 1)
+            share = (targets != -100).sum() / max(count, 1)                 # stays on the device
             loss = model(ids, lengths, mask, targets) * share
             backward(loss)
         total += loss.detach()
@@ -381,7 +381,8 @@ def run_steps(state):
                 task.pool.update(world.gather(torch.from_numpy(batch.rows)),
                                  world.gather(cosines.cpu()))
                 stats = task.pool.stats()
-        state.wrapped.zero_grad(set_to_none=True)
+        # DDP's gradients are views of its buckets: if they went, both would be held
+        state.wrapped.zero_grad(set_to_none=not hasattr(state.wrapped, "no_sync"))
         if (step + 1) % VALIDATE_EVERY == 0 and "validation" in counters:
             counters["validation"] = validation_loss(state)
         for name in ("tokens", "truncated"):

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import kernels, memory
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "910B": 376e12}   # dense bfloat16
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+              "A100": 312e12, "910B": 376e12}      # dense bfloat16; the first name that fits
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl", "cpu": "gloo"}
 # One rank may train a tokenizer or unpack a file meanwhile. All backends wait as long, also NCCL.
 PATIENCE = timedelta(hours=12)

@@ -63,8 +63,8 @@ class Exact:
         return vectors if vectors.is_cuda else vectors.float()
 
     def _product(self, queries, block):
-        """Return the float32 cosines (chunk, b) of some queries and a loaded block of passages."""
-        queries = self._load(queries).to(block.dtype)      # either may lie in 16 bits, alone
+        """Return the float32 cosines (chunk, b) of queries and a block of passages, both loaded."""
+        queries = queries.to(block.dtype)                  # either may lie in 16 bits, alone
         if block.is_cuda and block.dtype == torch.float16:
             return torch.mm(queries, block.T, out_dtype=torch.float32)
         return queries @ block.T
@@ -78,7 +78,7 @@ class Exact:
         for start in range(0, len(queries), CHUNK):
             part = numbers[start:start + CHUNK]
             distinct, place = np.unique(np.concatenate(part), return_inverse=True)
-            scores = self._product(queries[start:start + CHUNK],
+            scores = self._product(self._load(queries[start:start + CHUNK]),
                                    self._load(self.passages[distinct.astype(np.int64)]))
             ends = np.cumsum([len(n) for n in part])
             out += [row[columns] for row, columns in zip(
@@ -95,10 +95,11 @@ class Exact:
         values = torch.full((len(queries), k), -torch.inf, device=self.device)
         numbers = torch.full(values.shape, -1, dtype=torch.int64, device=self.device)
         pairs = {s: _pairs(without[s:s + chunk]) for s in starts}
+        loaded = {s: self._load(queries[s:s + chunk]) for s in starts}
         for first in range(0, len(self.passages) if starts else 0, BLOCK):
             block = self._load(self.passages[first:first + BLOCK])
             for s in starts:
-                scores = self._product(queries[s:s + chunk], block)         # (chunk, b)
+                scores = self._product(loaded[s], block)                    # (chunk, b)
                 rows, columns = pairs[s]
                 here = (columns >= first) & (columns < first + len(block))
                 rows, columns = torch.from_numpy(rows[here]), torch.from_numpy(columns[here])
