@@ -351,10 +351,10 @@ def task_rows(cfg, kind, files, world=ALONE):
 
 def hashes(cfg, world=ALONE):
     """Return {kind: {file: SHA-256}} of the data files of a stage; all ranks must call."""
-    found = {}
+    by_kind = {}
     for kind, files in task_files(cfg):
-        found.setdefault(kind, {}).update(task_rows(cfg, kind, files, world).hashes())
-    return found
+        by_kind.setdefault(kind, {}).update(task_rows(cfg, kind, files, world).hashes())
+    return by_kind
 
 
 def warn_of_scales(rows):

@@ -30,7 +30,7 @@ from configurator import run_command
 from data import (PROMPTS, document_text, end_text, find_packed, format_query, prompt_length,
                   read_with_ids)
 from engine import kernels, memory
-from engine.distributed import accelerator, device_module, matmul_dtype
+from engine.distributed import accelerator, choose_dtype, device_module
 from engine.jsonl import atomic, read_texts
 from engine.model_folder import EXPORTED, read_model
 from mask import MaskSpec
@@ -152,7 +152,7 @@ class Embedder:
 
 def _dtype(name, device):
     """Return "float32" or "bfloat16", by default the one that suits the device."""
-    default = "float32" if device.type == "cpu" else matmul_dtype("auto", device)
+    default = "float32" if device.type == "cpu" else choose_dtype("auto", device)
     dtype = str(name or default).removeprefix("torch.")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {name!r} is unknown; choose float32 or bfloat16")

@@ -311,7 +311,7 @@ def start(cfg, world, where, before):
     else:
         tokenizer = world.on_main(lambda: train_tokenizer(cfg))
     # float32, the larger word, if one rank has no fast bfloat16
-    dtype = max(world.gather_objects(distributed.matmul_dtype(cfg.dtype, world.device)))
+    dtype = max(world.gather_objects(distributed.choose_dtype(cfg.dtype, world.device)))
     if where and cfg.dtype == "auto":
         dtype = meta.get("dtype", dtype)           # a run keeps its own on another machine
     state = run.State(cfg, world, tokenizer, dtype, hashes, run.weights_hash(before))

@@ -78,12 +78,12 @@ def activations(config, tokens, checkpointing=False, head=False, copies=True):
     c, part = config, parameters(config)
     block = 12 * c.n_embd + (6 * c.n_head + 4 * c.n_kv_head) * c.head_dim + 4 * c.n_head \
         + 6 * c.ffn_dim
-    kept = c.n_layer * tokens * (4 * c.n_embd if checkpointing else block)
-    kept += 8 * c.n_embd * tokens                  # the last norm: input and output
-    kept += 2 * (part["attention"] + part["ffn"]) if copies else 0
+    total = c.n_layer * tokens * (4 * c.n_embd if checkpointing else block)
+    total += 8 * c.n_embd * tokens                 # the last norm: input and output
+    total += 2 * (part["attention"] + part["ffn"]) if copies else 0
     chunk = min(logits_chunk(c.vocab_size, "cuda"), tokens)
     logits = 6 * part["embedding"] + 8 * chunk * c.vocab_size if head else 0
-    return kept + max(logits, tokens * block if checkpointing else 0)
+    return total + max(logits, tokens * block if checkpointing else 0)
 
 
 def unsharded(config):

@@ -67,9 +67,9 @@ def read_with_ids(path):
 
 def find_packed(path):
     """Return a file or its .gz, whichever is there; FileNotFoundError by name without either."""
-    for found in (Path(path), Path(f"{path}.gz")):
-        if found.is_file():
-            return found
+    for file in (Path(path), Path(f"{path}.gz")):
+        if file.is_file():
+            return file
     raise FileNotFoundError(f"{path}: no such file (nor {Path(path).name}.gz)")
 
 

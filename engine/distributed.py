@@ -54,7 +54,7 @@ def peak_flops(device):
     return next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
 
 
-def matmul_dtype(name, device):
+def choose_dtype(name, device):
     """Return "float32" or "bfloat16"; "auto" is bfloat16 where its matmuls are in hardware."""
     if name != "auto":
         return name

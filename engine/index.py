@@ -44,7 +44,7 @@ class Job:
     """A file of int64 columns to build from parts.
 
     make: k -> (columns of part k, what there is to say of it). join: [(columns' lengths, what was
-    said)] of all parts -> (what to add to the columns of each part, what to say of the file).
+    counted)] of all parts -> (what to add to the columns of each part, what to say of the file).
     """
     path: Path
     n_parts: int
@@ -62,12 +62,12 @@ def build(jobs, world):
     def make():
         done = {}
         for (j, k), path in mine.items():
-            columns, said = jobs[j].make(k)
+            columns, counts = jobs[j].make(k)
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as file:
                 for column in columns:
                     file.write(np.asarray(column, dtype=np.int64).tobytes())
-            done[j, k] = path, [len(column) for column in columns], said
+            done[j, k] = path, [len(column) for column in columns], counts
         return done
 
     try:
@@ -81,7 +81,7 @@ def build(jobs, world):
 
 
 def _join(job, parts):
-    """Write the file of a job, column after column, from its parts (path, lengths, said)."""
+    """Write the file of a job, column after column, from its parts (path, lengths, counts)."""
     add, about = job.join([part[1:] for part in parts])
     totals = np.sum([lengths for _, lengths, _ in parts], axis=0).tolist()
     with atomic(job.path, "wb") as file:
@@ -139,7 +139,7 @@ class JsonlFile:
         """Check the lines that begin in range k -> columns, and what there is to say of them."""
         begin, end = k * RANGE, min((k + 1) * RANGE, self.plain.stat().st_size)
         columns = [array("q") for _ in range(5 if self.with_ids else 1)]
-        said, sha256 = {"bad": 0, "scored": 0, "bare": 0, "prompts": Counter()}, hashlib.sha256()
+        counts, sha256 = {"bad": 0, "scored": 0, "bare": 0, "prompts": Counter()}, hashlib.sha256()
         with open(self.plain, "rb") as file:
             end_of_text = _end_of_text(file)
             start = file.seek(max(begin - 1, 0))
@@ -148,16 +148,16 @@ class JsonlFile:
                 line = file.readline()
                 sha256.update(line)
                 if start < end_of_text:
-                    self._check_line(line, start, columns, said)
+                    self._check_line(line, start, columns, counts)
                 start += len(line)
-        said["sha256"] = sha256.hexdigest()
-        return columns, said
+        counts["sha256"] = sha256.hexdigest()
+        return columns, counts
 
-    def _check_line(self, line, start, columns, said):
+    def _check_line(self, line, start, columns, counts):
         try:
             row = self.parse(parse_line(line))
         except ValueError as error:
-            said["bad"] += 1
+            counts["bad"] += 1
             if self.skip_bad:
                 return
             number = 1
@@ -173,24 +173,24 @@ class JsonlFile:
             columns[3].append(len(row["pos"]))
             columns[4].extend(text_id(text) for text in row["pos"] + row["neg"])
         if isinstance(row, dict):
-            said["scored"] += "cosines" in row
+            counts["scored"] += "cosines" in row
             prompt = row.get("prompt")
-            said["bare"] += prompt is None
+            counts["bare"] += prompt is None
             if prompt is not None:
-                _count(said["prompts"], prompt, 1)
+                _count(counts["prompts"], prompt, 1)
 
     def _join(self, parts):
         """Return what to add to the columns of each part, and what to say of the file."""
         add, prompts, rows, ids = [], Counter(), 0, 0
-        sums = {key: sum(said[key] for _, said in parts) for key in ("bad", "scored", "bare")}
-        for lengths, said in parts:
+        sums = {key: sum(counts[key] for _, counts in parts) for key in ("bad", "scored", "bare")}
+        for lengths, counts in parts:
             add.append([0, 0, ids, 0, 0])
             rows, ids = rows + lengths[0], ids + sum(lengths[4:])
-            for prompt, count in said["prompts"].items():
+            for prompt, count in counts["prompts"].items():
                 _count(prompts, prompt, count)
         if not rows:
             raise ValueError(f"{self.path}: no usable line ({sums['bad']} bad ones)")
-        digests = [said["sha256"] for _, said in parts]
+        digests = [counts["sha256"] for _, counts in parts]
         whole = digests[0] if len(digests) == 1 else \
             hashlib.sha256("".join(digests).encode()).hexdigest()
         return add, {**sums, "prompts": prompts, "sha256": whole,
@@ -292,8 +292,8 @@ class JsonlFiles:
 
     def hashes(self):
         """Return {path: SHA-256 of the content}; a path that comes again has a number behind it."""
-        found = {}
+        by_path = {}
         for n, file in enumerate(self.files, 1):
             path = str(file.path)
-            found[f"{path} ({n})" if path in found else path] = file.sha256
-        return found
+            by_path[f"{path} ({n})" if path in by_path else path] = file.sha256
+        return by_path

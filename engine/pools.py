@@ -39,10 +39,10 @@ class SharedPool:
         parts = self.world.gather_objects(torch.as_tensor(query_ids))
         every, first = torch.cat(parts), sum(map(len, parts[:self.world.rank]))
         is_own, rows = self._owned(every)
-        found = torch.zeros(len(every), self.own.n_negatives, dtype=torch.int64)
-        found[is_own] = self.own.negatives(rows) + 1                        # 0: another rank's
-        found = sum(self.world.gather_objects(found)) - 1
-        return found[first:first + len(query_ids)]
+        ids = torch.zeros(len(every), self.own.n_negatives, dtype=torch.int64)
+        ids[is_own] = self.own.negatives(rows) + 1                          # 0: another rank's
+        ids = sum(self.world.gather_objects(ids)) - 1
+        return ids[first:first + len(query_ids)]
 
     def update(self, query_ids, scores):
         """Take the cosines (B, N) of the whole batch, the same on every rank."""

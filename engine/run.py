@@ -331,13 +331,13 @@ def skip_step(state, step, batch, loss, norm, most=10):
     state.counters["skipped"] += 1
     state.counters["in_a_row"] += 1
     path = state.cfg.run_dir / f"nonfinite_step{step}_rank{state.world.rank}.pt"
-    kept = f"in {path}"
+    place = f"in {path}"
     try:
         torch.save(dataclasses.asdict(batch.to("cpu")) | {"rows": batch.rows.tolist()}, path)
     except (OSError, RuntimeError) as error:           # a full disk; torch's own error is either
-        kept = f"not kept: {error}"
+        place = f"not kept: {error}"
     text = (f"step {step}, task {batch.task}: loss {loss}, gradient norm {norm}; skipped, the "
-            f"batch is {kept}")
+            f"batch is {place}")
     if state.counters["in_a_row"] >= most:
         raise FloatingPointError(f"{text}; {most} such steps in a row")
     tqdm.write(text)

@@ -122,8 +122,8 @@ def rehearse(folder, world):
         text, Tokenizer.load(folder / "tokenizer.tiktoken"), cache / "tokens", 0, world))
     meter("index of pairs", lambda: rows("pairs"))
     meter("second start", lambda: rows("pairs"))
-    found = meter("index of stage 4", lambda: rows("retrieval"))
-    passages = meter("passage tables", lambda: Passages(found, cache, world))
+    supervised = meter("index of stage 4", lambda: rows("retrieval"))
+    passages = meter("passage tables", lambda: Passages(supervised, cache, world))
 
     def fill():
         pools, _ = Miner(cache / "mining", None, world).of_rows(
@@ -140,7 +140,7 @@ def rehearse(folder, world):
             vectors[first:end], Exact(vectors), [[q] for q in range(first, end)], 50)[0], world))
     size = {kind: (folder / f"{kind}.jsonl").stat().st_size for kind in ("text", "pairs")}
     amounts = [size["text"] / 1e9, len(tokens) / 1e6, *[size["pairs"] / 1e9] * 2,
-               *[len(found) / 1e6] * 3, 2 * SEARCH ** 2 * WIDTH / 1e12]
+               *[len(supervised) / 1e6] * 3, 2 * SEARCH ** 2 * WIDTH / 1e12]
     for part, amount in zip(UNITS, amounts):
         meter.parts[part]["amount"] = amount
     return {"parts": meter.parts, "disk": disk(cache), "matmul": plain_rate(vectors)}
@@ -190,8 +190,8 @@ def fit(runs):
     """
     largest = runs[max(runs)]
     one = largest[min(largest)]
-    law = {part: {"seconds": said["seconds"] * min(largest) / said["amount"], "unit": UNITS[part]}
-           for part, said in one["parts"].items()}
+    law = {part: {"seconds": cost["seconds"] * min(largest) / cost["amount"], "unit": UNITS[part]}
+           for part, cost in one["parts"].items()}
     n, tokens = max(runs) / 1e6, one["parts"]["token shards"]["amount"]
     law["exact search"]["share"] = 1 / law["exact search"]["seconds"] / one["matmul"]
     law["disk"] = {"a token": one["disk"]["bin"] / tokens / 1e6,
@@ -213,8 +213,8 @@ def table_of(runs):
     for part, unit in UNITS.items():
         row = {"part": part, "unit": unit}
         for n in runs:
-            said = runs[n][first]["parts"][part]
-            row[f"s a unit, {n:,} rows"] = said["seconds"] / said["amount"]
+            cost = runs[n][first]["parts"][part]
+            row[f"s a unit, {n:,} rows"] = cost["seconds"] / cost["amount"]
         ends = [runs[n][first]["parts"][part] for n in (small, large)]
         is_long = ends[1]["seconds"] > 0.05
         if is_long and ends[1]["amount"] > ends[0]["amount"]:

@@ -114,16 +114,16 @@ def decontaminate(rows, counts, paths):
     string in a row counts as a text, but ids and labels do not. A text overlaps if it is equal, or
     if 13 words in a row are; a text below 13 words has only the first, one below 3 never overlaps.
     """
-    held = set()
+    known = set()
     for path in join_names(map(str, paths)):           # "mteb:MTEB(eng, v2)" holds a comma
         name = path.removeprefix("mteb:")
         texts = _strings(_rows(Path(path)) if name == path else mteb_rows(name))
         runs = {run for text in texts for run in _runs(words_of(text))}
         if not runs:
             raise ValueError(f"{path}: no evaluation text in there")
-        held |= runs
+        known |= runs
     for row in rows:
-        if any(not held.isdisjoint(_runs(words_of(text))) for text in texts_of(row)):
+        if any(not known.isdisjoint(_runs(words_of(text))) for text in texts_of(row)):
             counts["overlaps an evaluation text"] += 1
         else:
             yield row

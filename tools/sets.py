@@ -119,12 +119,12 @@ class Builder:
         """Return the rows to train on; write one in `HELD_OUT_SHARE`, by the hash of `key`(row)."""
         if self.is_mixed:
             return rows
-        kept, held = [], []
+        train, held_out = [], []
         for row in rows:
-            (kept if text_id(str(key(row))) % HELD_OUT_SHARE else held).append(row)
-        if held:
-            write_jsonl(self.out / "held_out" / self.name / f"{self.file}.jsonl", held)
-        return kept
+            (train if text_id(str(key(row))) % HELD_OUT_SHARE else held_out).append(row)
+        if held_out:
+            write_jsonl(self.out / "held_out" / self.name / f"{self.file}.jsonl", held_out)
+        return train
 
     def to_train_on(self, rows, key):
         """Return the rows of split train; where no row has a split, what `hold_out` leaves."""

@@ -35,7 +35,7 @@ def npu(monkeypatch):
 def test_an_npu_is_found_without_being_named(npu, monkeypatch):
     assert distributed.accelerator() == "npu"
     assert distributed.device_module("npu") is npu
-    assert distributed.matmul_dtype("auto", torch.device("npu")) == "bfloat16"
+    assert distributed.choose_dtype("auto", torch.device("npu")) == "bfloat16"
     npu.is_available = lambda: False                       # the package, and no card
     assert distributed.accelerator() == "cpu"
     with pytest.raises(ValueError, match="'npu' is not available on this machine"):

@@ -278,15 +278,15 @@ def test_devices():
                                           ({"amx_bf16": True, "avx512_bf16": False}, "bfloat16")])
 def test_bfloat16_is_chosen_where_a_cpu_is_fast_at_it(monkeypatch, flags, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
-    assert distributed.matmul_dtype("auto", torch.device("cpu")) == dtype
-    assert distributed.matmul_dtype("float32", torch.device("cpu")) == "float32"
+    assert distributed.choose_dtype("auto", torch.device("cpu")) == dtype
+    assert distributed.choose_dtype("float32", torch.device("cpu")) == "float32"
 
 
 @pytest.mark.parametrize("has_it, dtype", [(True, "bfloat16"), (False, "float32")])
 def test_a_card_that_emulates_bfloat16_takes_float32(monkeypatch, has_it, dtype):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: has_it or including_emulation)
-    assert distributed.matmul_dtype("auto", torch.device("cuda", 0)) == dtype
+    assert distributed.choose_dtype("auto", torch.device("cuda", 0)) == dtype
 
 
 def fails_on(world):
