@@ -41,7 +41,6 @@ device dtype checkpointing compile parallel dry_run log_every save_every
 SOURCES = sorted([*ROOT.glob("*.py"),
                   *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))])
 CONFIGS = sorted(ROOT.glob("config/**/*.py"))
-TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 
 def name_of(path):
@@ -165,12 +164,6 @@ def test_functions_fit_on_a_screen_and_take_few_arguments(path):
         assert lines <= 60, f"line {node.lineno}: {node.name} has {lines} lines"
         names = [a.arg for a in node.args.args if a.arg not in ("self", "cls", "ctx")]
         assert len(names) <= 6, f"line {node.lineno}: {node.name} takes {names}"
-
-
-@each(SOURCES + CONFIGS + TESTS)
-def test_lines_are_at_most_100_columns(path):
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        assert len(line) <= 100, f"line {number}: {len(line)} columns"
 
 
 @each(SOURCES)
