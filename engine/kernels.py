@@ -379,8 +379,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros_like(weight, dtype=torch.float32)
         cast = weight.to(hidden.dtype)
         for part, h, t in zip(grad_h.split(chunk), hidden.split(chunk), targets.split(chunk)):
-            p = torch.softmax((h @ cast.T).float(), dim=1)                      # (chunk, V)
-            t = t[:, None]
+            p, t = (h @ cast.T).float(), t[:, None]                             # (chunk, V)
+            torch.softmax(p, dim=1, out=p)                  # in place: half of the memory
             total -= p.gather(1, t).clamp_min_(tiny).log_().sum()
             # d loss / d logits = (softmax - one-hot) / count; backward divides by the count
             g = p.scatter_add_(1, t, -torch.ones_like(t, dtype=torch.float32)).to(hidden.dtype)
