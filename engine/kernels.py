@@ -397,4 +397,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (grad_h, grad_w), grad = ctx.saved_tensors, grad / ctx.count
-        return grad_h * grad, grad_w * grad, None, None
+        return grad_h.mul_(grad), grad_w.mul_(grad), None, None     # so it runs once alone
