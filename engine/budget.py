@@ -73,7 +73,7 @@ def activations(config, tokens, checkpointing=False, head=False, copies=True):
     up and product (6 F); with `checkpointing` only the input, and of one block at a time the rest.
     `copies`: autocast keeps bfloat16 ones of the weights to the end of the step. `head`: the
     float32 gradient of the output embedding, a bfloat16 copy of that embedding, and the logits of a
-    chunk, twice in float32. They are gone before a block is computed again.
+    chunk, in float32 and in bfloat16. They are gone before a block is computed again.
     """
     c, part = config, parameters(config)
     block = 12 * c.n_embd + (6 * c.n_head + 4 * c.n_kv_head) * c.head_dim + 4 * c.n_head \
@@ -82,7 +82,7 @@ def activations(config, tokens, checkpointing=False, head=False, copies=True):
     total += 8 * c.n_embd * tokens                 # the last norm: input and output
     total += 2 * (part["attention"] + part["ffn"]) if copies else 0
     chunk = min(logits_chunk(c.vocab_size, "cuda"), tokens)
-    logits = 6 * part["embedding"] + 8 * chunk * c.vocab_size if head else 0
+    logits = 6 * part["embedding"] + 6 * chunk * c.vocab_size if head else 0
     return total + max(logits, tokens * block if checkpointing else 0)
 
 

@@ -248,7 +248,7 @@ def test_help_lists_type_default_and_comment(capsys):
                  r"--kind='linear' +Literal\['linear', 'accelerating'\] +of alpha"):
         assert re.search(line, page, re.M), line
     assert "of its own line" not in page
-    assert re.search(r"--task_weights=.*1.8\} .*million rows", help_text(TrainConfig))
+    assert re.search(r"--task_weights=.*1.8\} .*shares of rows", help_text(TrainConfig))
 
 
 SCRIPT = """
