@@ -358,7 +358,7 @@ def next_token_loss(hidden, weight, targets, chunk=None):
     chunk = chunk or logits_chunk(len(weight), hidden.device.type)
     hidden = hidden.to(matmul_dtype(hidden))
     with torch.autocast(hidden.device.type, enabled=False):
-        return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)
+        return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, torch.is_grad_enabled())
 
 
 def logits_chunk(vocab_size, kind):
@@ -372,16 +372,19 @@ def logits_chunk(vocab_size, kind):
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk):
+    def forward(ctx, hidden, weight, targets, chunk, is_training):
         count, tiny = max(len(targets), 1), torch.finfo(torch.float32).tiny
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_h = torch.empty_like(hidden)
-        grad_w = torch.zeros_like(weight, dtype=torch.float32)
-        cast = weight.to(hidden.dtype)
+        cast, grad_w, grad_h = weight.to(hidden.dtype), None, hidden
+        if is_training:
+            grad_w = torch.zeros_like(weight, dtype=torch.float32)
+            grad_h = torch.empty_like(hidden)
         for part, h, t in zip(grad_h.split(chunk), hidden.split(chunk), targets.split(chunk)):
             p, t = (h @ cast.T).float(), t[:, None]                             # (chunk, V)
             torch.softmax(p, dim=1, out=p)                  # in place: half of the memory
             total -= p.gather(1, t).clamp_min_(tiny).log_().sum()
+            if not is_training:
+                continue
             # d loss / d logits = (softmax - one-hot) / count; backward divides by the count
             g = p.scatter_add_(1, t, -torch.ones_like(t, dtype=torch.float32)).to(hidden.dtype)
             part.copy_(g @ cast)
@@ -390,11 +393,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             else:
                 grad_w += g.T @ h
             del p, g                                        # before the next ones are formed
-        ctx.save_for_backward(grad_h, grad_w.to(weight.dtype))
-        ctx.count = count
+        if is_training:
+            ctx.save_for_backward(grad_h, grad_w.to(weight.dtype))
+            ctx.count = count
         return total / count
 
     @staticmethod
     def backward(ctx, grad):
         (grad_h, grad_w), grad = ctx.saved_tensors, grad / ctx.count
-        return grad_h.mul_(grad), grad_w.mul_(grad), None, None     # so it runs once alone
+        return grad_h.mul_(grad), grad_w.mul_(grad), None, None, None   # so it runs once alone

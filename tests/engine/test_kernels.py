@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as plain
 from engine import kernels
@@ -176,6 +177,14 @@ def test_chunks_equal_cross_entropy(chunk):
     for a, b in zip(torch.autograd.grad(3 * got, (hidden, weight)),
                     torch.autograd.grad(3 * want, (hidden, weight))):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_loss_that_nobody_trains_on_forms_no_gradient():
+    hidden, weight, targets = lm_batch()
+    want = next_token_loss(hidden, weight, targets, 7).detach()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        assert next_token_loss(hidden, weight, targets, 7) == want
+    assert counter.get_total_flops() == 2 * int((targets >= 0).sum()) * weight.numel()
 
 
 def test_large_logits_do_not_overflow():
