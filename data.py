@@ -83,6 +83,7 @@ def _numbers(values, n):
     return values
 
 
+# what other formats call "neg"
 NOT_NEG = {"negative", "negatives", "hard_negatives", "negative_passages"}
 
 

@@ -149,13 +149,14 @@ def load_collection(directory, split=None, ignore_identical_ids=None):
     if not queries:
         raise ValueError(f"{directory}: no query{f' of split {split!r}' if split else ''} has a "
                          "judged document")
-    same = [row["id"] for row in queries if ignore_identical_ids or ignore_identical_ids is None
-            and texts.get(row["id"]) == row["text"]
-            and qrels.get(row["id"], {}).get(row["id"], 0) <= 0]
-    if same and ignore_identical_ids is None:
-        warnings.warn(f"{directory}: {len(same)} queries are documents too, {same[0]!r} first; "
-                      "each is left out of its own ranking (ignore_identical_ids=false keeps "
-                      "them)", stacklevel=2)
+    same = [row["id"] for row in queries] if ignore_identical_ids else []
+    if ignore_identical_ids is None:
+        same = [row["id"] for row in queries if texts.get(row["id"]) == row["text"]
+                and qrels.get(row["id"], {}).get(row["id"], 0) <= 0]
+        if same:
+            warnings.warn(f"{directory}: {len(same)} queries are documents too, {same[0]!r} first; "
+                          "each is left out of its own ranking (ignore_identical_ids=false keeps "
+                          "them)", stacklevel=2)
     return Collection(corpus, queries, qrels, of_file, frozenset(same))
 
 

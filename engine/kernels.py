@@ -375,10 +375,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, chunk, is_training):
         count, tiny = max(len(targets), 1), torch.finfo(torch.float32).tiny
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        cast, grad_w, grad_h = weight.to(hidden.dtype), None, hidden
-        if is_training:
-            grad_w = torch.zeros_like(weight, dtype=torch.float32)
-            grad_h = torch.empty_like(hidden)
+        grad_h = torch.empty_like(hidden) if is_training else hidden            # else unused
+        grad_w = torch.zeros_like(weight, dtype=torch.float32) if is_training else None
+        cast = weight.to(hidden.dtype)
         for part, h, t in zip(grad_h.split(chunk), hidden.split(chunk), targets.split(chunk)):
             p, t = (h @ cast.T).float(), t[:, None]                             # (chunk, V)
             torch.softmax(p, dim=1, out=p)                  # in place: half of the memory
@@ -401,4 +400,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (grad_h, grad_w), grad = ctx.saved_tensors, grad / ctx.count
-        return grad_h.mul_(grad), grad_w.mul_(grad), None, None, None   # so it runs once alone
+        return grad_h.mul_(grad), grad_w.mul_(grad), None, None, None   # in place: runs once

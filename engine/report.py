@@ -121,7 +121,7 @@ class Log:
                                      f"{row['tokens_per_second']:,.0f} tokens/s")
         self._restart()
 
-    def close(self, truncated=0):
+    def close(self, truncated):
         """Finish the bar and the files; say how many texts were cut."""
         self.bar.close()
         if truncated and self.world.is_main:

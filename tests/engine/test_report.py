@@ -25,7 +25,7 @@ def run(folder, steps, start=0, **keys):
     for step in range(start, steps):
         batch = SimpleNamespace(ids=[0] * 8, lengths=[3, 5], task="sft", targets=None)
         log.step(step, batch, {"loss": 3.0 - step / 2}, 0.0, {"lr": 0.25, "alpha": None})
-    log.close()
+    log.close(0)
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
@@ -101,7 +101,7 @@ def test_a_stage_that_visits_no_query_twice_says_that_dhnm_cannot_act(tmp_path, 
     assert ("warning: retrieval: DHNM can hardly act, since a query is visited" in shown) == warns
     assert "warning: sts" not in shown             # which has no hard negatives
     log.tasks([(task("clr", 80, 16, SimpleNamespace(depth=3)), 1.0)])
-    log.close()
+    log.close(0)
     assert ("warning: clr: DHNM cannot act, since no query has more than the 3 candidates" in
             "".join(capsys.readouterr())) == (dhnm == "v2")
 
@@ -154,7 +154,7 @@ def test_rates_are_those_of_the_steps_since_the_last_line(tmp_path, monkeypatch)
     for step in range(4):
         batch = SimpleNamespace(ids=[0] * 8, lengths=[8], task="sft", targets=None)
         log.step(step, batch, {"loss": 1.0}, 0.5, {})
-    log.close()
+    log.close(0)
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     # 2 steps of 8 tokens on 2 ranks, and a second of reading, in 4 seconds
     assert [(row["tokens_per_second"], row["data_share"]) for row in rows] == [(8, 0.25)] * 2
