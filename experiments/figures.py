@@ -100,6 +100,8 @@ def draw_loss(cfg):
 
     Stages 1 and 2 have the loss on held-out text, too: before the first step, and now and then.
     """
+    from matplotlib.ticker import LogLocator
+
     figure, plots = canvas(len(STAGES), width=3.2, height=2.8)
     for plot, stage in zip(plots, STAGES):
         rows, scores = (read(Path(cfg.out[0]) / stage) for read in (read_log, read_scores))
@@ -110,6 +112,10 @@ def draw_loss(cfg):
             plot.legend(frameon=False, fontsize="small")
         plot.set(title=stage, xlabel="step")
     plots[-1].set_yscale("log")
+    plots[-1].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    plots[-1].yaxis.set_major_formatter("{x:g}")
+    plots[-1].minorticks_off()
+    plots[-1].set_ylim(top=6 * plots[-1].get_ylim()[1])      # room for the legend
     plots[0].set(ylabel="loss")
     plots[-1].legend(frameon=False, fontsize="small")
     return figure
