@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from configurator import load_config, run_command
-from data import document_text, load_collection
 from embed import Embedder
 from engine import checkpoint
+from engine.collection import document_text, load_collection
 from engine.jsonl import read_object
 from engine.run import versions
 from experiments import probes
@@ -227,7 +227,10 @@ def switch_measures(lab, texts, seed, cell, folder):
     measures["LM loss before"] = probes.lm_loss(Embedder(lm), texts)
     measures["LM loss after"] = probes.lm_loss(Embedder(folder), texts)
     half = cfg.save_every                          # the one checkpoint before the last
-    places = {"start": (lm, 0), "half": (folder / f"step_{half:06d}", half - 1),
+    middle = folder / f"step_{half:06d}"
+    if not middle.is_dir():
+        raise ValueError(f"{middle} is gone, as the run was interrupted; delete {folder}")
+    places = {"start": (lm, 0), "half": (middle, half - 1),
               "end": (checkpoint.latest(folder), cfg.steps - 1)}
     for place, (path, step) in places.items():
         mask = FULL if cell.schedule == "hard" else CAUSAL if cell.schedule == "causal" else \
@@ -315,15 +318,19 @@ def curve(lab):
              for n, steps in points.items()
              for mask, schedule in (("hard", "hard"), ("soft", "linear"))}
     names, differences = [f"{n / 1e6:g}M" for n in points], {}
+    path = Path(lab.cfg.results) / "curve.json"    # its earlier seeds were timed
+    timed = read_object(path)["settings"] if path.is_file() else {}
     for name in (name for n, name in zip(points, names) if n >= EQUAL_TIME):
-        cells[f"no LM but time of {name}"] = Cell(
-            "hard", lm_steps=0, weak_rate=half,
-            weak_steps=steps_of_equal_time(lab, cells[f"{name} hard"]))
-        differences[f"{name}: LM minus its time"] = [f"{name} hard"], [f"no LM but time of {name}"]
+        label = f"no LM but time of {name}"
+        steps = timed[label]["weak_steps"] if label in timed else \
+            steps_of_equal_time(lab, cells[f"{name} hard"])
+        cells[label] = Cell("hard", lm_steps=0, weak_rate=half, weak_steps=steps)
+        differences[f"{name}: LM minus its time"] = [f"{name} hard"], [label]
     slow = f"no LM but time of {names[-1]}"
-    cells[f"{slow} at twice the rate"] = dataclasses.replace(cells[slow], weak_rate=2 * half)
-    differences[f"{names[-1]}: LM minus its time at twice the rate"] = (
-        [f"{names[-1]} hard"], [f"{slow} at twice the rate"])
+    if slow in cells:
+        cells[f"{slow} at twice the rate"] = dataclasses.replace(cells[slow], weak_rate=2 * half)
+        differences[f"{names[-1]}: LM minus its time at twice the rate"] = (
+            [f"{names[-1]} hard"], [f"{slow} at twice the rate"])
     return make_table(
         lab, "curve", cells, points=dict(zip(names, points)),
         title="When does the mask pay? Stage 3 against LM tokens seen before it",
@@ -358,7 +365,9 @@ def main(argv=None):
     if not cfg.seeds or cfg.lm_seeds < 1:
         raise ValueError(f"seeds {cfg.seeds} and lm_seeds {cfg.lm_seeds}: at least one of each")
     lab = Lab(cfg)
-    if cfg.tune:
+    if not cfg.tune:
+        lab.tuned = {"rates": {}, "tried": {}}         # those of an earlier command
+    else:
         lab.tune(WEAK if name in STAGE_3_ONLY else SUP, with_lora=name == "table6")
     return COMMANDS[name](lab)
 

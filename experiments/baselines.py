@@ -215,7 +215,7 @@ def jobs(cfg):
     if not cfg.root:
         return [("retrieval", folder) for folder in collections_in(cfg.data)]
     work = [("retrieval", folder) for folder in sets.held_out_collections(cfg.root)]
-    work += [("pair_classification" if "label" in sets.columns_of(path) else "bitext", path)
+    work += [("pair_classification" if "sentence1" in sets.columns_of(path) else "bitext", path)
              for path in sorted(Path(cfg.data).glob("held_out/*/*.jsonl"))]
     for path in sorted(Path(cfg.root).glob("*/data.jsonl*")):
         columns = sets.columns_of(path)

@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 import train
-from data import load_collection, parse_pair, sources
+from data import parse_pair, sources
 from embed import Embedder
+from engine.collection import load_collection
 from engine.jsonl import atomic, read_jsonl, read_object, write_jsonl
 from engine.run import chain
 from eval import evaluate

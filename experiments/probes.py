@@ -18,7 +18,7 @@ import re
 import numpy as np
 import torch
 
-from data import Collection, document_text
+from engine.collection import Collection, document_text
 from eval import retrieval
 from mask import CAUSAL, effective_rank, mask_rank, soft_mask
 
@@ -68,6 +68,8 @@ def order_triplets(collection):
 
 def cosines(encoder, triplets):
     """Return the cosines of each query with its right and its wrong text, two arrays (N,)."""
+    if not triplets:
+        raise ValueError("no question of dev has two words to swap, so word order has no score")
     queries, right, wrong = (list(texts) for texts in zip(*triplets))
     q = encoder.encode(queries, prompt=encoder.prompts["retrieval"])
     return [(q * encoder.encode(side)).sum(1) for side in (right, wrong)]
@@ -107,6 +109,8 @@ def long_passages(encoder, collection, third, max_len=512):
         if sentences:
             corpus.append({"id": row["id"], "text": text})
             queries.append({"id": row["id"], "text": sentences[len(sentences) // 2]})
+    if not queries:
+        raise ValueError(f"no document has {LONG} characters, so long passages have no score")
     before, qrels = encoder.max_len, {query["id"]: {query["id"]: 1} for query in queries}
     encoder.max_len = min(max_len, encoder.model.config.block_size)
     try:

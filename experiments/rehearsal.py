@@ -101,10 +101,12 @@ class Meter:
         thread = threading.Thread(target=watch)
         distributed.together(self.world, thread.start)
         wall, cpu = time.perf_counter(), time.process_time()
-        result = work()
-        mine = [time.process_time() - cpu, time.perf_counter() - wall]
-        done.set()
-        thread.join()
+        try:
+            result = work()
+            mine = [time.process_time() - cpu, time.perf_counter() - wall]
+        finally:                                   # else the thread would outlive an error
+            done.set()
+            thread.join()
         mine.append(max(0, max(peak[0], memory.held("RssAnon")) - before) * 1e3)
         worst = np.max(self.world.gather_objects(mine), axis=0).tolist()
         self.parts[name] = dict(zip(("seconds", "wall", "MB"), worst))

@@ -114,7 +114,8 @@ def differences(table, columns):
     return [{"": counted(table, name, [*plus, *minus]),
              **{c: difference(paired(ours, other)) for c in columns
                 if (ours := mean_of(table, plus, c)) and (other := mean_of(table, minus, c))}}
-            for name, (plus, minus) in table.get("differences", {}).items()]
+            for name, (plus, minus) in table.get("differences", {}).items()
+            if set.intersection(*(set(table["cells"][label]) for label in plus + minus))]
 
 
 def counted(table, name, labels):
@@ -146,13 +147,8 @@ def cells_lines(table):
     lines = [head, "", *markdown(rows), ""]
     if changes:
         lines += [*markdown(changes), ""]
-    models = table.get("language_models", {})
-    numbers = {name: int(name.partition("-")[0].removeprefix("lm")) for name in models}
-    for name, lm in models.items():
-        own = [str(s) for s in table["seeds"] if s % len(set(numbers.values())) == numbers[name]]
-        lines += [f"- {name}, of seeds {', '.join(own)}: {lm['tokens'] / 1e6:.1f}M tokens, loss "
-                  f"{lm['loss']:.2f} on dev."]
-    return lines
+    return lines + [f"- {name}: {lm['tokens'] / 1e6:.1f}M tokens, loss {lm['loss']:.2f} on dev."
+                    for name, lm in table.get("language_models", {}).items()]
 
 
 def lines_of(table):

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from configurator import load_config, run_command
-from data import document_text, load_collection
 from embed import Embedder, load_index
 from engine.bm25 import BM25
+from engine.collection import document_text, load_collection
 from engine.jsonl import read_jsonl
 from experiments.probes import attention_to_later
 from experiments.results import RUN_ROWS, lines_of

@@ -216,6 +216,17 @@ def test_rates_are_the_best_by_the_mean_of_two_cells(cfg, monkeypatch):
     assert again.tuned == lab.tuned
 
 
+def test_tuned_rates_count_only_where_they_are_asked_for(cfg, monkeypatch):
+    seen = []
+    monkeypatch.setitem(ablation.COMMANDS, "tune", lambda lab: seen.append(lab.rate(WEAK, Cell())))
+    own = Lab(cfg).base[WEAK].learning_rate
+    (Path(cfg.work) / "rates.json").write_text(f'{{"rates": {{"{WEAK}": 0.5}}, "tried": {{}}}}')
+    assert Lab(cfg).rate(WEAK, Cell()) == 0.5
+    ablation.main(["tune", f"--config={cfg.config}", f"--data={cfg.data}", f"--work={cfg.work}",
+                   "--weak_steps=0", "--sup_steps=0", "--tune=false"])
+    assert seen == [own]
+
+
 def test_rates_are_chosen_on_dev_and_rates_of_stage_4_share_stage_3(cfg):
     lab = Lab(cfg)
     pair = [lab.settings(TUNING_SEED, SUP, Cell(weak_rate=0.1, sup_rate=rate)) for rate in (1, 2)]
@@ -255,6 +266,9 @@ def test_the_curve_has_a_point_for_each_amount_of_text(cfg, monkeypatch):
     assert short["weak_rate"] == Lab(cfg).base[WEAK].learning_rate / 2 and not longest["weak_rate"]
     assert table["settings"]["no LM but time of 0.00064M"]["weak_steps"] > 5
     assert table["points"] == {"0M": 0, "0.00032M": 320, "0.00064M": 640}
+    monkeypatch.setattr(ablation, "steps_of_equal_time", None)         # not timed again
+    table = command(dataclasses.replace(cfg, seeds=(1,)), "curve", "--cells=0M hard")
+    assert list(table["cells"]["0M hard"]) == ["0", "1"]
 
 
 def test_pairs_and_similarity_are_measured_where_a_file_is_named(home, cfg, tmp_path):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import Collection
 from embed import Embedder
+from engine.collection import Collection
 from experiments import probes
 from mask import CAUSAL, MaskSpec, effective_rank, soft_mask
 

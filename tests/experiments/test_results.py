@@ -64,7 +64,7 @@ def test_cells_have_means_intervals_differences_and_the_papers_numbers():
     assert "| a | 61.0 ± 12.7 | 2.0 ± 12.7 | 70.4 |" in lines     # 12.706 * 1.414 / 1.414
     assert "| b minus a | **+1.00 ± 0.00** | -0.50 ± 6.35 |" in lines
     assert not any(line.startswith("| c |") for line in lines)    # no seed yet
-    assert "- lm0, of seeds 0, 1: 2.5M tokens, loss 3.46 on dev." in lines
+    assert "- lm0: 2.5M tokens, loss 3.46 on dev." in lines
     turned = results.cells_lines(CELLS | {"transpose": True})
     assert "| Eng | 61.0 ± 12.7 | 62.0 ± 12.7 | **+1.00 ± 0.00** |" in turned
 
@@ -72,6 +72,9 @@ def test_cells_have_means_intervals_differences_and_the_papers_numbers():
 def test_a_seed_that_one_side_lacks_is_in_no_difference():
     cells = {"a": {"0": {"x": 1.0}, "1": {"x": 5.0}}, "b": {"1": {"x": 4.0}, "2": {"x": 9.0}}}
     assert results.mean_of({"cells": cells}, ["a", "b"], "x") == {"1": 4.5}
+    cells["c"] = {"3": {"x": 1.0}}
+    assert not results.differences({"seeds": [0, 3], "cells": cells,
+                                    "differences": {"a minus c": [["a"], ["c"]]}}, ["x"])
     row, = results.differences({"seeds": [0, 1, 2], "cells": cells,
                                 "differences": {"d": (["a"], ["b"])}}, ("x", "y"))
     assert row == {"": "d (1 seed)", "x": "+1.00"}
