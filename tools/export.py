@@ -167,7 +167,7 @@ def sentence_transformers_files(embedder):
 # ---------------------------------------------------------------- the tokenizer
 
 def end_template(tokenizer):
-    """Return the post-processor that ends each text as `data.end_text` does, cut texts too."""
+    """Return the post-processor that ends each text as `end_text` does, cut texts too."""
     end = {"SpecialToken": {"id": EOS, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {"type": "TemplateProcessing", "single": [first, end],

@@ -156,8 +156,8 @@ def _held_out(data, splits):
 
 
 def _rows(path):
-    suffixes = (".jsonl", ".ndjson")
-    files = sorted(p for p in path.rglob("*") if p.name.removesuffix(".gz").endswith(suffixes)
+    suffixes = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+    files = sorted(p for p in path.rglob("*") if p.name.lower().endswith(suffixes)
                    and not p.name.startswith("corpus."))
     for file in files if path.is_dir() else [path]:
         yield from read_jsonl(file)

@@ -39,7 +39,7 @@ class MineConfig:
     checkpoint: str                # folder of train.py or of an export
     input: tuple[str, ...]         # JSONL(.gz) files of pairs or retrieval rows, mined together
     out: str                       # JSONL file to write; all ranks must see its folder
-    task: Literal["retrieval", "clr"] = "retrieval"    # clr: mine around a row's first positive
+    task: Literal["retrieval", "clr", "classification"] = "retrieval"  # clr: around the positive
     depth: int = 50                # candidates of a row
     n_negatives: int = 7           # rows with as many of their own are not searched for
     lexical: int = 0               # of the depth, how many are BM25's
@@ -130,7 +130,7 @@ def join(parts, out):
         for path in parts:
             with open(path, "rb") as part:
                 shutil.copyfileobj(part, file)
-    shutil.rmtree(parts[0].parent)
+    shutil.rmtree(parts[0].parent, ignore_errors=True)     # NFS keeps what is still mapped
 
 
 def main(argv=None):

@@ -26,7 +26,8 @@ from types import SimpleNamespace
 from tqdm import tqdm
 
 from configurator import load_config, run_command
-from data import PARSERS, document_text
+from data import PARSERS
+from engine.collection import document_text
 from tools.filters import decontaminate, write_rows
 
 KEYS = {                           # ours, by kind; a set's `columns` name its own in this order

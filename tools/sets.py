@@ -35,7 +35,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configurator import run_command
-from data import PARSERS, document_text, load_collection, parse_pair, text_id
+from data import PARSERS, parse_pair
+from engine.collection import document_text, load_collection
+from engine.index import text_id
 from engine.jsonl import read_jsonl, read_object, write_jsonl, write_object
 
 HELD_OUT_SHARE = 5                 # one in five of what carries no split is held out
@@ -54,6 +56,20 @@ SUFFIX = re.compile(r"\.(jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
 def for_training(rows):
     """Return the rows of split "train" and those of none."""
     return [row for row in rows if (row.get("split") or "train") == "train"]
+
+
+def check_label(row):
+    """Raise ValueError for two sentences whose label is neither 0 nor 1."""
+    if row["label"] not in (0, 1):
+        raise ValueError(f"key 'label' must be 0 or 1, not {row['label']!r}")
+
+
+def check_head(row):
+    """Raise ValueError for a document whose summary or keywords are no text."""
+    words = row.get("keywords") or []
+    for text in (row.get("summary") or "", *(words if isinstance(words, list) else [words])):
+        if not isinstance(text, str):
+            raise ValueError(f"summary and keywords must be text, not {text!r}")
 
 
 def language(row):
@@ -257,7 +273,7 @@ class Builder:
             self.files["classification"].append({
                 "query": row["text"], "pos": [readable(row["label"])],
                 "neg": [readable(label) for label in others]})
-            if "id" not in row:                    # parallel sentences have come as text already
+            if not {"id", "lang"} <= row.keys():   # parallel sentences have come as text already
                 self.text(row["text"])
 
     def documents(self, rows):
@@ -292,8 +308,9 @@ class Builder:
     FORMS = ((bitext_rows, {"query", "pos", "lang_q", "lang_p"}, parse_pair),
              (questions, {"query", "pos"}, parse_pair),
              (sts, {"sentence1", "sentence2", "score"}),
-             (paraphrases, {"sentence1", "sentence2", "label"}),
-             (documents, {"text", "title", "id"}), (documents, {"text", "keywords"}),
+             (paraphrases, {"sentence1", "sentence2", "label"}, check_label),
+             (documents, {"text", "title", "id"}, check_head),
+             (documents, {"text", "keywords"}, check_head),
              (parallel, {"id", "lang", "text"}), (labels, {"text", "label"}),
              (running_text, {"text"}))             # the first whose keys are there
 

@@ -18,6 +18,7 @@ import shutil
 from pathlib import Path
 
 from clr import LANGUAGES, Gates, build_clr, copy_gate, script_gate
+from configurator import run_command
 from engine.jsonl import read_jsonl, read_object, write_jsonl, write_object
 from toy import corpus, lexicon
 from toy.lexicon import LexiconTranslator, Phrasing
@@ -54,6 +55,8 @@ def write_questions(folder, source, translate):
 def write_languages(folder):
     """Add the files in other languages to the English ones; return {what: how many}."""
     translate, phrase, rng = LexiconTranslator(), Phrasing(), random.Random(0)
+    if missing := translate.table.keys() - phrase.frames.keys() - {"en"}:
+        raise ValueError(f"{lexicon.HERE / 'phrasing.tsv'}: no row for {', '.join(missing)}")
     pairs = list(read_jsonl(folder / "pairs" / "documentation.jsonl"))
     size = sum(len(row["text"]) for row in read_jsonl(folder / "text.jsonl"))
     n_documents = write_jsonl(folder / "text-languages.jsonl", language_documents(
@@ -97,4 +100,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

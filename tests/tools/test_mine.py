@@ -43,7 +43,7 @@ def pools_of(rows, run, kind, source, n=3):
             for row in task.pool.candidates]
 
 
-@pytest.mark.parametrize("kind", ["retrieval", "clr"])
+@pytest.mark.parametrize("kind", ["retrieval", "clr", "classification"])
 def test_a_mined_file_has_the_pools_of_training(rows, run, tmp_path, kind):
     source = write_lines(tmp_path / "rows.jsonl", [
         {"id": i, "query": row["query"], "pos": row["pos"], "neg": row["neg"][:i % 3]}
@@ -58,7 +58,7 @@ def test_a_mined_file_has_the_pools_of_training(rows, run, tmp_path, kind):
     embedder = Embedder(run / "embed_weak", "cpu")
     row = out[0]
     query = embedder.encode(row["pos"][0]) if kind == "clr" else \
-        embedder.encode(row["query"], prompt=embedder.prompts["retrieval"])
+        embedder.encode(row["query"], prompt=embedder.prompts[kind])
     assert np.allclose(embedder.encode(row["neg"]) @ query, row["cosines"], atol=1e-5)
     assert np.allclose(embedder.encode(row["pos"]) @ query, row["pos_cosines"], atol=1e-5)
     assert list(tmp_path.glob("mined.jsonl*")) == [tmp_path / "mined.jsonl"]

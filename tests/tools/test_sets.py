@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from data import PARSERS, load_collection
+from data import PARSERS
+from engine.collection import load_collection
 from engine.jsonl import read_jsonl
 from ranks import write_lines as write
 from tools import sets
@@ -205,7 +206,11 @@ def test_what_it_does_not_know_is_named(tmp_path):
     for rows, reason in (
             ([{"text": 7, "label": "b"}], "1: key 'text' must be str, not int"),
             ([{"query": "q", "pos": "p"}, {"query": "", "pos": "p"}], "2: key 'query' is empty"),
-            ([{"sentence1": "a", "sentence2": "b", "score": "1"}], "1: key 'score' must be")):
+            ([{"sentence1": "a", "sentence2": "b", "score": "1"}], "1: key 'score' must be"),
+            ([{"sentence1": "a", "sentence2": "b", "label": "1"}], "1: key 'label' must be 0 or 1"),
+            ([{"text": "a", "keywords": 5}], "1: summary and keywords must be text, not 5"),
+            ([{"text": "a", "keywords": ["b", 2]}], "1: summary and keywords must be"),
+            ([{"text": "a", "title": "b", "id": 1, "summary": ["c"]}], "1: summary and keywords")):
         write(tmp_path / "root" / "odd" / "data.jsonl", rows)
         with pytest.raises(ValueError, match=f"data.jsonl:{reason}"):
             sets.build(tmp_path / "root", tmp_path / "out")
@@ -296,6 +301,13 @@ def test_held_out_parallel_sentences_are_no_classification_rows(tmp_path):
     held = {row["text"] for row in read_jsonl(tmp_path / "sets/held_out/one/x.jsonl")}
     asked = {row["query"] for row in read_jsonl(tmp_path / "sets/classification.jsonl")}
     assert held and asked and not held & asked
+
+
+def test_labelled_texts_with_ids_are_documents_too(tmp_path):
+    write(tmp_path / "root" / "one" / "x.jsonl", [
+        {"id": i, "text": f"text {i}", "label": str(i % 3)} for i in range(9)])
+    files = sets.build(tmp_path / "root", tmp_path / "sets")
+    assert len(files["text"]) == len(files["classification"]) == 9
 
 
 def test_a_set_of_several_forms_holds_nothing_out(tmp_path):

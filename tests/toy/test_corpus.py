@@ -4,7 +4,8 @@ import shutil
 import pytest
 
 from clr import LANGUAGES, script_share
-from data import PARSERS, load_collection
+from data import PARSERS
+from engine.collection import load_collection
 from engine.jsonl import read_jsonl
 from toy import build, corpus, lexicon
 
@@ -105,6 +106,14 @@ def test_the_whole_corpus_is_built_once(small):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.jsonl")} == before
     names = [row["id"] for row in rows_of(folder / "search" / "corpus.jsonl")]
     assert len(names) == len(set(names)) and any("shortest_path" in name for name in names)
+
+
+def test_a_language_without_phrasing_is_named(small, monkeypatch):
+    phrase = lexicon.Phrasing()
+    del phrase.frames["de"]
+    monkeypatch.setattr(build, "Phrasing", lambda: phrase)
+    with pytest.raises(ValueError, match="phrasing.tsv: no row for de$"):
+        build.write_languages(small[0])
 
 
 def test_every_file_is_in_a_format_of_data(small):
