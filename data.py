@@ -22,9 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from dhnm import should_replace
-from engine.batch import Batch, end_text  # noqa: F401  unused names: others take them from here
-from engine.collection import (Collection, document_text, find_packed,  # noqa: F401
-                               load_collection, read_with_ids)
+from engine.batch import Batch
 from engine.distributed import ALONE
 from engine.index import JsonlFiles, text_id
 from engine.jsonl import is_json
@@ -388,7 +386,7 @@ def prompts_of(tasks):
         counts[kind] = counts.get(kind, Counter()) + task.prompts
     for kind, prompts in counts.items():
         if len(prompts) > 1 and tasks[0][0].world.is_main:
-            tqdm.write(f"{kind}: rows carry {len(prompts)} instructions; search and evaluation "
+            tqdm.write(f"{kind}: rows carry several instructions; search and evaluation "
                        f"will use the most frequent one, {max(prompts, key=prompts.get)!r}")
     return {kind: max(prompts, key=prompts.get) for kind, prompts in counts.items()}
 

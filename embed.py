@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import run_command
-from data import (PROMPTS, document_text, end_text, find_packed, format_query, prompt_length,
-                  read_with_ids)
+from data import PROMPTS, format_query, prompt_length
 from engine import kernels, memory
+from engine.batch import end_text
+from engine.collection import document_text, find_packed, read_with_ids
 from engine.distributed import accelerator, choose_dtype, device_module
 from engine.jsonl import atomic, read_texts
 from engine.model_folder import EXPORTED, read_model

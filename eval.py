@@ -23,12 +23,11 @@ import torch
 
 import data
 from configurator import load_config, run_command
-from data import document_text, load_collection
 from embed import Embedder
 from engine import memory
 from engine.bm25 import BM25, split_words
-from engine.collection import (HELD_OUT, choose_split, collections, labelled_files, languages_in,
-                               read_groups, set_name)
+from engine.collection import (HELD_OUT, choose_split, collections, document_text, labelled_files,
+                               languages_in, load_collection, read_groups, set_name)
 from engine.distributed import accelerator
 from engine.encoders import CachedEncoder, LexicalBaseline
 from engine.jsonl import read_jsonl, read_object, write_object
@@ -221,8 +220,6 @@ def classification(encoder, rows):
         raise ImportError("classification needs: pip install scikit-learn") from None
     train = [row for row in rows if row["split"] == "train"]
     test = [row for row in rows if row["split"] != "train"]
-    if not train or not test:
-        raise ValueError(f"classification got {len(train)} rows to fit and {len(test)} to score")
     encode = functools.partial(encoder.encode, prompt=prompt_of(encoder, "classification"))
     labels, gold = (np.array([str(row["label"]) for row in part]) for part in (train, test))
     vectors, scores, order = encode([row["text"] for row in test]), [], np.arange(len(train))
@@ -244,7 +241,7 @@ ROW_TASKS = {"bitext": bitext_mining, "sts": sts, "pair_classification": pair_cl
 def evaluate(encoder, task, path, split=None, dims=(), ignore_identical_ids=None):
     """Score one file or collection -> {"<task>/<set>/<subset>/<metric>[:dim]": float}.
 
-    task: retrieval, mkqa or one of ROW_TASKS. ignore_identical_ids: see data.load_collection.
+    task: retrieval, mkqa or one of ROW_TASKS. ignore_identical_ids: see load_collection.
     Raises ValueError for a malformed file, a split or language that is not there, a dim too large.
     A "/" in a subset's name becomes "_".
     """
@@ -398,7 +395,8 @@ class EvalConfig:
         """The JSON file, one for each model: in its folder, where train.py begins it, or in out."""
         if self.out or self.checkpoint:
             return Path(self.out or Path(self.checkpoint) / "eval.json")
-        return Path(f"out/eval_{Path(self.sentence_transformer or 'bm25').name}.json")
+        name = (self.sentence_transformer or "bm25").strip("/").replace("/", "_")
+        return Path(f"out/eval_{name}.json")
 
 
 def run(config):

@@ -77,7 +77,7 @@ class TrainConfig:
     evaluate: tuple[str, ...] = ()         # collections scored at the end; empty: DATA's own
     skip_bad_lines: bool = False   # count bad lines instead of stopping at them
     query_len: int = 48            # tokens of a query or STS sentence; longer ones are cut, counted
-    passage_len: int = 64          # of a passage, of examples of stages 1 and 2, of all later texts
+    passage_len: int = 64          # of a passage, of stages 1 and 2, of all texts in use
     # --- model (ConanConfig)
     vocab_size: int = 8192
     n_layer: int = 4
@@ -449,4 +449,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:                          # in mining or scoring; a step saves first
-        sys.exit("train.py: stopped; the same command resumes")
+        sys.exit("train.py: stopped; the same command resumes, without --resume=false")

@@ -210,9 +210,14 @@ def read_groups(task, path, split=None):
     rows, subset = choose_split(rows, split, path, task == "classification")
     if task == "bitext":
         return pair_groups(align(rows, path) if aligned else rows, subset, path)
-    if not all(row.get("lang") for row in rows):
-        return {subset: rows}
-    return {lang: [row for row in rows if row["lang"] == lang] for lang in languages_in(rows)}
+    groups = {subset: rows} if not all(row.get("lang") for row in rows) else \
+        {lang: [row for row in rows if row["lang"] == lang] for lang in languages_in(rows)}
+    for name, part in groups.items() if task == "classification" else ():
+        labels = [row["label"] for row in part if row["split"] == "train"]
+        if len(set(map(str, labels))) < 2 or len(labels) == len(part):
+            raise ValueError(f"{path}: {name!r} needs rows of two labels to fit, with split "
+                             '"train", and others to score')
+    return groups
 
 
 def pair_groups(rows, subset, path):
@@ -252,7 +257,8 @@ def collections_in(folder):
     """
     folders = {path.parent for name in ("corpus.jsonl", "corpus.jsonl.gz")
                for path in Path(folder).rglob(name)}
-    return sorted(path for path in folders if path.name not in ("dev", "clr_dev", "search"))
+    return sorted(path for path in folders if path.name not in ("dev", "clr_dev", "search")
+                  and "held_out" not in path.relative_to(folder).parts)    # of tools/sets.py
 
 
 def collections(cfg):

@@ -159,11 +159,12 @@ def start(device="auto"):
     else:
         memory.keep_freed_memory()
         memory.bound_kernel_caches()
-    # torchrun sets one thread for each process; that would leave cores idle
-    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+    # for several processes torchrun sets one thread each; that would leave cores idle
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if "OMP_NUM_THREADS" not in os.environ or neighbours > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") \
             else os.cpu_count()                # macOS has no affinity
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, cores // neighbours))
     if size > 1 and not dist.is_initialized():
         from torch.distributed.nn import functional  # noqa: F401  before the group: see `stop`
         dist.init_process_group(BACKENDS[kind], timeout=PATIENCE, **_fresh_store(rank, size))

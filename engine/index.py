@@ -232,12 +232,13 @@ def _end_of_text(file):
 
 
 def _count(prompts, prompt, count):
-    """Count an instruction; whenever there are very many, all but the most frequent go."""
+    """Count an instruction; of very many stay the most frequent, and the longest to be checked."""
     prompts[prompt] += count
     if len(prompts) > 10 * PROMPTS:
-        frequent = prompts.most_common(PROMPTS)
+        longest = max(prompts, key=len)
+        kept = dict(prompts.most_common(PROMPTS)) | {longest: prompts[longest]}
         prompts.clear()
-        prompts.update(dict(frequent))
+        prompts.update(kept)
 
 
 # ---------------------------------------------------------------- several files

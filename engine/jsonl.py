@@ -69,7 +69,7 @@ def is_whole(path):
         if note.pop("seal") == _seal_of(note) and (
                 note["stamp"] == stamp(path) or note["sha256"] == sha256_of(path)):
             return True
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     if Path(path).is_file():
         tqdm.write(f"{path} is damaged or unfinished; it is built again")

@@ -52,7 +52,7 @@ class SentenceTransformerBaseline:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
-            raise ImportError("a stock model needs: pip install sentence-transformers>=5") from None
+            raise ImportError("a stock model needs: pip install -U sentence-transformers") from None
         self.model = SentenceTransformer(name)
 
     def prompt_of(self, kind, side=None):

@@ -154,11 +154,14 @@ def print_table(name, scores, dims):
 
 
 def print_languages(label, results):
-    """Print nDCG@10 for each query language of collections in several."""
-    cells = {key.split("/")[2]: value for key, value in sorted(results.items())
-             if key.endswith("/ndcg@10") and is_language_pair(key)}
-    if cells:
-        print(f"\n{label}, nDCG@10 by query language - passage language, mean "
+    """Print nDCG@10 for each query language of each collection in several."""
+    sets = {}
+    for key, value in sorted(results.items()):
+        if key.endswith("/ndcg@10") and is_language_pair(key):
+            _, name, pair, _ = key.split("/")
+            sets.setdefault(name, {})[pair] = value
+    for name, cells in sets.items():
+        print(f"\n{label}, {name}, nDCG@10 by query language - passage language, mean "
               f"{sum(cells.values()) / len(cells):.3f}")
         print("  ".join(f"{pair} {value:.2f}" for pair, value in cells.items()))
 

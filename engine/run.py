@@ -125,7 +125,15 @@ def chain(cls, argv):
                 SHARED_BY_EMBEDDING if values.get("stage") == "embed_weak" else set())
             values = values | {k: v for k, v in handed.items() if k in allowed}
             shared |= {k: v for k, v in values.items() if k in allowed}
-        configs.append(build(cls, shared | values))
+        try:
+            configs.append(build(cls, shared | values))
+        except ConfigError as error:
+            raise ConfigError(f"{values.get('stage')}: {error}") from error
+    names = [cfg.stage for cfg in configs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"by their previous, the stages are {', '.join(names)}: one comes twice")
+    for cfg in configs[1:]:
+        check_shape(cfg, dataclasses.asdict(configs[0].model_config()), names[0])
     return configs
 
 
@@ -172,7 +180,7 @@ def check_shape(cfg, saved, where):
     if other := [f"{name} {saved.get(name)}, this stage asks for {value}"
                  for name, value in dataclasses.asdict(cfg.model_config()).items()
                  if name not in own and saved.get(name) != value]:
-        raise ValueError(f"{where}: its model has {'; '.join(other)}")
+        raise ConfigError(f"{where}: its model has {'; '.join(other)}")
 
 
 def read_meta(where):

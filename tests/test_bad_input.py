@@ -10,12 +10,12 @@ import sys
 
 import pytest
 
-import data
 import embed
 import eval as evaluation
 import train
 from configurator import load_config
 from engine import checkpoint, model_folder
+from engine.collection import load_collection
 from ranks import ROOT, SMALL, write_collection, write_lines
 from tokenizer import HEADER, PATTERN, Tokenizer
 
@@ -64,7 +64,7 @@ def test_broken_collections(tmp_path, name, content, reason):
     if content is not None:
         (folder / name).write_bytes(content)
     with pytest.raises(Exception) as caught:
-        data.load_collection(folder)
+        load_collection(folder)
     assert_clear(caught.value, folder, reason)
 
 

@@ -10,6 +10,7 @@ import data
 from dhnm import HardNegativePool
 from embed import Embedder
 from engine import mining
+from engine.collection import load_collection
 from engine.distributed import ALONE, World
 from mask import FULL
 from model import Conan
@@ -482,13 +483,13 @@ def test_files_that_nobody_reads_are_named(tmp_path):
 
 def test_a_collection_is_read_plain_packed_and_from_windows(tmp_path):
     folder = write_collection(tmp_path / "set", ["a", "b"], ["c", "d"])
-    right = data.load_collection(folder)
+    right = load_collection(folder)
     assert right.qrels == {"0": {"0": 1.0}, "1": {"1": 1.0}}
     for path in list(folder.iterdir()):            # a byte order mark, and other line ends
         raw = b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n"
         path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(raw))
         path.unlink()
-    assert data.load_collection(folder) == right
+    assert load_collection(folder) == right
 
 
 def test_ids_are_only_keys(tmp_path):
@@ -496,7 +497,7 @@ def test_ids_are_only_keys(tmp_path):
     for text in ("../../x", "/etc/passwd", "a\u0000b", "x" * 10_000, "-1", " "):
         (folder / "corpus.jsonl").write_text(json.dumps({"_id": text, "text": "a"}) + "\n")
         (folder / "qrels.tsv").write_bytes(f"0\t{text}\t1\n".encode())
-        assert data.load_collection(folder).qrels == {"0": {text: 1.0}}
+        assert load_collection(folder).qrels == {"0": {text: 1.0}}
 
 
 def test_where_some_rows_alone_bring_cosines_all_are_mined(tokenizer, embedder):

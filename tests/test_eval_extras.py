@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import eval as evaluation
-from data import PROMPTS, Collection
+from data import PROMPTS
 from engine import metrics
+from engine.collection import Collection
 from eval import MTEBModel
 
 pytestmark = pytest.mark.extras

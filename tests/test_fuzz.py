@@ -22,6 +22,7 @@ from hypothesis import strategies as st  # noqa: E402
 import data  # noqa: E402
 from configurator import ConfigError, load_config  # noqa: E402
 from engine import checkpoint, model_folder  # noqa: E402
+from engine.collection import load_collection  # noqa: E402
 from engine.index import JsonlFiles  # noqa: E402
 from engine.jsonl import read_jsonl, read_texts  # noqa: E402
 from tokenizer import Tokenizer, compose  # noqa: E402
@@ -147,7 +148,7 @@ def test_any_collection_is_read_or_refused(folder, corpus, queries, qrels):
     (where / "queries.jsonl").write_bytes(b"\n".join(queries))
     (where / "qrels.tsv").write_bytes(qrels)
     try:
-        found = data.load_collection(where)
+        found = load_collection(where)
     except Exception as error:
         assert is_clear(error, where)
     else:

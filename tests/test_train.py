@@ -604,7 +604,7 @@ def test_rows_with_several_instructions_are_said_so(rows, tmp_path, capsys):
     train.main(arguments(rows, "embed_weak", tmp_path, "--steps=1",
                          f"--pairs={','.join(map(str, files))}"))
     assert meta_of(tmp_path, "embed_weak")["prompts"]["retrieval"] == "Find a text"
-    assert "rows carry 2 instructions; search and evaluation will use the most frequent one, " \
+    assert "several instructions; search and evaluation will use the most frequent one, " \
            "'Find a text'" in "".join(capsys.readouterr())
 
 

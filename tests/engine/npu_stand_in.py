@@ -47,15 +47,16 @@ def test_an_npu_is_found_without_being_named(npu, monkeypatch):
 @pytest.mark.parametrize("device", ["auto", "npu"])
 def test_ranks_take_their_card_and_meet_by_hccl(npu, monkeypatch, device):
     for name, value in (("RANK", 11), ("WORLD_SIZE", 16), ("LOCAL_RANK", 3),
-                        ("LOCAL_WORLD_SIZE", 1), ("TORCHELASTIC_RUN_ID", "x")):
+                        ("LOCAL_WORLD_SIZE", 1)):
         monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     met = []
     monkeypatch.setattr(dist, "init_process_group",
                         lambda backend, timeout: met.append((backend, timeout)))
     world = distributed.start(device)
     assert met == [("cpu:gloo,npu:hccl", distributed.PATIENCE)] and npu.asked == [("device", 3)]
     assert (world.rank, world.size, world.device) == (11, 16, torch.device("npu", 3))
-    assert torch.get_num_threads() == len(os.sched_getaffinity(0))     # not torchrun's single one
+    assert torch.get_num_threads() == len(os.sched_getaffinity(0))
 
 
 def test_one_card_needs_no_process_group(npu, monkeypatch):

@@ -54,12 +54,13 @@ def test_the_first_bad_line_is_named_wherever_it_lies(tmp_path, monkeypatch, siz
 def test_the_most_frequent_instruction_is_counted_however_many_there_are(tmp_path):
     rows = [{"query": "q", "pos": ["p"], "prompt": f"do {i}"} for i in range(3000)]
     rows[1000::2] = [{**row, "prompt": "Find"} for row in rows[1000::2]]
+    rows[501]["prompt"] = longest = "do it, and take your time"     # perhaps too long
     rows += [{"query": "q", "pos": ["p"]}] * 7
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = JsonlFiles([tmp_path / "rows.jsonl"], parse_pair, tmp_path / "cache")
     (name, count), = found.prompts.most_common(1)          # forgotten once, when it was rare
     assert name == "Find" and 990 < count <= 1000 >= len(found.prompts)
-    assert found.bare == 7
+    assert found.bare == 7 and longest in found.prompts
 
 
 def index_on(world, folder, paths):

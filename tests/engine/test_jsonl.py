@@ -245,7 +245,8 @@ def test_instructions_and_bad_lines_are_counted_over_all_files(tmp_path):
 
 
 DAMAGE = {"empty": lambda raw: b"", "shorter": lambda raw: raw[:-5],
-          "longer": lambda raw: raw + bytes(16), "zeros": lambda raw: bytes(len(raw))}
+          "longer": lambda raw: raw + bytes(16), "zeros": lambda raw: bytes(len(raw)),
+          "null": lambda raw: b"null"}
 
 
 @pytest.mark.parametrize("suffix, damage", [

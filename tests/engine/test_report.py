@@ -112,6 +112,7 @@ def test_the_summary_shows_stages_dims_and_languages(capsys):
               "embed_sup": {f"{name}/{m}{dim}": value for dim, value in (("", 0.5), (":8", 0.375))
                             for m in ("ndcg@10", "recall@1", "recall@10")}
               | {"retrieval/clr/zh-Hant-en/ndcg@10": 0.25, "retrieval/clr/de-en/ndcg@10": 0.75,
+                 "retrieval/own/de-en/ndcg@10": 0.5,
                  "sts/set/test/spearman": 0.625}}
     report.print_summary(scores, (8, 16))
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line]
@@ -119,7 +120,9 @@ def test_the_summary_shows_stages_dims_and_languages(capsys):
                         ["BM25", *["0.250"] * 3], ["embed_sup", *["0.500"] * 3],
                         ["embed_sup,", "first", "8", "dims", *["0.375"] * 3]]
     assert rows[4:6] == [["sts/set/test", "spearman"], ["embed_sup", "0.625"]]
-    assert rows[6][-2:] == ["mean", "0.500"] and rows[7] == ["de-en", "0.75", "zh-Hant-en", "0.25"]
+    assert rows[6][:2] == ["embed_sup,", "clr,"] and rows[6][-2:] == ["mean", "0.500"]
+    assert rows[7] == ["de-en", "0.75", "zh-Hant-en", "0.25"]
+    assert rows[8][:2] == ["embed_sup,", "own,"] and rows[9] == ["de-en", "0.50"]
 
 
 @pytest.mark.parametrize("trained", [True, False])

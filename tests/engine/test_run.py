@@ -1,6 +1,7 @@
 """The chain of stages, what may differ when a run resumes, and what a checkpoint says of itself."""
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -48,13 +49,13 @@ def test_flags_reach_the_earlier_stages_where_they_are_shared(files):
 
 def test_the_mask_and_adapters_of_a_stage_3_file_hold_for_stage_4_and_no_other(files):
     write, last = files
-    weak = write("weak.py", f'stage = "embed_weak"\nprevious = {last!r}\nlora_rank = 4\n'
+    weak = write("last.py", Path(last).read_text() + 'lora_rank = 4\n'
                             'schedule = "causal"\ntemperature = 0.1\n')
     sup = write("sup.py", f'stage = "embed_sup"\nprevious = {weak!r}\n')
     own = write("own.py", f'stage = "embed_sup"\nprevious = {weak!r}\nschedule = "hard"\n')
     for path, schedule in ((sup, "causal"), (own, "hard")):
         configs = runs.chain(train.TrainConfig, [path])
-        assert of(configs[2:], "lora_rank", "schedule", "temperature") == [
+        assert of(configs[1:], "lora_rank", "schedule", "temperature") == [
             (4, "causal", 0.1), (4, schedule, 0.05)]
         assert of(configs[:1], "lora_rank", "schedule") == [(0, "linear")]
 
@@ -87,6 +88,23 @@ def test_a_chain_that_leads_back_is_refused(files):
     write("first.py", f'stage = "pretrain"\nprevious = {last!r}\n')
     with pytest.raises(ConfigError, match="last.py: previous leads back to it"):
         runs.chain(train.TrainConfig, [last])
+
+
+def test_a_stage_that_comes_twice_is_refused(files):
+    with pytest.raises(ConfigError, match="pretrain, pretrain: one comes twice"):
+        runs.chain(train.TrainConfig, [files[1], "--stage=pretrain"])
+
+
+def test_a_later_stage_of_another_shape_is_refused(files):
+    write, last = files
+    sup = write("sup.py", f'stage = "embed_sup"\nprevious = {last!r}\nn_layer = 4\n')
+    with pytest.raises(ConfigError, match="pretrain: its model has n_layer 3, this stage asks for"):
+        runs.chain(train.TrainConfig, [sup])
+
+
+def test_a_refused_setting_is_said_of_its_stage(files):
+    with pytest.raises(ConfigError, match="^pretrain: TrainConfig: .* must not exceed block_size"):
+        runs.chain(train.TrainConfig, [files[1], "--block_size=8"])
 
 
 @pytest.mark.parametrize("family", ["", "small/", "real/", "full/"])
