@@ -26,9 +26,13 @@ JOINED = 0.4                       # share of the gaps between words that get a 
 
 
 def read_table(path):
-    """Return the lines of a TSV file as lists of cells."""
+    """Return the lines of a TSV file as lists of cells; ValueError by line if one lacks some."""
     with open(path, encoding="utf-8") as file:
-        return [line.rstrip("\r\n").split("\t") for line in file]
+        rows = [line.rstrip("\r\n").split("\t") for line in file]
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(rows[0]):
+            raise ValueError(f"{path}:{number}: {len(rows[0])} cells are needed, not {row}")
+    return rows
 
 
 @cache
@@ -65,7 +69,7 @@ class LexiconTranslator:
     def __init__(self, path=HERE / "lexicon.tsv"):
         header, *rows = read_table(path)
         for number, row in enumerate(rows, 2):
-            if len(row) != len(header) or not all(cell.strip() for cell in row):
+            if not all(cell.strip() for cell in row):
                 raise ValueError(f"{path}:{number}: {len(header)} words are needed, not {row}")
         self.table = {lang: dict(zip((row[0] for row in rows), column))
                       for lang, column in zip(header, zip(*rows))}

@@ -85,6 +85,9 @@ def test_damaged_table_is_named_by_line(tmp_path):
     (tmp_path / "l.tsv").write_text("en\tde\nsort\tsortieren\nfile\t\n")
     with pytest.raises(ValueError, match=r"l\.tsv:3: 2 words"):
         LexiconTranslator(tmp_path / "l.tsv")
+    (tmp_path / "l.tsv").write_text("en\tde\nsort\n")
+    with pytest.raises(ValueError, match=r"l\.tsv:2: 2 cells"):
+        LexiconTranslator(tmp_path / "l.tsv")
     with pytest.raises(ValueError, match="'xx'"):
         LexiconTranslator()("sort", "xx")
 
