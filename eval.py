@@ -30,7 +30,7 @@ from engine.collection import (HELD_OUT, choose_split, collections, document_tex
                                languages_in, load_collection, read_groups, set_name)
 from engine.distributed import accelerator
 from engine.encoders import CachedEncoder, LexicalBaseline
-from engine.jsonl import read_jsonl, read_object, write_object
+from engine.jsonl import check_name, read_jsonl, read_object, write_object
 from engine.metrics import (average_precision, hit_at_k, mean_average_precision,  # noqa: F401
                             mrr_at_k, ndcg_at_k, recall_at_k, spearman, v_measure)
 from engine.mining import top
@@ -366,6 +366,7 @@ class EvalConfig:
     """Which model, which sets, and where the scores go."""
     checkpoint: str = ""               # the model: a folder that train.py or tools/export.py wrote
     sentence_transformer: str = ""     # or: a sentence-transformers name or folder
+    trust_remote_code: bool | None = None      # whether that model's own code may run
     bm25: bool = False                 # or: BM25, for the tasks that need no vectors
     retrieval: tuple[str, ...] = ()    # collections: corpus.jsonl, queries.jsonl, qrels (BEIR)
     mkqa: tuple[str, ...] = ()         # collections: queries in many languages, English passages
@@ -380,6 +381,7 @@ class EvalConfig:
     out: str = ""                      # JSON file to write (empty: add to the model's own)
 
     def __post_init__(self):
+        check_name(self.out)
         if sum(map(bool, (self.checkpoint, self.sentence_transformer, self.bm25))) != 1:
             raise ValueError("give one of --checkpoint, --sentence_transformer and --bm25")
         if self.bm25 and self.dims:
@@ -413,7 +415,8 @@ def run(config):
     if config.checkpoint:
         encoder = Embedder(config.checkpoint)
     elif config.sentence_transformer:
-        encoder = SentenceTransformerBaseline(config.sentence_transformer)
+        encoder = SentenceTransformerBaseline(config.sentence_transformer,
+                                              config.trust_remote_code)
     results, path = {}, config.place
 
     def earlier():                                 # another process may have added to it

@@ -29,7 +29,8 @@ NO_SPACES = (
     "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
     "\U00020000-\U0003ffff")
 # Marks (\p{M}) are vowel signs and accents: without them Hindi words fall to pieces.
-WORD = regex.compile(rf"(?P<run>[{NO_SPACES}]+)|(?:(?![{NO_SPACES}])[\p{{L}}\p{{N}}]\p{{M}}*)+")
+WORD = regex.compile(rf"(?P<run>(?:(?=[\p{{L}}\p{{M}}\p{{N}}])[{NO_SPACES}])+)"
+                     rf"|(?:(?![{NO_SPACES}])[\p{{L}}\p{{N}}]\p{{M}}*)+")
 
 
 def split_words(text):

@@ -17,6 +17,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 
+def check_name(out, inputs=()):
+    """Raise ValueError for a name that `atomic` cannot write, or that is one of `inputs`."""
+    if str(out).lower().endswith(".gz"):
+        raise ValueError(f"{out}: what is written is not packed; leave .gz out of the name")
+    if out and Path(out).is_dir():
+        raise ValueError(f"{out}: a folder has this name; name a file")
+    if Path(out).resolve() in [Path(path).resolve() for path in inputs]:
+        raise ValueError(f"{out}: the input would be replaced; name another file")
+
+
 @contextlib.contextmanager
 def atomic(path, mode="w"):
     """Open a file to write; it appears under its name when it is whole, and not at all on an error.
@@ -25,8 +35,7 @@ def atomic(path, mode="w"):
     leads to is written, and a device, /dev/null say, as it stands. Raises ValueError for a name
     that ends in .gz: nothing is packed.
     """
-    if str(path).lower().endswith(".gz"):
-        raise ValueError(f"{path}: what is written is not packed; leave .gz out of the name")
+    check_name(path)
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")    # containers share pids

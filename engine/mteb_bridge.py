@@ -45,15 +45,20 @@ class SentenceTransformerBaseline:
 
     Of its prompts the first that is there: TYPE-SIDE, TYPE, SIDE. Where none is, a query and a
     document get those of `encode_query` and `encode_document`, a symmetric task the model's
-    default.
+    default. trust_remote_code: whether a model's own code runs. Without it gte-Qwen2 becomes a
+    causal Qwen2, and nothing says so: a model that brings code needs a word, ValueError otherwise.
     """
 
-    def __init__(self, name):
+    def __init__(self, name, trust_remote_code=None):
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise ImportError("a stock model needs: pip install -U sentence-transformers") from None
-        self.model = SentenceTransformer(name)
+        self.model = SentenceTransformer(name, trust_remote_code=bool(trust_remote_code))
+        config = getattr(getattr(self.model[0], "auto_model", None), "config", None)
+        if trust_remote_code is None and getattr(config, "auto_map", None):
+            raise ValueError(f"{name} brings code of its own: say whether that may run, by "
+                             "--trust_remote_code=true or false")
 
     def prompt_of(self, kind, side=None):
         """Return (side, text of the prompt or None)."""

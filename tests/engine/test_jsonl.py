@@ -14,7 +14,7 @@ import pytest
 from data import parse_pair, parse_text
 from engine import jsonl
 from engine.index import JsonlFiles
-from engine.jsonl import atomic, read_jsonl, read_texts, write_jsonl
+from engine.jsonl import atomic, check_name, read_jsonl, read_texts, write_jsonl
 from ranks import ROOT
 
 GOOD = b'{"text": "a"}'
@@ -269,6 +269,15 @@ def test_a_file_that_changes_while_it_is_used_is_noticed(tmp_path):
 
 
 # ---------------------------------------------------------------- writing
+
+def test_a_name_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    check_name("")
+    check_name(tmp_path / "new", [tmp_path / "old"])
+    for name, reason in (("a.gz", "not packed"), (tmp_path, "a folder has this name"),
+                         (tmp_path / "b" / ".." / "old", "the input would be replaced")):
+        with pytest.raises(ValueError, match=reason):
+            check_name(name, [tmp_path / "old"])
+
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "a.json"
