@@ -3,7 +3,7 @@
     python -m tools.filters --input=pairs.jsonl --out=clean.jsonl --dedup \\
         --decontaminate="mteb:MTEB(eng, v2)"
     python -m tools.filters --input=pairs.jsonl --out=clean.jsonl --min_score=0.4 \\
-        --scorer=Alibaba-NLP/gte-Qwen2-7B-instruct
+        --scorer=Alibaba-NLP/gte-Qwen2-7B-instruct --trust_remote_code=true
 
 PAPER Sec. 3.1.2: pairs that gte-Qwen2-7B-instruct scores below 0.4 are dropped before stage 3. A
 scorer is any sentence-transformers model, also one of tools.export, with its own query prompt. Each
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configurator import load_config, run_command
 from data import parse_pair
-from engine.jsonl import read_jsonl, write_jsonl, write_object
+from engine.jsonl import check_name, read_jsonl, write_jsonl, write_object
 from engine.mteb_bridge import SentenceTransformerBaseline, join_names, mteb_tasks
 
 TEXT_KEYS = ("text", "query", "input", "pos", "output", "sentence1", "sentence2")
@@ -34,6 +34,7 @@ NGRAM = 13                         # words in a row that count as overlap with a
 _WORD = regex.compile(             # a character, of scripts without spaces, or a word; with marks
     r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]\p{M}*"
     r"|[\p{L}\p{M}\p{N}_]+")
+_SYMBOL = regex.compile(rf"{_WORD.pattern}|[\p{{S}}#%&@*/\\]|-(?=\d)")    # as well
 
 
 def texts_of(row):
@@ -54,7 +55,7 @@ def texts_of(row):
     return texts
 
 
-def words_of(text):
+def words_of(text, kind=_WORD):
     """Return the words of a text, without case, width and punctuation.
 
     Scripts without spaces give one word a character, so that 13 words mean something there too.
@@ -62,16 +63,20 @@ def words_of(text):
     >>> words_of("Ｈello, World! 你好 लड़की")
     ['hello', 'world', '你', '好', 'लड़की']
     """
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return kind.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 # ---------------------------------------------------------------- filters
 
 def exact_duplicates(rows, counts):
-    """Keep the first of the rows that say the same, whatever their case and punctuation."""
+    """Keep the first of the rows that say the same, whatever their case and punctuation.
+
+    Symbols count, as C++ is not C#, and so do a score, a label and an instruction.
+    """
     seen = set()
     for row in rows:
-        said = "\n".join(" ".join(words_of(text)) or text for text in texts_of(row))
+        said = "\n".join([*(" ".join(words_of(text, _SYMBOL)) or text for text in texts_of(row)),
+                          *(str(row.get(key)) for key in ("score", "label", "prompt"))])
         key = hashlib.blake2b(said.encode("utf-8", "replace"), digest_size=16).digest()
         if key in seen:
             counts["exact duplicate"] += 1
@@ -188,8 +193,10 @@ class FilterConfig:
     decontaminate: tuple[str, ...] = ()        # files or folders of evaluation texts, mteb:NAME
     min_score: float | None = None             # least cosine of query and passage; the paper's 0.4
     scorer: str = "Alibaba-NLP/gte-Qwen2-7B-instruct"    # a name or a folder; default: the paper's
+    trust_remote_code: bool | None = None      # whether the scorer's own code may run
 
     def __post_init__(self):
+        check_name(self.out, self.input)
         if not self.dedup and not self.decontaminate and self.min_score is None:
             raise ValueError("no filter: give --dedup, --decontaminate or --min_score")
 
@@ -227,8 +234,8 @@ def main(argv=None):
     if cfg.decontaminate:
         filters.append(partial(decontaminate, paths=cfg.decontaminate))
     if cfg.min_score is not None:                      # last: it costs most
-        filters.append(partial(by_score, scorer=SentenceTransformerBaseline(cfg.scorer),
-                               least=cfg.min_score))
+        scorer = SentenceTransformerBaseline(cfg.scorer, cfg.trust_remote_code)
+        filters.append(partial(by_score, scorer=scorer, least=cfg.min_score))
     write_rows(cfg.out, read_input(cfg.input, check, counts), filters, counts,
                {"config": asdict(cfg)})
 

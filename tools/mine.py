@@ -26,7 +26,7 @@ from embed import Embedder
 from engine import distributed
 from engine.bm25 import BM25
 from engine.index import JsonlFiles
-from engine.jsonl import atomic, to_line
+from engine.jsonl import atomic, check_name, to_line
 from engine.mining import Approximate, Exact, Miner
 from engine.passages import Passages
 
@@ -48,6 +48,7 @@ class MineConfig:
     skip_bad_lines: bool = False   # count bad lines instead of stopping at them
 
     def __post_init__(self):
+        check_name(self.out)
         if not 0 <= self.lexical < self.depth:
             raise ValueError(f"lexical {self.lexical} must lie in 0 .. depth {self.depth} - 1")
 

@@ -5,8 +5,8 @@
     python -m tools.prepare miracl --lang=fi --decontaminate="mteb:MTEB(eng, v2),data/eval"
     python -m tools.prepare wikipedia --lang=km --out=data --limit=100000
 
-Writes DIR/NAME.jsonl for train.py, without what overlaps the evaluation texts (files, folders,
-mteb's tasks and benchmarks), and DIR/NAME.jsonl.report.json with source, licence and counts. Rows
+Writes DIR/NAME.jsonl for train.py, and DIR/NAME.jsonl.report.json with source, licence and counts.
+--decontaminate leaves out what overlaps files, folders, mteb's tasks and benchmarks. Rows
 are streamed, nothing but the output is stored, and it appears whole or not at all. Needs `pip
 install datasets`. The sets stand in public_sets.tsv, and docs/data.md says which of the paper's are
 missing. Licences are as their publishers state them: read them first, several are for research
@@ -65,9 +65,13 @@ def from_columns(entry, row):
 def from_mkqa(row):
     """Yield the question in each of its languages: rows of a collection's queries.jsonl.
 
-    PAPER Table 13 has 25 languages beside English, three of them Chinese.
+    PAPER Table 13 has 25 languages beside English, three of them Chinese. As in the protocol of
+    retrieval on MKQA, aliases count, and a question of yes or no has no answer to look for.
     """
-    answers = [answer["text"] for answer in row["answers"]["en"] if answer["text"]]
+    answers = [text for answer in row["answers"]["en"]
+               for text in (answer["text"], *(answer.get("aliases") or ())) if text]
+    if {answer.lower() for answer in answers} <= {"yes", "no"}:
+        answers = []
     for lang, text in row["queries"].items():
         lang = {"zh_cn": "zh"}.get(lang, lang)
         yield {"id": f"{row['example_id']}/{lang}", "lang": lang, "text": text, "answers": answers}

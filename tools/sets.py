@@ -43,6 +43,7 @@ from engine.jsonl import read_jsonl, read_object, write_jsonl, write_object
 HELD_OUT_SHARE = 5                 # one in five of what carries no split is held out
 WINDOW = 4                         # sentences of a paragraph that is cut from a document
 MAX_CHARS = 1200                   # of a passage: more than any passage_len here reads
+LETTERS = 8                        # of a sentence that is cut from its passage, at least
 SUPERVISED = 500                   # rows of a set in stage 4: few enough to come back under DHNM
 SMALLEST = 512                     # pairs of a file; smaller ones share one
 LABELS_AS_NEGATIVES = 15           # other labels of a classification row
@@ -125,9 +126,10 @@ class Builder:
 
     def crop(self, text, lang):
         """Take a sentence of a passage and what is left of it: the pair that any text gives."""
-        parts = re.split(r"(?<=[.!?。！？।؟])\s*", text)
-        if len(parts) >= 3 and lang:
-            i = self.rng.randrange(len(parts))
+        parts = list(filter(None, re.split(r"(?<=[.!?؟।])\s+|(?<=[。！？])\s*", text)))
+        whole = [i for i, part in enumerate(parts) if sum(map(str.isalpha, part)) >= LETTERS]
+        if len(parts) >= 3 and whole and lang:
+            i = self.rng.choice(whole)
             self.add("pairs", parts[i], " ".join(parts[:i] + parts[i + 1:]), "crop-", lang_q=lang,
                      lang_p=lang, prompt=None)
 

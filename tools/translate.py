@@ -31,7 +31,7 @@ from tqdm import tqdm
 import clr
 from clr import LANGUAGES, TABLE_7
 from configurator import load_config, run_command
-from engine.jsonl import atomic, read_jsonl, to_line
+from engine.jsonl import atomic, check_name, read_jsonl, to_line
 from toy.lexicon import LexiconTranslator
 
 PROMPT = ("Translate this search query into {language}. Leave names, code and formulas as they "
@@ -60,6 +60,7 @@ class EndpointTranslator:
     TRIES, GIVE_UP = 5, 20
     TIMEOUT = 60.0                 # seconds that a request may stall
     BACKOFF = 1.0                  # seconds before the second request for a text, doubled each time
+    PAUSE = 20.0                   # seconds at least, after too many requests
 
     def __init__(self, endpoint, journal, model="Qwen2.5-7B-Instruct", in_flight=16, api_key=""):
         self.url, self.model = endpoint.rstrip("/") + "/chat/completions", model
@@ -114,6 +115,9 @@ class EndpointTranslator:
                     raise ConnectionError(f"{self.url}: {error.reason}") from None
                 reason = error
             delay = self.BACKOFF * 2 ** attempt * random.uniform(0.5, 1.5)
+            if getattr(reason, "code", None) == 429:       # too many requests: it says how long
+                wait = reason.headers.get("Retry-After", "")
+                delay = max(delay, min(int(wait), 300) if wait.isdigit() else self.PAUSE)
             if attempt + 1 == self.TRIES or self.stop.wait(delay):
                 return self._fail(text, reason)
         with self.lock:
@@ -126,7 +130,7 @@ class EndpointTranslator:
     def _ask(self, text, lang):
         """Return the answer of one request; raise for a missing, empty or cut one."""
         prompt = PROMPT.format(language=LANGUAGES.get(lang, lang), text=text)
-        body = {"model": self.model, "temperature": 0,
+        body = {"model": self.model, "temperature": 0, "max_tokens": 64 + 8 * len(text),
                 "messages": [{"role": "user", "content": prompt}]}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
         with urllib.request.urlopen(request, timeout=self.TIMEOUT) as response:
@@ -162,6 +166,9 @@ class TranslateConfig:
     shares: dict[str, float] = field(default_factory=lambda: dict(TABLE_7))    # zh:12,es:8,...
 
     def __post_init__(self):
+        check_name(self.out, self.input)
+        if not (self.endpoint or "http://").startswith(("http://", "https://")):
+            raise ValueError(f"endpoint {self.endpoint!r} must begin with http:// or https://")
         if self.translator != "lexicon" and getattr(self, self.translator) is None:
             raise ValueError(f"translator {self.translator!r} needs --{self.translator}=VALUE")
         if other := [name for name in ("table", "endpoint")
@@ -207,5 +214,5 @@ if __name__ == "__main__":
     try:
         run_command(main)
     except KeyboardInterrupt:
-        print("translate: stopped; the same command resumes from the journal", file=sys.stderr)
+        print("translate: stopped; a journal keeps what a server has answered", file=sys.stderr)
         sys.exit(130)

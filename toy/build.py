@@ -75,7 +75,7 @@ def ensure(folder):
     """Build all files in `folder`, unless they are there and made of the same; return the counts.
 
     What they are made of: the installed packages' versions, the lexicon's tables, this code's
-    VERSION. manifest.json says so and is written last.
+    VERSION. manifest.json says so when all is there. Raises ValueError for a folder of other files.
     """
     folder, place = Path(folder), Path(folder) / "manifest.json"
     tables = b"".join(path.read_bytes() for path in sorted(lexicon.HERE.glob("*.tsv")))
@@ -84,8 +84,11 @@ def ensure(folder):
         manifest = read_object(place)
         if manifest.get("versions") == made_of:
             return manifest
-        place.unlink()
+    if folder.is_dir() and any(folder.iterdir()):
+        if not place.is_file() or "versions" not in manifest:
+            raise ValueError(f"{folder} holds files that are not the embedded corpus; name another")
         shutil.rmtree(folder / "pairs", ignore_errors=True)    # an older version may have had more
+    write_object(place, {"versions": {}})
     manifest = {"versions": made_of} | corpus.write(folder) | write_languages(folder)
     write_object(place, manifest)
     return manifest

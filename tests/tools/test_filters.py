@@ -36,8 +36,8 @@ def reason(row, *paths):
 class Scorer:
     """Map "0.3" to a vector with cosine 0.3 to that of any query."""
 
-    def __init__(self, name):
-        assert name == "x"
+    def __init__(self, name, trust_remote_code=None):
+        assert name == "x" and trust_remote_code is None
 
     def encode(self, texts, prompt):
         assert prompt in (("query", None), ("document", None))
@@ -61,6 +61,9 @@ def test_exact_duplicates_see_through_case_width_and_punctuation():
     rows = [*texts("Hello, world!", "hello WORLD", "Ｈello world", "hello  worlds"),
             {"query": "hello", "pos": ["world"]}, *texts("++", "--", "++")]
     kept, counts = run(exact_duplicates, rows)
+    other = [*texts("C++ guide", "C# guide", "C guide", "x = 1", "x = -1", "3 + 4"),
+             *({"text": "so so", "label": label} for label in "ab")]
+    assert run(exact_duplicates, other)[0] == other
     assert kept == [rows[0], rows[3], rows[4], rows[5], rows[6]]
     assert counts == {"exact duplicate": 3}
 

@@ -163,6 +163,15 @@ def test_a_broken_run_leaves_nothing_and_the_next_one_is_whole(tmp_path, monkeyp
     assert len(list(read_jsonl(prepare.prepare(config(tmp_path))))) == 30
 
 
+@pytest.mark.parametrize("found, answers", [
+    ([{"text": "10.0", "aliases": ["ten", "10"]}], ["10.0", "ten", "10"]),
+    ([{"text": "no", "aliases": ["No"]}], []), ([{"text": "yes"}, {"text": "Yes Man"}],
+                                                ["yes", "Yes Man"])])
+def test_aliases_are_answers_and_yes_or_no_alone_is_none(found, answers):
+    row, = prepare.from_mkqa({"example_id": 1, "queries": {"en": "q"}, "answers": {"en": found}})
+    assert row["answers"] == answers
+
+
 def test_limit_counts_rows_of_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "stream", FakeStream([ROWS["mkqa"][0]] * 4))
     path = prepare.prepare(config(tmp_path, name="mkqa", limit=6))

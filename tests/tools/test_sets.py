@@ -425,9 +425,12 @@ def test_what_a_document_is_asked_by(tmp_path):
 
 def test_a_crop_is_no_part_of_its_passage(tmp_path):
     write(tmp_path / "root" / "plain" / "x.jsonl", [
-        {"text": f"One {i}. Two {i}. Three {i}.", "lang": "en"} for i in range(9)])
+        {"text": f"The first is {i}.5. It is so. The third one is v{i}.", "lang": "en"}
+        for i in range(9)])
     rows = sets.build(tmp_path / "root", tmp_path / "sets")["pairs/others"]
-    assert rows and all(row["query"] not in row["pos"][0] for row in rows)
+    assert len(rows) == 9 and all(row["query"] not in row["pos"][0] for row in rows)
+    assert {row["query"][:9] for row in rows} <= {"The first", "The third"}    # sentences, not "5."
+    assert all(row["query"].endswith((".5.", *(f"v{i}." for i in range(9)))) for row in rows)
 
 
 def test_only_what_means_the_same_is_a_pair(tmp_path):

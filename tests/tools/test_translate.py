@@ -97,6 +97,7 @@ class Server:
 @pytest.fixture(autouse=True)
 def no_long_pauses(monkeypatch):
     monkeypatch.setattr(EndpointTranslator, "BACKOFF", 0.001)
+    monkeypatch.setattr(EndpointTranslator, "PAUSE", 0.001)
     monkeypatch.setenv("no_proxy", "127.0.0.1")            # of a machine behind a proxy
 
 
@@ -314,10 +315,12 @@ def test_bad_row_is_named(tmp_path):
 @pytest.mark.parametrize("settings, message", [
     ({"translator": "endpoint"}, "--endpoint"), ({"translator": "table"}, "--table"),
     ({"source_lang": "zh"}, "lexicon"), ({"in_flight": 0}, "in_flight"),
-    ({"endpoint": "http://localhost"}, "--endpoint is for --translator=endpoint")])
+    ({"endpoint": "http://localhost"}, "--endpoint is for --translator=endpoint"),
+    ({"translator": "endpoint", "endpoint": "localhost:8000/v1"}, "must begin with http"),
+    ({"out": "a"}, "a: the input would be replaced"), ({"out": "b.gz"}, "is not packed")])
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
-        TranslateConfig(input=("a",), out="b", **settings)
+        TranslateConfig(**{"input": ("a",), "out": "b"} | settings)
 
 
 def test_ctrl_c(tmp_path):

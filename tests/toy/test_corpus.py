@@ -210,7 +210,16 @@ def test_files_are_built_anew_for_other_code_packages_or_tables(tmp_path, monkey
     monkeypatch.setattr(build, "VERSION", -2)
     with pytest.raises(ZeroDivisionError):
         build.ensure(out)
-    assert not (out / "manifest.json").exists()            # what is half built is not taken
+    monkeypatch.setattr(corpus, "write", lambda folder: built.append(1) or {"pairs": 1})
+    assert build.ensure(out)["pairs"] == 1 and len(built) == 5     # what is half built is not taken
+
+
+@pytest.mark.parametrize("name, content", [("text.jsonl", "mine"), ("manifest.json", "{}")])
+def test_a_folder_of_the_users_own_is_left_alone(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match="holds files that are not the embedded corpus"):
+        build.ensure(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_rare_labels_and_the_share_of_neighbours():
