@@ -203,6 +203,7 @@ class Task:
             self.passages = Passages(self.rows, world=world)
         if kind == "text":
             self.stream = token_stream(self.rows, tokenizer, cfg, world)
+            self.stream.windows([0], cfg.passage_len)      # ValueError if the text is too short
         if cfg.stage.startswith("embed"):
             self.prompt_lengths(self.prompts)
 
@@ -307,10 +308,11 @@ def sources(cfg, kind):
 
 def unread(folder):
     """Return the JSONL files of a folder that nobody reads: their names may be misspelled."""
-    names = (*PARSERS, "text_dev", "sts_test", "labels_test")      # the last three: what is scored
+    scored = ("text_dev.jsonl", "sts_test.jsonl", "labels_test.jsonl")
     return sorted(path for path in Path(folder).glob("*")          # a .json is somebody's report
                   if is_json(path) and ".json" not in path.suffixes
-                  and path.name.partition(".")[0].partition("-")[0] not in names)
+                  and path.name.partition(".")[0].partition("-")[0] not in PARSERS
+                  and path.name.removesuffix(".gz") not in scored)
 
 
 def task_files(cfg):
@@ -352,7 +354,9 @@ def hashes(cfg, world=ALONE):
     """Return {kind: {file: SHA-256}} of the data files of a stage; all ranks must call."""
     by_kind = {}
     for kind, files in task_files(cfg):
-        by_kind.setdefault(kind, {}).update(task_rows(cfg, kind, files, world).hashes())
+        own = by_kind.setdefault(kind, {})
+        for path, content in task_rows(cfg, kind, files, world).hashes().items():
+            own[f"{path} ({len(own) + 1})" if path in own else path] = content
     return by_kind
 
 

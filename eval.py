@@ -300,10 +300,9 @@ def evaluate_stage(state):
     state: engine.run.State. Stages 1 and 2 are measured by their loss on held-out text, too.
     """
     cfg, results = state.cfg, {}
-    if "validation" in state.counters:
+    if "validation" in state.counters and (loss := validation_loss(state)) is not None:
         name = f"lm/{Path(cfg.data).name}/dev/loss"
-        results = {f"{name}_before": state.counters["validation_before"],
-                   name: validation_loss(state)}
+        results = {f"{name}_before": state.counters["validation_before"], name: loss}
     for folder in collections(cfg):
         results |= evaluate(state.embedder, "retrieval", folder,
                             dims=cfg.dims if cfg.stage == "embed_sup" else ())

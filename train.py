@@ -346,6 +346,7 @@ def train(cfg, world, before=None):
         where = world.on_main(lambda: run.claim(cfg, lock))
         state = start(cfg, world, where, before)
         if state.step < cfg.steps:
+            world.on_main(lambda: run.scores_aside(cfg))
             where = run_steps(state)
         score(state)
     return where
@@ -384,7 +385,7 @@ def run_steps(state):
         # DDP's gradients are views of its buckets: if they went, both would be held
         state.wrapped.zero_grad(set_to_none=not hasattr(state.wrapped, "no_sync"))
         if (step + 1) % VALIDATE_EVERY == 0 and "validation" in counters:
-            counters["validation"] = validation_loss(state)
+            counters["validation"] = validation_loss(state) or counters["validation"]
         for name in ("tokens", "truncated"):
             counters[name] += round(agreed[name] * world.size)
         log.step(step, batch, {"loss": float(loss), **stats}, data_seconds,
@@ -420,12 +421,15 @@ def train_chain(configs, world):
     """Train the stages that are not finished, in order; print what all of them scored."""
     cfg, began = configs[-1], time.perf_counter()
     world.on_main(lambda: prepare(configs))
+    hashes = {}
     for stage in configs:                  # a mistake shows now, not after the stages before it
-        data.hashes(stage, world)
+        hashes[stage.stage] = data.hashes(stage, world)
         world.on_main(lambda: run.finished(stage))
     done, trained = None, False
     for stage in configs:
-        before, done = done, run.reusable(stage, world, data.hashes(stage, world), done)
+        if data.hashes(stage, world) != hashes[stage.stage]:
+            raise ValueError(f"the data of {stage.stage} has changed since the start")
+        before, done = done, run.reusable(stage, world, hashes[stage.stage], done)
         if not done:
             done, trained = train(stage, world, before), True
             gc.collect()                           # else a card may hold two stages at a time

@@ -42,7 +42,7 @@ def only_writer(run_dir):
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{run_dir}: another process is training here; wait for its end or "
+            raise ValueError(f"{run_dir}: another process is at work here; wait for its end or "
                              "choose another directory") from None
         except (ImportError, OSError) as error:  # Windows; some network file systems
             warnings.warn(f"{run_dir} cannot be locked ({error}): start one run at a time here",

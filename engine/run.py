@@ -238,11 +238,21 @@ def claim(cfg, lock):
     return checkpoint.latest(cfg.run_dir) if cfg.resume else None
 
 
+def scores_aside(cfg):
+    """Rename scores that a stage has before its last step: they are of other weights."""
+    if (cfg.run_dir / "eval.json").is_file():
+        os.replace(cfg.run_dir / "eval.json", cfg.run_dir / "eval.json.aside")
+
+
 def set_aside(cfg):
-    """Rename what an old run left; what an older one left is deleted."""
-    for name in ("eval.json", "log.jsonl"):        # first: else scores could outlive their weights
-        if (cfg.run_dir / name).is_file():
-            os.replace(cfg.run_dir / name, cfg.run_dir / f"{name}.aside")
+    """Rename what an old run left; what an older one left is deleted.
+
+    The log of a run that has saved no step is not worth an older one's.
+    """
+    scores_aside(cfg)                              # first: else they could outlive their weights
+    steps = [path.name for path in cfg.run_dir.glob("step_*") if not path.suffix]
+    if (cfg.run_dir / "log.jsonl").is_file() and max(steps, default="") > "step_000000":
+        os.replace(cfg.run_dir / "log.jsonl", cfg.run_dir / "log.jsonl.aside")
     checkpoint.set_aside(cfg.run_dir)
 
 

@@ -433,6 +433,10 @@ def test_the_hashes_of_a_stage_are_those_of_its_contents(tmp_path):
     assert list(first) == ["text"] and list(first["text"]) == ["a.jsonl"]
     (tmp_path / "a.jsonl").write_text('{"text": "b"}\n')
     assert data.hashes(cfg) != first
+    write_lines(tmp_path / "p.jsonl", [{"query": "q", "pos": "p"}] * 9)
+    weak = [tiny_config("embed_weak", pairs=("p.jsonl",) * n, batch_size=2) for n in (1, 2)]
+    once, twice = map(data.hashes, weak)                   # two tasks of the same rows
+    assert len(once["pairs"]) == 1 and len(twice["pairs"]) == 2
 
 
 def test_stage_4_takes_steps_by_rows_over_batch(tokenizer):
@@ -476,9 +480,10 @@ def test_a_tasks_own_batch_must_be_filled_as_well(tokenizer):
 def test_files_that_nobody_reads_are_named(tmp_path):
     for name in ("text.jsonl", "text-2.jsonl.gz", "clr.jsonl", "text_dev.jsonl", "sts_test.jsonl",
                  "labels_test.jsonl", "manifest.json", "clr.jsonl.report.json", "retreival.jsonl",
-                 "text_2.jsonl.gz", "README.md"):
+                 "text_2.jsonl.gz", "README.md", "sts_test-2.jsonl", "text_dev.ndjson"):
         (tmp_path / name).touch()
-    assert [path.name for path in data.unread(tmp_path)] == ["retreival.jsonl", "text_2.jsonl.gz"]
+    assert [path.name for path in data.unread(tmp_path)] == [
+        "retreival.jsonl", "sts_test-2.jsonl", "text_2.jsonl.gz", "text_dev.ndjson"]
 
 
 def test_a_collection_is_read_plain_packed_and_from_windows(tmp_path):

@@ -300,6 +300,31 @@ def test_a_restart_by_torchrun_does_not_begin_again(rows, tmp_path, monkeypatch)
     assert checkpoint.latest(tmp_path / "pretrain").name == "step_000006"
 
 
+def test_scores_of_weights_that_are_gone_do_not_count(rows, tmp_path, monkeypatch):
+    argv, folder = arguments(rows, "pretrain", tmp_path), tmp_path / "pretrain"
+    train.main(argv)
+    for path in folder.glob("step_*"):
+        shutil.rmtree(path)
+    monkeypatch.setattr(train, "score", lambda state: 1 / 0)           # stopped before its scores
+    with pytest.raises(ZeroDivisionError):
+        train.main(argv)
+    assert not (folder / "eval.json").exists() and (folder / "eval.json.aside").is_file()
+
+
+def test_data_that_changes_under_a_chain_is_noticed(rows, tmp_path, monkeypatch):
+    pairs, real = tmp_path / "pairs.jsonl", train.train
+    shutil.copy(rows / "pairs.jsonl", pairs)
+
+    def edits(*args):
+        pairs.write_text(pairs.read_text() * 2)
+        return real(*args)
+    monkeypatch.setattr(train, "train", edits)
+    argv = [f"--pairs={pairs}" if arg.startswith("--pairs=") else arg
+            for arg in chain_arguments(rows, "sft", tmp_path / "out")]
+    with pytest.raises(SystemExit, match="the data of sft has changed since the start"):
+        train.main(argv)
+
+
 def test_a_run_afresh_sets_the_old_one_aside_only_when_it_can_start(rows, tmp_path, monkeypatch):
     argv, folder = arguments(rows, "pretrain", tmp_path), tmp_path / "pretrain"
     train.main(argv)

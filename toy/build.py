@@ -19,6 +19,7 @@ from pathlib import Path
 
 from clr import LANGUAGES, Gates, build_clr, copy_gate, script_gate
 from configurator import run_command
+from engine.checkpoint import only_writer
 from engine.jsonl import read_jsonl, read_object, write_jsonl, write_object
 from toy import corpus, lexicon
 from toy.lexicon import LexiconTranslator, Phrasing
@@ -78,20 +79,23 @@ def ensure(folder):
     VERSION. manifest.json says so when all is there. Raises ValueError for a folder of other files.
     """
     folder, place = Path(folder), Path(folder) / "manifest.json"
+
+    def manifest():
+        return read_object(place) if place.is_file() else {}
     tables = b"".join(path.read_bytes() for path in sorted(lexicon.HERE.glob("*.tsv")))
     made_of = {"toy": VERSION, "tables": hashlib.sha256(tables).hexdigest(), **corpus.versions()}
-    if place.is_file():
-        manifest = read_object(place)
-        if manifest.get("versions") == made_of:
-            return manifest
-    if folder.is_dir() and any(folder.iterdir()):
-        if not place.is_file() or "versions" not in manifest:
-            raise ValueError(f"{folder} holds files that are not the embedded corpus; name another")
-        shutil.rmtree(folder / "pairs", ignore_errors=True)    # an older version may have had more
-    write_object(place, {"versions": {}})
-    manifest = {"versions": made_of} | corpus.write(folder) | write_languages(folder)
-    write_object(place, manifest)
-    return manifest
+    if manifest().get("versions") == made_of:
+        return manifest()
+    if any(path.name != ".lock" for path in folder.glob("*")) and "versions" not in manifest():
+        raise ValueError(f"{folder} holds something else than the embedded corpus; delete it, "
+                         "or name another folder")
+    with only_writer(folder):
+        if manifest().get("versions") != made_of:              # another process may have built it
+            write_object(place, {"versions": {}})
+            shutil.rmtree(folder / "pairs", ignore_errors=True)    # an older one may have had more
+            write_object(place, {"versions": made_of} | corpus.write(folder)
+                         | write_languages(folder))
+    return manifest()
 
 
 def main():

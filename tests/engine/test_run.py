@@ -228,3 +228,15 @@ def test_scores_are_set_aside_before_their_weights(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         runs.set_aside(cfg)
     assert (cfg.run_dir / "eval.json.aside").is_file() and runs.finished(cfg) is None
+
+
+@pytest.mark.parametrize("step, kept", [(None, "old"), (0, "old"), (3, "new")])
+def test_the_log_of_a_run_that_took_no_step_is_not_set_aside(tmp_path, step, kept):
+    cfg = tiny_config(out=str(tmp_path))
+    if step is not None:
+        saved(cfg.run_dir, step, cfg)
+    cfg.run_dir.mkdir(parents=True, exist_ok=True)
+    (cfg.run_dir / "log.jsonl").write_text("new")
+    (cfg.run_dir / "log.jsonl.aside").write_text("old")
+    runs.set_aside(cfg)
+    assert (cfg.run_dir / "log.jsonl.aside").read_text() == kept
