@@ -64,13 +64,22 @@ def run_command(main):
 
 
 def help_text(cls):
-    """Return the `--help` page: a line for each field, with the comment that trails it in `cls`."""
-    comments, hints = {}, get_type_hints(cls)
+    """Return the `--help` page: a line for each field, with the comment that trails it in `cls`.
+
+    A comment "# --- ..." is the heading of the fields below it.
+    """
+    comments, headings, heading, hints = {}, {}, "", get_type_hints(cls)
     for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline):
-        if token.type == tokenize.COMMENT:
+        if token.type == tokenize.COMMENT and token.string.startswith("# ---"):
+            heading = token.string.lstrip("# -")
+        elif token.type == tokenize.COMMENT:
             comments.setdefault(token.line.partition(":")[0].strip(), token.string.lstrip("# "))
-    lines = [f"usage: python {Path(sys.argv[0]).name} [config.py ...] [--key=value ...]", ""]
+        elif token.type == tokenize.NAME and heading:
+            headings[token.string], heading = heading, ""
+    lines = [f"usage: python {Path(sys.argv[0]).name} [config.py ...] [--key=value ...]", "",
+             "The values shown hold where no config file sets others."]
     for field in dataclasses.fields(cls):
+        lines += ["", headings[field.name]] if field.name in headings else []
         default = "(required)" if _is_required(field) else repr(
             field.default if field.default_factory is MISSING else field.default_factory())
         setting, kind = f"--{field.name}={default}", formatannotation(hints[field.name])

@@ -225,6 +225,8 @@ def run(args):
         raise ValueError("--out and --truncate_dim are for --texts, --query is for a search")
     if args.k < 1:
         raise ValueError(f"--k must be at least 1, not {args.k}")
+    if args.query is not None and not args.query.strip():
+        raise ValueError("--query is empty")
     memory.keep_freed_memory()             # on a CPU paging it in anew takes a quarter of the time
     embedder = Embedder(args.checkpoint, args.device)
     if args.texts:
@@ -233,7 +235,8 @@ def run(args):
             vectors = embedder.encode(texts, prompt=args.prompt, truncate_dim=args.truncate_dim,
                                       show_progress_bar=True)
             save_vectors(file, vectors)
-        print(f"wrote {args.out}: {vectors.shape[0]:,} x {vectors.shape[1]} float32")
+        print(f"wrote {args.out}: {vectors.shape[0]:,} x {vectors.shape[1]} float32, of the first "
+              f"{embedder.max_len} tokens of each text")
         return
     rows, vectors = load_index(embedder, args.corpus)
     while query := args.query or input("query (empty to stop): ").strip():
@@ -248,11 +251,12 @@ def run(args):
 def main():
     """Search, or embed a file of texts; see the module docstring."""
     parser = argparse.ArgumentParser(description="search or embed with a trained model")
-    parser.add_argument("--checkpoint", default="out/embed_sup", help="folder of train.py")
+    parser.add_argument("--checkpoint", default="out/embed_sup",
+                        help="folder of train.py (%(default)s)")
     parser.add_argument("--query", help="search for this; without it queries are read one by one")
     parser.add_argument("--corpus", default="out/installed_docs/search",
-                        help="folder with corpus.jsonl")
-    parser.add_argument("--k", type=int, default=10, help="results to show")
+                        help="JSONL file, or folder with corpus.jsonl (%(default)s)")
+    parser.add_argument("--k", type=int, default=10, help="results to show (%(default)s)")
     parser.add_argument("--texts", help="embed this file instead: one text a line, or JSONL {text}")
     parser.add_argument("--out", help="with --texts: write the (N, D) float32 vectors here (.npy)")
     parser.add_argument("--prompt", help="the instruction, empty for none; default: of a query the "

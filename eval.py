@@ -12,8 +12,10 @@ per pair of query and passage language, with the passages of that language as ca
 PAPER Sec. 4: Tables 1, 2 and 5 are MTEB(eng, v2) and MTEB(cmn, v1); Table 14 is MTEB(eng, v1).
 Protocols are mteb's. It has further types of task, and scores stock models on all of them.
 """
+import contextlib
 import dataclasses
 import functools
+import importlib.util
 import time
 from itertools import islice
 from pathlib import Path
@@ -284,6 +286,9 @@ def read_ahead(configs):
             raise ValueError(f"{folder}: no query has a judged document")
     for task, path in labelled_files(cfg).items():
         read_groups(task, path)
+        if task == "classification" and cfg.stage.startswith("embed") \
+                and not importlib.util.find_spec("sklearn"):
+            print(f"{path} is not scored: pip install scikit-learn first")
     for cfg in configs:
         validation_rows(cfg)
 
@@ -307,11 +312,8 @@ def evaluate_stage(state):
         results |= evaluate(state.embedder, "retrieval", folder,
                             dims=cfg.dims if cfg.stage == "embed_sup" else ())
     for task, path in labelled_files(cfg).items() if cfg.stage.startswith("embed") else ():
-        try:
+        with contextlib.suppress(ImportError):     # scikit-learn is optional: see `read_ahead`
             results |= evaluate(state.embedder, task, path)
-        except ImportError as error:               # scikit-learn is optional
-            if state.world.is_main:
-                print(f"{path} is not scored: {error}")
     return results
 
 
@@ -367,7 +369,7 @@ class EvalConfig:
     sentence_transformer: str = ""     # or: a sentence-transformers name or folder
     trust_remote_code: bool | None = None      # whether that model's own code may run
     bm25: bool = False                 # or: BM25, for the tasks that need no vectors
-    retrieval: tuple[str, ...] = ()    # collections: corpus.jsonl, queries.jsonl, qrels (BEIR)
+    retrieval: tuple[str, ...] = ()    # BEIR folders; if no set is named, the default test
     mkqa: tuple[str, ...] = ()         # collections: queries in many languages, English passages
     bitext: tuple[str, ...] = ()       # {query, pos, lang_q, lang_p} or {id, lang, text}
     sts: tuple[str, ...] = ()          # {sentence1, sentence2, score}
@@ -381,6 +383,8 @@ class EvalConfig:
 
     def __post_init__(self):
         check_name(self.out)
+        if self.trust_remote_code is not None and not self.sentence_transformer:
+            raise ValueError("--trust_remote_code is for --sentence_transformer")
         if sum(map(bool, (self.checkpoint, self.sentence_transformer, self.bm25))) != 1:
             raise ValueError("give one of --checkpoint, --sentence_transformer and --bm25")
         if self.bm25 and self.dims:
@@ -396,7 +400,8 @@ class EvalConfig:
         """The JSON file, one for each model: in its folder, where train.py begins it, or in out."""
         if self.out or self.checkpoint:
             return Path(self.out or Path(self.checkpoint) / "eval.json")
-        name = (self.sentence_transformer or "bm25").strip("/").replace("/", "_")
+        name = self.sentence_transformer or "bm25"
+        name = Path(name).name if Path(name).is_dir() else name.replace("/", "_")
         return Path(f"out/eval_{name}.json")
 
 

@@ -59,12 +59,15 @@ def run(args):
 def main():
     """Write on the command line; see the module docstring."""
     parser = argparse.ArgumentParser(description="let a trained model write")
-    parser.add_argument("--checkpoint", default="out/pretrain", help="folder of train.py")
-    parser.add_argument("--prompt", default="Return the", help="the text to continue")
+    parser.add_argument("--checkpoint", default="out/pretrain",
+                        help="folder of train.py (%(default)s)")
+    parser.add_argument("--prompt", default="Return the", help="the text to continue (%(default)s)")
     parser.add_argument("--instruction", help="ask as stage 2 does: instruction, then the prompt")
-    parser.add_argument("--n_tokens", type=int, default=120, help="tokens to write at most")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: the most likely token")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n_tokens", type=int, default=120,
+                        help="tokens to write at most (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.7,
+                        help="0: the most likely token (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
     args = parser.parse_args()
     run_command(lambda: run(args))
 

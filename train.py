@@ -67,7 +67,7 @@ class TrainConfig:
     resume: bool = True            # continue an interrupted run of the stage
     seed: int = 0                  # of weights, order and task draw
     # --- data: files of data.py's formats; if none is named, those in the folder `data`
-    data: str = "out/installed_docs"         # the embedded corpus, or what tools.sets wrote
+    data: str = "out/installed_docs"         # folder of data files; the default one is built
     text: tuple[str, ...] = ()     # pretraining, and the tokenizer's training text
     pairs: tuple[str, ...] = ()    # sft and embed_weak
     retrieval: tuple[str, ...] = ()        # embed_sup, with DHNM
@@ -356,8 +356,9 @@ def run_steps(state):
     """Take the steps that are left: log, save, stop cleanly on a signal; return the checkpoint."""
     cfg, world, tasks, counters = state.cfg, state.world, state.tasks, state.counters
     order, visits = task_of_step(np.arange(cfg.steps), [w for _, w in tasks], cfg.seed)
+    if world.is_main and cfg.stage.startswith("embed"):
+        report.print_tasks(cfg, tasks)
     stop, log = report.StopSignal(), report.Log(cfg, world, state.step)
-    log.tasks(tasks)
     for step in range(state.step, cfg.steps):
         task, began = tasks[order[step]][0], time.perf_counter()
         batch = task.batch(int(visits[step])).to(world.device)
@@ -384,7 +385,8 @@ def run_steps(state):
                 stats = task.pool.stats()
         # DDP's gradients are views of its buckets: if they went, both would be held
         state.wrapped.zero_grad(set_to_none=not hasattr(state.wrapped, "no_sync"))
-        if (step + 1) % VALIDATE_EVERY == 0 and "validation" in counters:
+        is_last = step + 1 == cfg.steps
+        if "validation" in counters and (is_last or (step + 1) % VALIDATE_EVERY == 0):
             counters["validation"] = validation_loss(state) or counters["validation"]
         for name in ("tokens", "truncated"):
             counters[name] += round(agreed[name] * world.size)
@@ -393,7 +395,6 @@ def run_steps(state):
                   "grad_norm": float(norm), **counters})
         if world.device.type == "cpu":
             memory.release_memory()
-        is_last = step + 1 == cfg.steps
         if agreed["stop"] or is_last or (step + 1) % cfg.save_every == 0:
             where = run.save(state, step + 1)
         # the last save may have taken long, so ask again
@@ -453,4 +454,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:                          # in mining or scoring; a step saves first
-        sys.exit("train.py: stopped; the same command resumes, without --resume=false")
+        sys.exit("train.py: stopped; the same command resumes"
+                 + (", without --resume=false" if "--resume=false" in sys.argv else ""))

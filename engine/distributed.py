@@ -161,7 +161,8 @@ def start(device="auto"):
         memory.bound_kernel_caches()
     # for several processes torchrun sets one thread each; that would leave cores idle
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if "OMP_NUM_THREADS" not in os.environ or neighbours > 1:
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and neighbours > 1
+    if "OMP_NUM_THREADS" not in os.environ or by_torchrun:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") \
             else os.cpu_count()                # macOS has no affinity
         torch.set_num_threads(max(1, cores // neighbours))

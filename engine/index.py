@@ -235,7 +235,7 @@ def _count(prompts, prompt, count):
     """Count an instruction; of very many stay the most frequent, and the longest to be checked."""
     prompts[prompt] += count
     if len(prompts) > 10 * PROMPTS:
-        longest = max(prompts, key=len)
+        longest = max(prompts, key=lambda text: len(text.encode("utf-8", "replace")))
         kept = dict(prompts.most_common(PROMPTS)) | {longest: prompts[longest]}
         prompts.clear()
         prompts.update(kept)

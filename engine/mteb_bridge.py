@@ -52,13 +52,16 @@ class SentenceTransformerBaseline:
     def __init__(self, name, trust_remote_code=None):
         try:
             from sentence_transformers import SentenceTransformer
+            from transformers import PretrainedConfig
         except ImportError:
             raise ImportError("a stock model needs: pip install -U sentence-transformers") from None
-        self.model = SentenceTransformer(name, trust_remote_code=bool(trust_remote_code))
-        config = getattr(getattr(self.model[0], "auto_model", None), "config", None)
-        if trust_remote_code is None and getattr(config, "auto_map", None):
+        config = {}
+        with contextlib.suppress(OSError):             # not every model has a config.json
+            config = PretrainedConfig.get_config_dict(name)[0]
+        if trust_remote_code is None and config.get("auto_map"):
             raise ValueError(f"{name} brings code of its own: say whether that may run, by "
                              "--trust_remote_code=true or false")
+        self.model = SentenceTransformer(name, trust_remote_code=bool(trust_remote_code))
 
     def prompt_of(self, kind, side=None):
         """Return (side, text of the prompt or None)."""

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from engine import budget, checkpoint, distributed, memory, run
 from engine.jsonl import read_object, write_object
 
+SHOWN = ("ndcg@10", "recall@1", "recall@10")       # of retrieval; the files have all metrics
 LANGUAGE_PAIR = re.compile(r"[a-z]{2,3}([-_]\w+)?-[a-z]{2,3}([-_]\w+)?")      # zh-Hant-en
 
 
@@ -54,6 +55,27 @@ def open_log(path, step):
     return open(path, "a", encoding="utf-8")
 
 
+def print_tasks(cfg, tasks):
+    """Print rows, batches and candidates of each task, and where DHNM can hardly act.
+
+    PAPER Sec. 3.4: a replacement acts at its query's next visit. With one visit there is none.
+    """
+    total = sum(weight for _, weight in tasks)
+    for task, weight in tasks:
+        steps = cfg.steps * weight / total
+        name = Path(task.rows.files[0].path).name if cfg.stage == "embed_weak" else task.kind
+        each = 1 + (cfg.n_negatives if task.pool else 0)
+        visits = steps * task.size / len(task.rows)
+        dynamic = task.pool and cfg.dhnm != "fixed"
+        candidates = "" if task.kind == "sts" else f"{task.size * each} candidates a query, "
+        print(f"{name}: {len(task.rows):,} rows, {candidates}about {steps:.0f} steps "
+              f"of {task.size}, {visits:.1f} visits a row"
+              + (": too few for DHNM" if dynamic and visits < 2 else ""), flush=True)
+        if dynamic and task.pool.depth <= cfg.n_negatives:
+            print(f"warning: {name}: DHNM cannot act, since no query has more than the "
+                  f"{cfg.n_negatives} candidates that are in use", flush=True)
+
+
 class Log:
     """The progress bar, and OUT/STAGE/log.jsonl with the same keys."""
 
@@ -67,29 +89,6 @@ class Log:
 
     def _restart(self):
         self.since, self.tokens, self.data, self.flops = time.perf_counter(), 0, 0.0, 0
-
-    def tasks(self, tasks):
-        """Print rows, batches and candidates of each task; warn where DHNM can hardly act.
-
-        PAPER Sec. 3.4: a replacement acts at its query's next visit. With one visit there is none.
-        """
-        if not self.world.is_main or not self.cfg.stage.startswith("embed"):
-            return
-        total = sum(weight for _, weight in tasks)
-        for task, weight in tasks:
-            steps = self.cfg.steps * weight / total
-            each = 1 + (self.cfg.n_negatives if task.pool else 0)
-            visits = steps * task.size / len(task.rows)
-            candidates = "" if task.kind == "sts" else f"{task.size * each} candidates a query, "
-            tqdm.write(f"{task.kind}: {len(task.rows):,} rows, {candidates}about {steps:.0f} steps "
-                       f"of {task.size}, {visits:.1f} visits a row")
-            dynamic = task.pool and self.cfg.dhnm != "fixed"
-            if dynamic and task.pool.depth <= self.cfg.n_negatives:
-                tqdm.write(f"warning: {task.kind}: DHNM cannot act, since no query has more than "
-                           f"the {self.cfg.n_negatives} candidates that are in use")
-            elif dynamic and visits < 2:
-                tqdm.write(f"warning: {task.kind}: DHNM can hardly act, since a query is visited "
-                           f"{visits:.1f} times and replacements are used at its next visit")
 
     def step(self, step, batch, measured, data_seconds, known):
         """Take one step's numbers; every `log_every` steps write them.
@@ -116,17 +115,19 @@ class Log:
         if self.file:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
-            held_out = f", held-out {row['validation']:.3f}" if row.get("validation") else ""
-            self.bar.set_postfix_str(f"loss {row['loss']:.3f}{held_out}, "
-                                     f"{row['tokens_per_second']:,.0f} tokens/s")
+            name = f"{row['task']} " if self.cfg.stage == "embed_sup" else ""    # losses differ
+            held_out = f", held-out {row['validation']:.2f}" if row.get("validation") else ""
+            self.bar.set_postfix_str(f"{name}loss {row['loss']:.2f}{held_out}")
         self._restart()
 
     def close(self, truncated):
-        """Finish the bar and the files; say how many texts were cut."""
+        """Finish the bar and the files; say how often a text was cut."""
         self.bar.close()
         if truncated and self.world.is_main:
-            tqdm.write(f"{self.cfg.stage}: {truncated:,} texts were cut: query_len is "
-                       f"{self.cfg.query_len} tokens, passage_len {self.cfg.passage_len}")
+            queries = f"queries at {self.cfg.query_len} tokens, others " \
+                if self.cfg.stage.startswith("embed") else ""
+            tqdm.write(f"{self.cfg.stage}: texts were cut {truncated:,} times, {queries}at "
+                       f"{self.cfg.passage_len} tokens")
         if self.file:
             self.file.close()
 
@@ -143,7 +144,7 @@ def print_table(name, scores, dims):
     metrics = dict.fromkeys(key.rpartition("/")[2] for results in scores.values()
                             for key in results if key.rpartition("/")[0] == name and ":" not in key)
     if name.startswith("retrieval/"):
-        metrics = ("ndcg@10", "recall@1", "recall@10")
+        metrics = SHOWN
     print(f"\n{name:<40}" + "".join(f"{m:>13}" for m in metrics))
     for label, results in scores.items():
         for dim in ["", *(f":{d}" for d in dims if label == "embed_sup")]:
@@ -153,27 +154,32 @@ def print_table(name, scores, dims):
                 print(f"{shown:<40}" + "".join(f"{v:>13.3f}" for v in values))
 
 
-def print_languages(label, results):
-    """Print nDCG@10 for each query language of each collection in several."""
+def print_languages(scores):
+    """Print nDCG@10 of each pair of languages, query's and passage's: a column for each stage."""
     sets = {}
-    for key, value in sorted(results.items()):
-        if key.endswith("/ndcg@10") and is_language_pair(key):
-            _, name, pair, _ = key.split("/")
-            sets.setdefault(name, {})[pair] = value
-    for name, cells in sets.items():
-        print(f"\n{label}, {name}, nDCG@10 by query language - passage language, mean "
-              f"{sum(cells.values()) / len(cells):.3f}")
-        print("  ".join(f"{pair} {value:.2f}" for pair, value in cells.items()))
+    for label, results in scores.items():
+        for key, value in results.items():
+            if key.endswith("/ndcg@10") and is_language_pair(key):
+                _, name, pair, _ = key.split("/")
+                sets.setdefault(name, {}).setdefault(pair, {})[label] = value
+    for name, pairs in sets.items():
+        print(f"\n{f'retrieval/{name}, ndcg@10':<30}" + "".join(f"{label:>12}" for label in scores))
+        for pair, values in sorted(pairs.items()):
+            cells = (f"{values[label]:.2f}" if label in values else "" for label in scores)
+            print(f"{pair:<30}" + "".join(f"{cell:>12}" for cell in cells))
 
 
 def print_summary(scores, dims):
-    """Print all that stages and baselines scored; scores: {label: flat results}."""
+    """Print what stages and baselines scored; scores: {label: flat results}.
+
+    The mean over languages stands for all of them together.
+    """
     names = dict.fromkeys(key.rpartition("/")[0] for results in scores.values() for key in results
                           if not is_language_pair(key))
     for name in names:
-        print_table(name, scores, dims)
-    for label, results in scores.items():
-        print_languages(label, results)
+        if not (name.endswith("/all") and f"{name[:-3]}mean" in names):
+            print_table(name, scores, dims)
+    print_languages(scores)
 
 
 def summarise(cfg, stages, scores, minutes, trained):
@@ -187,7 +193,7 @@ def summarise(cfg, stages, scores, minutes, trained):
         written = Path(cfg.out) / stage / "eval.json"
         if written.is_file():
             scores[stage] = read_object(written)
-    print_summary(scores, cfg.dims)
+    print_summary(scores, [d for d in cfg.dims if d < cfg.n_embd])
     cost = {"minutes": minutes, "memory_gb": memory.held(), "cores": os.cpu_count(),
             "versions": run.versions()}
     if not trained and path.is_file():
@@ -195,8 +201,9 @@ def summarise(cfg, stages, scores, minutes, trained):
     write_object(path, cost | scores)
     spent = f"{cost['minutes']:.1f} minutes"
     if cost["memory_gb"]:                          # 0 where the system does not tell
-        spent += f", {cost['memory_gb']:.1f} GB"
-    print(f"\ncheckpoint: {checkpoint.latest(cfg.run_dir)}   ({spent})")
+        spent += f", {cost['memory_gb']:.1f} GB of memory"
+    print(f"\n{spent}{'' if trained else ' before: nothing was left to train'}")
+    print(f"checkpoint: {checkpoint.latest(cfg.run_dir)}\nscores:     {path}")
     if cfg.stage.startswith("embed"):
         where = "" if cfg.run_dir == Path("out/embed_sup") else f" --checkpoint={cfg.run_dir}"
         corpora = [*cfg.evaluate, f"{cfg.data}/search", f"{cfg.data}/test"]
@@ -207,11 +214,16 @@ def summarise(cfg, stages, scores, minutes, trained):
 
 
 def table(results):
-    """Format flat results as text: a line per task, set and subset, metric after metric."""
+    """Format flat results as text: a line per task, set and subset, metric after metric.
+
+    Of retrieval those that are shown everywhere.
+    """
     rows = {}
     for key, value in results.items():
         name, metric = key.rsplit("/", 1)
         metric, _, dim = metric.partition(":")
+        if name.startswith("retrieval/") and metric not in SHOWN:
+            continue
         rows.setdefault(f"{name}, {dim} dims" if dim else name, []).append(f"{metric} {value:.4f}")
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {'  '.join(cells)}" for name, cells in rows.items())

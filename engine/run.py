@@ -128,7 +128,7 @@ def chain(cls, argv):
         try:
             configs.append(build(cls, shared | values))
         except ConfigError as error:
-            raise ConfigError(f"{values.get('stage')}: {error}") from error
+            raise ConfigError(f"{values.get('stage', cls.stage)}: {error}") from error
     names = [cfg.stage for cfg in configs]
     if len(set(names)) < len(names):
         raise ConfigError(f"by their previous, the stages are {', '.join(names)}: one comes twice")
@@ -177,7 +177,7 @@ def check_origin(hashes, before, where):
 def check_shape(cfg, saved, where):
     """Raise ValueError if a checkpoint's model has another shape; how it pools may change."""
     own = ("pooling", "pool_prompt")
-    if other := [f"{name} {saved.get(name)}, this stage asks for {value}"
+    if other := [f"{name} {saved.get(name)}, {cfg.stage} asks for {value}"
                  for name, value in dataclasses.asdict(cfg.model_config()).items()
                  if name not in own and saved.get(name) != value]:
         raise ConfigError(f"{where}: its model has {'; '.join(other)}")

@@ -517,7 +517,7 @@ def test_a_folder_of_data_must_exist_unless_it_is_the_embedded_one(tmp_path, mon
 def test_a_model_of_another_shape_is_not_continued(rows, whole, tmp_path):
     before = checkpoint.latest(whole / "pretrain")
     cfg = config(arguments(rows, "sft", tmp_path, "--n_layer=3"))
-    with pytest.raises(ValueError, match="step_000006: its model has n_layer 2, this stage asks f"):
+    with pytest.raises(ValueError, match="step_000006: its model has n_layer 2, sft asks for 3"):
         train.train(cfg, train.distributed.start("cpu"), before)
 
 
@@ -662,7 +662,7 @@ def test_texts_that_are_cut_are_counted(rows, tmp_path, capsys):
         return real(model, batch, *rest)
     with step_loss_replaced(noted):
         train.main(arguments(rows, "embed_weak", tmp_path, "--passage_len=16"))
-    assert f"embed_weak: {sum(cut)} texts were cut: query_len is 16 tokens, passage_len 16" in \
+    assert f"embed_weak: texts were cut {sum(cut)} times, queries at 16 tokens, others at 16" in \
         "".join(capsys.readouterr())
     shown = [line["truncated"] for line in log(tmp_path, "embed_weak").values()]
     assert shown == np.cumsum(cut).tolist() and min(cut) > 0

@@ -76,7 +76,8 @@ def exact_duplicates(rows, counts):
     seen = set()
     for row in rows:
         said = "\n".join([*(" ".join(words_of(text, _SYMBOL)) or text for text in texts_of(row)),
-                          *(str(row.get(key)) for key in ("score", "label", "prompt"))])
+                          *(str(row.get(key)) for key in ("score", "label", "prompt",
+                                                          "instruction"))])
         key = hashlib.blake2b(said.encode("utf-8", "replace"), digest_size=16).digest()
         if key in seen:
             counts["exact duplicate"] += 1
@@ -199,6 +200,8 @@ class FilterConfig:
         check_name(self.out, self.input)
         if not self.dedup and not self.decontaminate and self.min_score is None:
             raise ValueError("no filter: give --dedup, --decontaminate or --min_score")
+        if self.trust_remote_code is not None and self.min_score is None:
+            raise ValueError("--trust_remote_code is for the scorer of --min_score")
 
 
 def read_input(paths, check, counts):

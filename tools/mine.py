@@ -48,7 +48,7 @@ class MineConfig:
     skip_bad_lines: bool = False   # count bad lines instead of stopping at them
 
     def __post_init__(self):
-        check_name(self.out)
+        check_name(self.out, self.input)
         if not 0 <= self.lexical < self.depth:
             raise ValueError(f"lexical {self.lexical} must lie in 0 .. depth {self.depth} - 1")
 

@@ -130,7 +130,7 @@ class EndpointTranslator:
     def _ask(self, text, lang):
         """Return the answer of one request; raise for a missing, empty or cut one."""
         prompt = PROMPT.format(language=LANGUAGES.get(lang, lang), text=text)
-        body = {"model": self.model, "temperature": 0, "max_tokens": 64 + 8 * len(text),
+        body = {"model": self.model, "temperature": 0,
                 "messages": [{"role": "user", "content": prompt}]}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
         with urllib.request.urlopen(request, timeout=self.TIMEOUT) as response:
@@ -166,7 +166,7 @@ class TranslateConfig:
     shares: dict[str, float] = field(default_factory=lambda: dict(TABLE_7))    # zh:12,es:8,...
 
     def __post_init__(self):
-        check_name(self.out, self.input)
+        check_name(self.out, [*self.input, *filter(None, [self.table])])
         if not (self.endpoint or "http://").startswith(("http://", "https://")):
             raise ValueError(f"endpoint {self.endpoint!r} must begin with http:// or https://")
         if self.translator != "lexicon" and getattr(self, self.translator) is None:

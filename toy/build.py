@@ -86,11 +86,13 @@ def ensure(folder):
     made_of = {"toy": VERSION, "tables": hashlib.sha256(tables).hexdigest(), **corpus.versions()}
     if manifest().get("versions") == made_of:
         return manifest()
-    if any(path.name != ".lock" for path in folder.glob("*")) and "versions" not in manifest():
+    if "versions" not in manifest() and any(
+            not path.name.startswith((".lock", "manifest.json.")) for path in folder.glob("*")):
         raise ValueError(f"{folder} holds something else than the embedded corpus; delete it, "
                          "or name another folder")
     with only_writer(folder):
         if manifest().get("versions") != made_of:              # another process may have built it
+            print(f"building {folder}, once: about half a minute", flush=True)
             write_object(place, {"versions": {}})
             shutil.rmtree(folder / "pairs", ignore_errors=True)    # an older one may have had more
             write_object(place, {"versions": made_of} | corpus.write(folder)

@@ -237,6 +237,7 @@ def test_start_without_a_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")              # of a user: torchrun sets none for one
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     world = distributed.start("cpu")
     assert (world.rank, world.size, world.device) == (0, 1, torch.device("cpu"))
     assert torch.get_num_threads() == 1 and not dist.is_initialized()
@@ -250,6 +251,7 @@ def test_cores_are_shared_among_the_processes_of_a_machine(monkeypatch, affinity
         monkeypatch.delattr(os, "sched_getaffinity", raising=False)
         monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")              # of torchrun
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     distributed.start("cpu")
     assert torch.get_num_threads() == 2

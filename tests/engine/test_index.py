@@ -54,7 +54,7 @@ def test_the_first_bad_line_is_named_wherever_it_lies(tmp_path, monkeypatch, siz
 def test_the_most_frequent_instruction_is_counted_however_many_there_are(tmp_path):
     rows = [{"query": "q", "pos": ["p"], "prompt": f"do {i}"} for i in range(3000)]
     rows[1000::2] = [{**row, "prompt": "Find"} for row in rows[1000::2]]
-    rows[501]["prompt"] = longest = "do it, and take your time"     # perhaps too long
+    rows[501]["prompt"] = longest = "一二三四五六七"          # in bytes, as tokens are
     rows += [{"query": "q", "pos": ["p"]}] * 7
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = JsonlFiles([tmp_path / "rows.jsonl"], parse_pair, tmp_path / "cache")

@@ -90,20 +90,35 @@ def test_a_stage_that_visits_no_query_twice_says_that_dhnm_cannot_act(tmp_path, 
     """PAPER Sec. 3.4: a replacement is used at its query's next visit."""
     def task(kind, rows, size, pool):
         return SimpleNamespace(kind=kind, rows=range(rows), size=size, pool=pool)
-    log = Log(config(tmp_path, steps=steps, dhnm=dhnm), WORLD, 0)
-    log.tasks([(task("retrieval", 80, 16, SimpleNamespace(depth=4)), 3.0),
-               (task("sts", 2000, 32, None), 1.0)])
-    shown = "".join(capsys.readouterr())
+    cfg = config(tmp_path, steps=steps, dhnm=dhnm)
+    report.print_tasks(cfg, [(task("retrieval", 80, 16, SimpleNamespace(depth=4)), 3.0),
+                             (task("sts", 2000, 32, None), 1.0)])
+    shown = capsys.readouterr().out
     share = steps * 3 / 4
     assert f"retrieval: 80 rows, 64 candidates a query, about {share:.0f} steps of 16, " \
-           f"{share * 16 / 80:.1f} visits a row" in shown
+           f"{share * 16 / 80:.1f} visits a row{': too few for DHNM' * warns}\n" in shown
     assert f"sts: 2,000 rows, about {steps / 4:.0f} steps of 32" in shown
-    assert ("warning: retrieval: DHNM can hardly act, since a query is visited" in shown) == warns
-    assert "warning: sts" not in shown             # which has no hard negatives
-    log.tasks([(task("clr", 80, 16, SimpleNamespace(depth=3)), 1.0)])
-    log.close(0)
+    assert shown.count("DHNM") == warns            # sts has no hard negatives
+    report.print_tasks(cfg, [(task("clr", 80, 16, SimpleNamespace(depth=3)), 1.0)])
     assert ("warning: clr: DHNM cannot act, since no query has more than the 3 candidates" in
-            "".join(capsys.readouterr())) == (dhnm == "v2")
+            capsys.readouterr().out) == (dhnm == "v2")
+
+
+def test_the_weak_stages_tasks_have_the_names_of_their_files(tmp_path, capsys):
+    class Rows(list):
+        files = [SimpleNamespace(path=tmp_path / "pairs/a.jsonl")]
+    rows = Rows(range(8))
+    task = SimpleNamespace(kind="pairs", rows=rows, size=4, pool=None)
+    report.print_tasks(config(tmp_path, stage="embed_weak"), [(task, 1.0)])
+    assert capsys.readouterr().out == \
+        "a.jsonl: 8 rows, 4 candidates a query, about 4 steps of 4, 2.0 visits a row\n"
+
+
+def test_the_bar_of_stage_4_names_the_task_of_a_loss(tmp_path, capsys):
+    run(tmp_path, 1)
+    assert "sft loss 3.00" in capsys.readouterr().err
+    run(tmp_path, 1, stage="pretrain")
+    assert "step/s, loss 3.00" in capsys.readouterr().err
 
 
 def test_the_summary_shows_stages_dims_and_languages(capsys):
@@ -113,16 +128,27 @@ def test_the_summary_shows_stages_dims_and_languages(capsys):
                             for m in ("ndcg@10", "recall@1", "recall@10")}
               | {"retrieval/clr/zh-Hant-en/ndcg@10": 0.25, "retrieval/clr/de-en/ndcg@10": 0.75,
                  "retrieval/own/de-en/ndcg@10": 0.5,
-                 "sts/set/test/spearman": 0.625}}
+                 "sts/set/test/spearman": 0.625}
+              | {f"retrieval/clr/{part}/{m}": 0.5 for part in ("all", "mean")
+                 for m in ("ndcg@10", "recall@1", "recall@10")}}
     report.print_summary(scores, (8, 16))
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line]
     assert rows[:4] == [[name, "ndcg@10", "recall@1", "recall@10"],
                         ["BM25", *["0.250"] * 3], ["embed_sup", *["0.500"] * 3],
                         ["embed_sup,", "first", "8", "dims", *["0.375"] * 3]]
     assert rows[4:6] == [["sts/set/test", "spearman"], ["embed_sup", "0.625"]]
-    assert rows[6][:2] == ["embed_sup,", "clr,"] and rows[6][-2:] == ["mean", "0.500"]
-    assert rows[7] == ["de-en", "0.75", "zh-Hant-en", "0.25"]
-    assert rows[8][:2] == ["embed_sup,", "own,"] and rows[9] == ["de-en", "0.50"]
+    assert rows[6][0] == "retrieval/clr/mean" and len(rows) == 13     # not "all" as well
+    assert rows[8:] == [["retrieval/clr,", "ndcg@10", "BM25", "embed_sup"], ["de-en", "0.75"],
+                        ["zh-Hant-en", "0.25"],
+                        ["retrieval/own,", "ndcg@10", "BM25", "embed_sup"], ["de-en", "0.50"]]
+
+
+def test_of_retrieval_the_main_metrics_are_shown():
+    shown = report.table({"retrieval/x/test/ndcg@10": 0.5, "retrieval/x/test/map": 0.25,
+                          "sts/x/test/spearman": 0.75, "retrieval/x/test/ndcg@10:8": 0.125})
+    assert [line.split() for line in shown.splitlines()] == [
+        ["retrieval/x/test", "ndcg@10", "0.5000"], ["sts/x/test", "spearman", "0.7500"],
+        ["retrieval/x/test,", "8", "dims", "ndcg@10", "0.1250"]]
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -98,7 +98,7 @@ def test_a_stage_that_comes_twice_is_refused(files):
 def test_a_later_stage_of_another_shape_is_refused(files):
     write, last = files
     sup = write("sup.py", f'stage = "embed_sup"\nprevious = {last!r}\nn_layer = 4\n')
-    with pytest.raises(ConfigError, match="pretrain: its model has n_layer 3, this stage asks for"):
+    with pytest.raises(ConfigError, match="model has n_layer 3, embed_sup asks for 4"):
         runs.chain(train.TrainConfig, [sup])
 
 

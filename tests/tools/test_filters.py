@@ -62,7 +62,8 @@ def test_exact_duplicates_see_through_case_width_and_punctuation():
             {"query": "hello", "pos": ["world"]}, *texts("++", "--", "++")]
     kept, counts = run(exact_duplicates, rows)
     other = [*texts("C++ guide", "C# guide", "C guide", "x = 1", "x = -1", "3 + 4"),
-             *({"text": "so so", "label": label} for label in "ab")]
+             *({"text": "so so", "label": label} for label in "ab"),
+             *({"instruction": word, "input": "x", "output": "y"} for word in ("Put", "Say"))]
     assert run(exact_duplicates, other)[0] == other
     assert kept == [rows[0], rows[3], rows[4], rows[5], rows[6]]
     assert counts == {"exact duplicate": 3}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.error import HTTPError
 
 import pytest
 
@@ -159,6 +160,19 @@ def test_trouble_passes(trouble):
 
     with endpoint(behave, timeout=0.3 if trouble == "stall" else 5.0, tries=3) as (_, translate):
         assert translate("good", "de") == "gut"
+
+
+def test_a_server_says_how_long_to_wait(tmp_path, monkeypatch):
+    answers = iter([HTTPError("u", 429, "", {"Retry-After": "0"}, None), "gut"])
+
+    def ask(*_):
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+    translate = EndpointTranslator("http://x/v1", tmp_path / "j")
+    monkeypatch.setattr(translate, "PAUSE", 1e9)
+    monkeypatch.setattr(translate, "_ask", ask)
+    assert translate("good", "de") == "gut"
 
 
 def test_text_that_never_works_has_no_translation():
