@@ -49,6 +49,7 @@ class BaselinesConfig:
     checkpoint: tuple[str, ...] = ()       # trained models, scored as well: seeds of one recipe
     max_len: int = 0               # tokens it reads of a text; 0: its passage_len
     sentence_transformer: str = ""         # a stock model, scored as well: name or folder
+    trust_remote_code: bool | None = None  # whether that model's own code may run
     vocab_size: int = 24_576       # of the bags' tokenizer
     dim: int = 768                 # of the bags' vectors
     weight: float = 3.0            # of a token's translations, its own vector having 1
@@ -197,7 +198,8 @@ def encoders(cfg):
     yield "BM25", LexicalBaseline()
     if cfg.sentence_transformer:
         name = cfg.sentence_transformer
-        yield Path(name).name, SentenceTransformerBaseline(name)
+        yield Path(name).name, SentenceTransformerBaseline(
+            name, cfg.trust_remote_code)
     base = TrainConfig(data=cfg.data)
     rows = Rows(sources(base, "text"), "text")
     texts = [rows[i] for i in range(len(rows))]

@@ -14,6 +14,7 @@ DEVIATES: nDCG@10 of retrieval instead of MTEB's averages.
 """
 import contextlib
 import dataclasses
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from eval import evaluate
 from experiments import probes
 from experiments.runs import read_scores, score_of, write_result
 from toy import build as toy
+from toy.lexicon import LexiconTranslator, Phrasing
 from train import STAGES, TrainConfig
 
 PRETRAIN, SFT, WEAK, SUP = STAGES
@@ -51,7 +53,7 @@ class Cell:
     lm_steps: int | None = None    # steps of stage 1; None: the config's; 0: no stages 1 and 2
     weak_steps: int = 0            # steps of stage 3; 0: the table's
     weak_rate: float = 0.0         # learning rate of stage 3; 0: the tuned one
-    clr: bool = False
+    clr: bool | str = False        # "wrong": by a dictionary whose words have changed places
     dhnm: str = "fixed"
     sup_rate: float = 0.0          # learning rate of stage 4; 0: the tuned one
 
@@ -93,6 +95,27 @@ def build_data(folder, source):
         write_jsonl(folder / "clr.jsonl", translated)
     base = TrainConfig(data=str(source))
     return {kind: sources(base, kind) for kind in ("text", "pairs")} | files
+
+
+def write_wrong_clr(folder):
+    """Write CLR's questions by a dictionary whose words have changed places; return its file.
+
+    Same questions, languages and phrasing as clr.jsonl's; what a word means is lost.
+    """
+    path, translate, phrase, rng = folder / "clr_wrong.jsonl", LexiconTranslator(), Phrasing(), \
+        random.Random(0)
+    if not path.is_file():
+        for lang, words in translate.table.items():
+            if lang != "en":
+                others = list(words.values())
+                rng.shuffle(others)
+                translate.table[lang] = dict(zip(words, others))
+        english = {parse_pair(row)["pos"][0]: parse_pair(row)["query"]
+                   for row in read_jsonl(folder / "retrieval.jsonl")}
+        write_jsonl(path, ({**row, "query": phrase(translate.words(
+            english[row["pos"][0]], row["lang"]), row["lang"], rng)}
+            for row in read_jsonl(folder / "clr.jsonl")))
+    return path
 
 
 def columns(scores):
@@ -169,6 +192,8 @@ class Lab:
                     "steps": steps, "save_every": (steps + 1) // 2}
         else:
             weights = {k: w for k, w in base.task_weights.items() if k != "clr" or cell.clr}
+            if cell.clr == "wrong":
+                own["clr"] = (str(write_wrong_clr(self.work / "data")),)
             own |= {"dhnm": cell.dhnm, "task_weights": weights,
                     "previous": str(home / cell.folder(WEAK) / f"{WEAK}.py")}
         return dataclasses.replace(base, **own)

@@ -5,6 +5,7 @@ order_triplets   the right one of two documents whose first lines differ in word
 number_gap       "3 fairy tales": the passage with the same number, or another (Limitations)
 long_passages    a sentence of the first, or of the last, third of a long document -> the document
 lm_loss          what stage 3 left of the language model
+parts_of_questions  a translated question, its English words, its others: what is understood?
 attention_ranks  the rank of M, and the effective rank of the attention made of it (Sec. 3.2)
 attention_to_later  the share of attention that a mask lets through to later tokens
 embedding_rank   the effective rank of embeddings, near 1 if they have collapsed (Sec. 4.6.2)
@@ -14,6 +15,7 @@ UNSPECIFIED: the paper shows one example of numbers and no score; the sentences 
 import itertools
 import math
 import re
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ import torch
 from engine.collection import Collection, document_text
 from eval import retrieval
 from mask import CAUSAL, effective_rank, mask_rank, soft_mask
+from toy.lexicon import LexiconTranslator, join
 
 SWAP = re.compile(r"(?<= )([a-z]{3,}) ((?:to|from|of|into|by|with|for|in|before|after|than) "
                   r"(?:an? |the )?)([a-z]{3,})\b")
@@ -90,19 +93,46 @@ def number_gap(encoder):
     return float((right - wrong).mean())
 
 
+# ---------------------------------------------------------------- translated questions
+
+def parts_of_questions(collection):
+    """Return {part: Collection} of the questions of clr_test in 25 languages.
+
+    The dictionary leaves words that it does not have in English. Only questions with both kinds of
+    words are taken, so the parts have the same ones.
+    """
+    translate, queries = LexiconTranslator(), defaultdict(list)
+    english = {row["id"].rpartition("/")[0]: row["text"] for row in collection.queries
+               if row["lang"] == "en"}
+    for row in collection.queries:
+        text, lang = english[row["id"].rpartition("/")[0]], row["lang"]
+        words, same = translate.words(text, lang), translate.words(text, "en")
+        parts = {"whole": row["text"],
+                 "untranslated words": join([word for word, known in words if not known], lang),
+                 "translated words": join([word for word, known in words if known], lang),
+                 "these in English": join([word for word, known in same if known], "en")}
+        if lang != "en" and all(parts.values()):
+            for name, part in parts.items():
+                queries[name].append({**row, "text": part})
+    return {name: Collection(collection.corpus, own, collection.qrels)
+            for name, own in queries.items()}
+
+
 # ---------------------------------------------------------------- long passages
 
 def long_passages(encoder, collection, third, max_len=512):
     """Return nDCG@10 of finding long documents by a sentence of their third number 0, 1 or 2.
 
     The sentence stays in the document. Texts are read up to `max_len` tokens, or up to the model's
-    block_size; training read fewer.
+    block_size, and thirds are of what is read; training read less.
     """
-    corpus, queries = [], []
+    corpus, queries, tokenizer = [], [], encoder.tokenizer
+    most = min(max_len, encoder.model.config.block_size)
     for row in collection.corpus:
         text = document_text(row)
         if len(text) < LONG:
             continue
+        text = tokenizer.decode(tokenizer.encode(text)[:most - 1])      # the end takes one
         part = text[third * len(text) // 3:(third + 1) * len(text) // 3]
         sentences = [s.strip() for s in re.split(r"(?<=[.:])\s|\n\s*\n", part)[1:-1]]
         sentences = [s for s in sentences if 40 <= len(s) <= 200]
@@ -110,9 +140,9 @@ def long_passages(encoder, collection, third, max_len=512):
             corpus.append({"id": row["id"], "text": text})
             queries.append({"id": row["id"], "text": sentences[len(sentences) // 2]})
     if not queries:
-        raise ValueError(f"no document has {LONG} characters, so long passages have no score")
+        raise ValueError(f"no document of {LONG} characters has a sentence to ask with")
     before, qrels = encoder.max_len, {query["id"]: {query["id"]: 1} for query in queries}
-    encoder.max_len = min(max_len, encoder.model.config.block_size)
+    encoder.max_len = most
     try:
         return retrieval(encoder, Collection(corpus, queries, qrels))["ndcg@10"]
     finally:

@@ -25,7 +25,7 @@ from experiments.runs import ndcg_by_dims, read_json, read_log, score_of, second
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("default_run", "baselines", "small", "figure1", "real", "table4", "table4_first",
-         "table12", "table12_first", "table12_again", "curve", "sec32", "sec34",
+         "table12", "table12_first", "table12_again", "curve", "sec32", "clr", "sec34",
          "table6", "questions", "exercises", "bench_cpu", "bench_cpu_intel", "bench_gpu")
 RUN_ROWS = ("BM25", "pretrain", "sft", "embed_weak", "embed_sup")
 RUN_COLUMNS = {                    # column of a run's table: (start, end) of the score's key

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 import train
+from engine.jsonl import read_jsonl, write_jsonl
 from experiments import ablation
 from experiments.ablation import (TABLE_4, TABLE_12,
                                   AblationConfig)
 from experiments.cells import (EVERYTHING, NOTHING, PRETRAIN, SFT, SUP, TUNING_SEED, WEAK, Cell,
-                               Lab, columns, table4_cell)
+                               Lab, columns, table4_cell, write_wrong_clr)
 from experiments.results import cells_lines
 from experiments.runs import read_scores, seconds
 
@@ -236,6 +237,21 @@ def test_rates_are_chosen_on_dev_and_rates_of_stage_4_share_stage_3(cfg):
     assert 0 < lab.score_on_dev(WEAK, NOTHING) < 100
 
 
+def test_a_wrong_dictionary_keeps_everything_but_the_meaning(tmp_path):
+    pairs = [("sort the list", "a"), ("read the file", "b")] * 20
+    write_jsonl(tmp_path / "retrieval.jsonl", ({"query": q, "pos": [p]} for q, p in pairs))
+    rows = [{"query": "x", "pos": [p], "lang": "de", "source_id": i} for i, (_, p) in
+            enumerate(pairs)]
+    write_jsonl(tmp_path / "clr.jsonl", rows)
+    path = write_wrong_clr(tmp_path)
+    wrong = list(read_jsonl(path))
+    assert [{**row, "query": "x"} for row in wrong] == rows
+    text = " ".join(row["query"] for row in wrong)
+    assert "Liste" not in text and "sortier" not in text and len(text) > 200
+    before = path.stat().st_mtime_ns
+    assert write_wrong_clr(tmp_path) == path and path.stat().st_mtime_ns == before
+
+
 @pytest.mark.slow
 def test_the_claims_are_read_from_the_same_cells(cfg, monkeypatch):
     cfg = dataclasses.replace(cfg, seeds=(0,))
@@ -243,6 +259,11 @@ def test_the_claims_are_read_from_the_same_cells(cfg, monkeypatch):
     assert [row["Rank of M, start"] for row in (hard, soft, causal)] == [1, 32, 32]
     assert soft["Rank of M, end"] == 1 < soft["Rank of M, half"] < 32
     assert hard["LM loss before"] == soft["LM loss before"]
+    rows = command(cfg, "clr")["cells"]
+    assert list(rows) == ["without CLR", "CLR", "CLR, wrong dictionary"]
+    assert list(rows["CLR"]["0"])[3:] == ["whole", "untranslated words", "translated words",
+                                          "these in English"]
+    assert rows["CLR"]["0"]["Multi"] != rows["CLR, wrong dictionary"]["0"]["Multi"]
     monkeypatch.setattr(ablation, "PARTS", 2)
     fixed, _, _, last = (row["0"] for row in command(cfg, "sec34")["cells"].values())
     assert fixed["Replaced in a step"] == 0 and "CLR: Replaced in a step" not in fixed

@@ -1,6 +1,7 @@
 """Probes by hand: encoders that see order, or do not, and ranks that are built in."""
 import math
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,6 +74,7 @@ def test_a_late_sentence_needs_a_reader_of_the_whole():
     collection = Collection(corpus, [], {})
     encoder = Words()
     encoder.max_len = 10
+    encoder.tokenizer = SimpleNamespace(encode=lambda text: text.split(" "), decode=" ".join)
     encoder.model = type("Model", (), {"config": type("Config", (), {"block_size": 300})})
     assert [probes.long_passages(encoder, collection, k) for k in (0, 2)] == [1, 1]
     whole, seen = encoder.encode, []
@@ -84,6 +86,36 @@ def test_a_late_sentence_needs_a_reader_of_the_whole():
     encoder.encode = first_third
     first, last = (probes.long_passages(encoder, collection, k) for k in (0, 2))
     assert first == 1 > last and set(seen) == {300} and encoder.max_len == 10
+
+
+def test_a_sentence_of_a_third_is_one_that_is_read():
+    text = " ".join(f"This is the sentence that has the number {i}. Thing." for i in range(60))
+    asked = []
+
+    class Noted(Words):
+        def encode(self, texts, prompt=None, **more):
+            asked.extend(texts if prompt else ())
+            return super().encode(texts, **more)
+    encoder = Noted()
+    encoder.max_len, encoder.tokenizer = 9, SimpleNamespace(encode=lambda text: text.split(" "),
+                                                            decode=" ".join)
+    encoder.model = SimpleNamespace(config=SimpleNamespace(block_size=271))     # 30 sentences
+    for third in (0, 2):
+        probes.long_passages(encoder, Collection([{"id": "d", "text": text}], [], {}), third)
+    first, last = (int(query.split()[-1].rstrip(".")) for query in asked)
+    assert 0 < first < 10 and 20 < last < 30
+
+
+def test_parts_of_a_translated_question():
+    corpus = [{"id": "d", "text": "x"}]
+    texts = ("sort the frobnicated list", "sort a list", "zork")
+    queries = [{"id": f"{i}/{lang}", "lang": lang, "text": text}
+               for lang in ("en", "de") for i, text in enumerate(texts)]
+    parts = probes.parts_of_questions(Collection(corpus, queries, {"0/de": {"d": 1}}))
+    (whole,), (left,), (german,), (english,) = (part.queries for part in parts.values())
+    assert whole == queries[3] and left["text"] == "frobnicated"       # others have one kind
+    assert set(german["text"].split()) == {"sortieren", "Liste"}
+    assert set(english["text"].split()) == {"sort", "list"}
 
 
 def test_lm_loss_is_the_models_own(home):
