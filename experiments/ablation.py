@@ -272,7 +272,8 @@ def clr(lab):
     return make_table(
         lab, "clr", cells, stage=SUP, measure=measure, title="What CLR teaches",
         differences={f"{label}, minus without": ([label], ["without CLR"])
-                     for label in list(cells)[1:]},
+                     for label in list(cells)[1:]} | {
+                         "CLR, minus a wrong dictionary": (["CLR"], ["CLR, wrong dictionary"])},
         notes=[STAGE_4, f"The parts are of {count} questions in 25 languages, with and without "
                "English words: the dictionary does not have all."])
 
