@@ -12,7 +12,7 @@ Every command is resumable, adds each seed to results/NAME.json, and prints its 
 Beside nDCG@10 stand measures that can see a mask (experiments/probes.py).
 
 A data folder needs dev/, test/, clr_dev/ and clr_test/.
-DEVIATES: stage 3 has no cross-lingual pairs on the embedded corpus: stage 4 alone binds languages.
+DEVIATES: stage 3 has no cross-lingual pairs on the embedded corpus: stage 4 alone pairs them.
 """
 import dataclasses
 from dataclasses import dataclass

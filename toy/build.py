@@ -8,8 +8,8 @@ corpus.py writes the English files. Here the lexicon (26 languages) adds
     clr.jsonl                  stage 4: the documentation pairs with the query translated (clr.py)
     clr_test/, clr_dev/        the same 100 questions in every language, to judge and to choose by
 
-Languages are text in stage 1, and are bound to English by CLR in stage 4 alone: the difference
-between stages 3 and 4 shows what CLR does.
+Languages are text in stage 1, and are paired with English by CLR in stage 4 alone: the difference
+between stages 3 and 4 shows what CLR does. It teaches hardly a word (docs/log.md).
 """
 import argparse
 import hashlib
