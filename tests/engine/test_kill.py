@@ -301,7 +301,7 @@ def test_a_second_trainer_in_the_same_folder_is_refused(rows, tmp_path):
     (tmp_path / "pretrain").mkdir()
     with open(tmp_path / "pretrain/.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match=f"{tmp_path / 'pretrain'}: another process is train"):
+        with pytest.raises(SystemExit, match=f"{tmp_path / 'pretrain'}: another process is at"):
             train.main(chain_arguments(rows, "pretrain", tmp_path))
     assert [path.name for path in (tmp_path / "pretrain").iterdir()] == [".lock"]
 
