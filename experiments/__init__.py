@@ -1,6 +1,6 @@
 """Measurements: the paper's tables and claims at the scale at hand, baselines, speed and memory.
 
-    ablation.py   Tables 4, 6, 12, the claims of Sec. 3.2 and 3.4, the curve over LM tokens
+    ablation.py   Tables 4, 6, 12, the claims of Sec. 3.2 to 3.4, the curve over LM tokens
     cells.py      trains the cells of those tables
     probes.py     measures that can see a mask: word order, late answers, ranks
     baselines.py  what the method has to beat, and public sets, scored by the same code

@@ -34,7 +34,7 @@ NGRAM = 13                         # words in a row that count as overlap with a
 _WORD = regex.compile(             # a character, of scripts without spaces, or a word; with marks
     r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]\p{M}*"
     r"|[\p{L}\p{M}\p{N}_]+")
-_SYMBOL = regex.compile(rf"{_WORD.pattern}|[\p{{S}}#%&@*/\\]|-(?=\d)")    # as well
+_SYMBOL = regex.compile(rf"{_WORD.pattern}|[\p{{S}}#%&@*/\\]|-(?=\d)")    # and symbols
 
 
 def texts_of(row):
