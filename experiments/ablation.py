@@ -12,7 +12,7 @@ Every command is resumable, adds each seed to results/NAME.json, and prints its 
 Beside nDCG@10 stand measures that can see a mask (experiments/probes.py).
 
 A data folder needs dev/, test/, clr_dev/ and clr_test/.
-DEVIATES: stage 3 has no cross-lingual pairs on the embedded corpus: stage 4 alone pairs them.
+DEVIATES: stage 3 of the tables has no cross-lingual pairs: stage 4 alone has them. See `clr`.
 """
 import dataclasses
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from engine.jsonl import read_object
 from engine.run import versions
 from eval import retrieval
 from experiments import probes
-from experiments.cells import (NOTHING, PRETRAIN, ROWS, SFT, SUP, WEAK, Cell, Lab, columns,
+from experiments.cells import (NOTHING, PRETRAIN, ROWS, SFT, SUP, TWO, WEAK, Cell, Lab, columns,
                                table4_cell)
 from experiments.results import cells_lines
 from experiments.runs import choose, read_log, read_scores, seconds, write_result
@@ -116,7 +116,7 @@ def make_table(lab, name, cells, *, stage=WEAK, measure=None, **more):
             "command": " ".join([f"python -m experiments.ablation {name} --seeds={seeds}", *(
                 f"--{key}=FILE" for key in ("pawsx", "sts") if getattr(lab.cfg, key))]),
             "differences": {key: sides for key, sides in more.get("differences", {}).items()
-                            if {*sides[0], *sides[1]} <= table["cells"].keys()}})
+                            if all(sides) and {*sides[0], *sides[1]} <= table["cells"].keys()}})
     print("\n".join(cells_lines(read_object(path))))
     return path
 
@@ -154,10 +154,15 @@ def language_model(lab, folder):
 
 def table4(lab):
     """Write Table 4: soft mask x CLR x DHNM, and the mean effect of each part."""
-    effects = {f"{part}: with minus without": (
-        [label for label, key in TABLE_4.items() if key[place]],
-        [label for label, key in TABLE_4.items() if not key[place]])
-        for place, part in enumerate(("SM", "CLR", "DHNM"))}
+    def rows(**on):
+        return [label for label, key in TABLE_4.items()
+                if on.items() <= dict(zip(("SM", "CLR", "DHNM"), key)).items()]
+
+    effects = {f"{part}: with minus without": (rows(**{part: 1}), rows(**{part: 0}))
+               for part in ("SM", "CLR", "DHNM")}
+    effects |= {f"{part}, {'with' if on else 'without'} {other}": (
+        rows(**{part: 1, other: on}), rows(**{part: 0, other: on}))
+        for part, other in (("CLR", "SM"), ("DHNM", "CLR")) for on in (1, 0)}
     return make_table(
         lab, "table4", {label: table4_cell(*key) for label, key in TABLE_4.items()}, stage=SUP,
         measure=lambda seed, cell, folder: columns(read_scores(folder)),    # as the paper's
@@ -259,8 +264,11 @@ def sec32(lab):
 # ---------------------------------------------------------------- Sec. 3.3: what CLR teaches
 
 def clr(lab):
-    """Write what CLR teaches: scores of parts of the questions, with a wrong dictionary, too."""
+    """Write what CLR teaches: parts of the questions, a wrong dictionary, and stage 3 with CLR."""
     parts = probes.parts_of_questions(load_collection(f"{lab.cfg.data}/clr_test"))
+    for name in ("whole", "translated words"):
+        own = [query for query in parts[name].queries if query["lang"] in TWO]
+        parts[f"{name}, {' and '.join(TWO)}"] = dataclasses.replace(parts[name], queries=own)
     count = len({query["id"].rpartition("/")[0] for query in parts["whole"].queries})
 
     def measure(seed, cell, folder):
@@ -269,13 +277,23 @@ def clr(lab):
             name: 100 * retrieval(encoder, part)["ndcg@10"] for name, part in parts.items()}}
     cells = {"without CLR": NOTHING, "CLR": table4_cell(0, 1, 0)}
     cells["CLR, wrong dictionary"] = dataclasses.replace(cells["CLR"], clr="wrong")
+    cells["CLR in stage 3"] = dataclasses.replace(NOTHING, weak_clr="all")
+    cells["CLR in stages 3 and 4"] = dataclasses.replace(cells["CLR"], weak_clr="all")
+    cells["CLR in stage 3, wrong dictionary"] = dataclasses.replace(NOTHING, weak_clr="wrong")
+    cells["CLR in stage 3, two languages"] = dataclasses.replace(NOTHING, weak_clr="two")
+    wrong = {f"{label}, minus a wrong dictionary": ([label], [f"{label}, wrong dictionary"])
+             for label in ("CLR", "CLR in stage 3")}
     return make_table(
         lab, "clr", cells, stage=SUP, measure=measure, title="What CLR teaches",
         differences={f"{label}, minus without": ([label], ["without CLR"])
-                     for label in list(cells)[1:]} | {
-                         "CLR, minus a wrong dictionary": (["CLR"], ["CLR, wrong dictionary"])},
-        notes=[STAGE_4, f"The parts are of {count} questions in 25 languages, with and without "
-               "English words: the dictionary does not have all."])
+                     for label in list(cells)[1:]} | wrong | {
+                         "CLR in stage 3, minus in stage 4": (["CLR in stage 3"], ["CLR"]),
+                         "CLR in stages 3 and 4, minus in 3": (
+                             ["CLR in stages 3 and 4"], ["CLR in stage 3"])},
+        notes=[STAGE_4, "CLR is of stage 4, unless stage 3 is named. There its rows are one more "
+               "file of pairs. In \"two languages\" each row is in German or Chinese.",
+               f"The parts are of {count} questions in 25 languages, with and without English "
+               "words: the dictionary does not have all."])
 
 
 # ---------------------------------------------------------------- Sec. 3.4: hard negatives

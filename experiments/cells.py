@@ -14,6 +14,7 @@ DEVIATES: nDCG@10 of retrieval instead of MTEB's averages.
 """
 import contextlib
 import dataclasses
+import itertools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ PRETRAIN, SFT, WEAK, SUP = STAGES
 ROWS = 800                         # supervised questions: few enough to be visited six times
 TUNING_SEED = 1000                 # its runs choose the learning rates, on the dev questions
 RATES = (0.5, 1.0, 2.0)            # multiples of the config's learning rate that are tried
+TWO = ("de", "zh")                 # languages of questions among the pairs of stage 3
 LORA_RATES = (0.3, 1.0, 3.0)       # multiples of the chosen rate, for LoRA of rank 32
 
 
@@ -53,6 +55,7 @@ class Cell:
     lm_steps: int | None = None    # steps of stage 1; None: the config's; 0: no stages 1 and 2
     weak_steps: int = 0            # steps of stage 3; 0: the table's
     weak_rate: float = 0.0         # learning rate of stage 3; 0: the tuned one
+    weak_clr: str = ""             # CLR's rows among the pairs of stage 3: "all" languages or "two"
     clr: bool | str = False        # "wrong": by a dictionary whose words have changed places
     dhnm: str = "fixed"
     sup_rate: float = 0.0          # learning rate of stage 4; 0: the tuned one
@@ -97,24 +100,30 @@ def build_data(folder, source):
     return {kind: sources(base, kind) for kind in ("text", "pairs")} | files
 
 
-def write_wrong_clr(folder):
-    """Write CLR's questions by a dictionary whose words have changed places; return its file.
+def write_clr(path, clr, pairs, how):
+    """Write the rows of the file `clr` anew; return `path`. The files `pairs` have their questions.
 
-    Same questions, languages and phrasing as clr.jsonl's; what a word means is lost.
+    how: "wrong": by a dictionary whose words have changed places. Questions, languages and phrasing
+    are the same; what a word means is lost. "two": by the right one, German and Chinese by turns.
     """
-    path, translate, phrase, rng = folder / "clr_wrong.jsonl", LexiconTranslator(), Phrasing(), \
-        random.Random(0)
-    if not path.is_file():
+    translate, phrase, rng = LexiconTranslator(), Phrasing(), random.Random(0)
+    if path.is_file():
+        return path
+    if how == "wrong":
         for lang, words in translate.table.items():
             if lang != "en":
                 others = list(words.values())
                 rng.shuffle(others)
                 translate.table[lang] = dict(zip(words, others))
-        english = {parse_pair(row)["pos"][0]: parse_pair(row)["query"]
-                   for row in read_jsonl(folder / "retrieval.jsonl")}
-        write_jsonl(path, ({**row, "query": phrase(translate.words(
-            english[row["pos"][0]], row["lang"]), row["lang"], rng)}
-            for row in read_jsonl(folder / "clr.jsonl")))
+    english = {pair["pos"][0]: pair["query"] for file in reversed(pairs)
+               for pair in map(parse_pair, read_jsonl(file))}
+    rows = list(read_jsonl(clr))
+    if lost := [row for row in rows if row["pos"][0] not in english]:
+        raise ValueError(f"{clr}: {len(lost)} rows translate no question of {', '.join(pairs)}")
+    if how == "two":
+        rows = [{**row, "lang": lang} for row, lang in zip(rows, itertools.cycle(TWO))]
+    write_jsonl(path, ({**row, "query": phrase(translate.words(
+        english[row["pos"][0]], row["lang"]), row["lang"], rng)} for row in rows))
     return path
 
 
@@ -188,12 +197,20 @@ class Lab:
                 "evaluate": tuple(f"{self.cfg.data}/{name}" for name in (split, f"clr_{split}"))}
         if stage == WEAK:
             steps = cell.weak_steps or base.steps
+            if cell.weak_clr:
+                more = f"{self.cfg.data}/clr.jsonl"
+                if cell.weak_clr != "all":
+                    more = write_clr(self.work / "data" / f"clr_weak_{cell.weak_clr}.jsonl", more,
+                                     base.pairs, cell.weak_clr)
+                own["pairs"] = (*base.pairs, str(more))
             own |= {"previous": "" if cell.lm_steps == 0 else str(lm / f"{SFT}.py"),
                     "steps": steps, "save_every": (steps + 1) // 2}
         else:
             weights = {k: w for k, w in base.task_weights.items() if k != "clr" or cell.clr}
             if cell.clr == "wrong":
-                own["clr"] = (str(write_wrong_clr(self.work / "data")),)
+                data = self.work / "data"
+                own["clr"] = (str(write_clr(data / "clr_wrong.jsonl", *base.clr, base.retrieval,
+                                            "wrong")),)
             own |= {"dhnm": cell.dhnm, "task_weights": weights,
                     "previous": str(home / cell.folder(WEAK) / f"{WEAK}.py")}
         return dataclasses.replace(base, **own)

@@ -9,11 +9,11 @@ import pytest
 
 import train
 from engine.jsonl import read_jsonl, write_jsonl
-from experiments import ablation
+from experiments import ablation, cells
 from experiments.ablation import (TABLE_4, TABLE_12,
                                   AblationConfig)
 from experiments.cells import (EVERYTHING, NOTHING, PRETRAIN, SFT, SUP, TUNING_SEED, WEAK, Cell,
-                               Lab, columns, table4_cell, write_wrong_clr)
+                               Lab, columns, table4_cell, write_clr)
 from experiments.results import cells_lines
 from experiments.runs import read_scores, seconds
 
@@ -237,19 +237,40 @@ def test_rates_are_chosen_on_dev_and_rates_of_stage_4_share_stage_3(cfg):
     assert 0 < lab.score_on_dev(WEAK, NOTHING) < 100
 
 
-def test_a_wrong_dictionary_keeps_everything_but_the_meaning(tmp_path):
+def test_clr_written_anew_keeps_everything_but_meaning_or_language(tmp_path):
     pairs = [("sort the list", "a"), ("read the file", "b")] * 20
-    write_jsonl(tmp_path / "retrieval.jsonl", ({"query": q, "pos": [p]} for q, p in pairs))
+    names = [str(tmp_path / name) for name in ("clr.jsonl", "docs.jsonl", "more.jsonl")]
     rows = [{"query": "x", "pos": [p], "lang": "de", "source_id": i} for i, (_, p) in
             enumerate(pairs)]
-    write_jsonl(tmp_path / "clr.jsonl", rows)
-    path = write_wrong_clr(tmp_path)
+    write_jsonl(names[0], rows)
+    write_jsonl(names[1], ({"input": q, "output": p} for q, p in pairs))
+    write_jsonl(names[2], [{"query": "another of the same passage", "pos": ["a"]}])
+    path = write_clr(tmp_path / "wrong.jsonl", names[0], names[1:], "wrong")
     wrong = list(read_jsonl(path))
     assert [{**row, "query": "x"} for row in wrong] == rows
     text = " ".join(row["query"] for row in wrong)
     assert "Liste" not in text and "sortier" not in text and len(text) > 200
     before = path.stat().st_mtime_ns
-    assert write_wrong_clr(tmp_path) == path and path.stat().st_mtime_ns == before
+    assert write_clr(path, names[0], names[1:], "wrong") == path
+    assert path.stat().st_mtime_ns == before
+    two = list(read_jsonl(write_clr(tmp_path / "two.jsonl", names[0], names[1:], "two")))
+    assert [row["lang"] for row in two[:3]] == ["de", "zh", "de"]
+    assert [row["pos"] for row in two] == [row["pos"] for row in rows]
+    text = " ".join(row["query"].lower() for row in two)
+    assert "liste" in text and "sortier" in text and "another" not in text
+    with pytest.raises(ValueError, match="clr.jsonl: 20 rows translate no question of .*more"):
+        write_clr(tmp_path / "new.jsonl", names[0], names[2:], "wrong")
+
+
+def test_clr_in_stage_3_is_one_more_file_of_pairs(cfg, monkeypatch):
+    monkeypatch.setattr(cells, "write_clr", lambda path, clr, pairs, how: f"{how}:{clr}")
+    lab = Lab(cfg)
+    for how, last in (("all", f"{cfg.data}/clr.jsonl"), ("two", f"two:{cfg.data}/clr.jsonl")):
+        stages = [lab.settings(0, stage, Cell(weak_clr=how)) for stage in (SFT, WEAK, SUP)]
+        assert stages[1].pairs == (*stages[0].pairs, last)
+        assert stages[0].pairs == stages[2].pairs == lab.settings(0, WEAK, Cell()).pairs
+        assert stages[1].out.endswith(f"linear-weak_clr={how}")
+        assert "clr" not in stages[2].task_weights
 
 
 @pytest.mark.slow
@@ -260,9 +281,13 @@ def test_the_claims_are_read_from_the_same_cells(cfg, monkeypatch):
     assert soft["Rank of M, end"] == 1 < soft["Rank of M, half"] < 32
     assert hard["LM loss before"] == soft["LM loss before"]
     rows = command(cfg, "clr")["cells"]
-    assert list(rows) == ["without CLR", "CLR", "CLR, wrong dictionary"]
-    assert list(rows["CLR"]["0"])[3:] == ["whole", "untranslated words", "translated words",
-                                          "these in English"]
+    assert list(rows) == ["without CLR", "CLR", "CLR, wrong dictionary", "CLR in stage 3",
+                          "CLR in stages 3 and 4", "CLR in stage 3, wrong dictionary",
+                          "CLR in stage 3, two languages"]
+    assert list(rows["CLR"]["0"])[3:] == [
+        "whole", "untranslated words", "translated words", "these in English",
+        "whole, de and zh", "translated words, de and zh"]
+    assert rows["CLR in stage 3"]["0"]["Multi"] != rows["without CLR"]["0"]["Multi"]
     assert rows["CLR"]["0"]["Multi"] != rows["CLR, wrong dictionary"]["0"]["Multi"]
     monkeypatch.setattr(ablation, "PARTS", 2)
     fixed, _, _, last = (row["0"] for row in command(cfg, "sec34")["cells"].values())
