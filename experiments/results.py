@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("default_run", "baselines", "small", "figure1", "real", "table4", "table4_first",
          "table12", "table12_first", "table12_again", "curve", "sec32", "clr", "sec34",
          "table6", "questions", "exercises", "bench_cpu", "bench_cpu_intel", "bench_gpu")
+ROUNDS = {"table12": ("table12_first", "table12_again"), "table4": ("table4_first",)}   # earlier
 RUN_ROWS = ("BM25", "pretrain", "sft", "embed_weak", "embed_sup")
 RUN_COLUMNS = {                    # column of a run's table: (start, end) of the score's key
     "LM loss before": ("lm/", "/loss_before"), "LM loss": ("lm/", "/loss"),
@@ -162,6 +163,38 @@ def lines_of(table):
     return lines
 
 
+def by_language_model(table, plus, minus, column):
+    """Return a difference for each language model of a table: the mean over its seeds.
+
+    Seed s has language model s % their number.
+    """
+    ours, other = (mean_of(table, labels, column) for labels in (plus, minus))
+    count, values = len(table["language_models"]), {}
+    for seed in ours.keys() & other.keys():
+        values.setdefault(int(seed) % count, []).append(ours[seed] - other[seed])
+    return [float(np.mean(values[lm])) for lm in sorted(values)]
+
+
+def rounds(tables, name):
+    """Return the rows of a table's differences over its rounds; intervals are over language models.
+
+    A column is one that all rounds have. With three rounds a second row leaves out the first one.
+    """
+    rows, parts = [], [tables[part] for part in (*ROUNDS[name], name) if part in tables]
+    columns = dict.fromkeys(c for row in tables[name]["cells"].values()
+                            for values in row.values() for c in values)
+    for label, (plus, minus) in tables[name]["differences"].items():
+        own = [part for part in parts if {*plus, *minus} <= part["cells"].keys()]
+        for some in [own, own[1:]][:1 + (len(own) > 2)]:
+            values = {c: [by_language_model(part, plus, minus, c) for part in some]
+                      for c in columns}
+            values = {c: sum(each, []) for c, each in values.items() if all(each)}
+            rows.append({"": label if some is own else f"{label}, without the first round",
+                         "models": max(map(len, values.values()), default=0),
+                         **{c: difference(interval(each)) for c, each in values.items()}})
+    return rows
+
+
 # ---------------------------------------------------------------- pages
 
 def read_results(folder):
@@ -206,6 +239,9 @@ def results_page(tables, folder):
     for name, table in tables.items():
         lines += [f"## {table.get('title', name.replace('_', ' ').capitalize())}", ""]
         lines += [*lines_of(table), ""]
+        if {*ROUNDS.get(name, ())} & tables.keys():
+            lines += ["With the earlier rounds. Intervals are over language models, a value each:",
+                      "", *markdown(rounds(tables, name)), ""]
         lines += [*(f"- {note}" for note in table.get("notes", ())), ""]
         if "command" in table:
             lines += [f"Written by `{table['command']}`.", ""]

@@ -80,6 +80,31 @@ def test_a_seed_that_one_side_lacks_is_in_no_difference():
     assert row == {"": "d (1 seed)", "x": "+1.00"}
 
 
+def test_rounds_have_a_value_for_each_language_model():
+    """Seeds 0 and 2 share a language model, 1 has its own: 2 and 4, then 1 and 5 in the first."""
+    def table(**gains):
+        return {"language_models": {"a": {}, "b": {}}, "differences": {"b minus a": (["b"], ["a"])},
+                "cells": {"a": {seed: {"Eng": 50.0, "new": 1.0} for seed in gains},
+                          "b": {seed: {"Eng": 50.0 + gain, "new": 2.0}
+                                for seed, gain in gains.items()}}}
+    first, again, last = (table(**{"0": a, "1": b, "2": c})
+                          for a, b, c in ((0, 5, 2), (9, 7, 9), (1, 4, 3)))
+    for row in first["cells"]["b"].values():
+        del row["new"]                                 # a column that not all rounds have
+    assert results.by_language_model(last, ["b"], ["a"], "Eng") == [2, 4]
+    tables = {"table4_first": first, "table4": last}
+    assert results.rounds(tables, "table4") == [
+        {"": "b minus a", "models": 4, "Eng": results.difference(interval([1, 5, 2, 4]))}]
+    tables = {"table12": last, "table12_first": first, "table12_again": again}
+    row, more = results.rounds(tables, "table12")
+    assert row["models"] == 6 and "new" not in row
+    assert more == {"": "b minus a, without the first round", "models": 4,
+                    "Eng": results.difference(interval([9, 7, 2, 4])), "new": "**+1.00 ± 0.00**"}
+    again["cells"].pop("b")                            # a round without this row
+    row, = results.rounds(tables, "table12")
+    assert row["models"] == 4
+
+
 def test_record_makes_a_row_of_each_stage_and_a_seed_of_each_run(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name / "embed_sup").mkdir(parents=True)
