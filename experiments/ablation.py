@@ -131,7 +131,8 @@ def add_earlier(table, path, stages):
         if before["steps"] != table["steps"] or rates[0] != rates[1]:
             raise ValueError(f"{path} has other steps or learning rates; choose another --results")
     for label, rows in before["cells"].items():
-        if before["settings"][label] != table["settings"].get(label):
+        own = dataclasses.asdict(Cell()) | before["settings"][label]   # a field may be new
+        if own != table["settings"].get(label):
             raise ValueError(f"{path}: {label} had other settings; choose another --results")
         cells[label] = rows | cells.get(label, {})
     order = {label: i for i, label in enumerate(table["settings"])}

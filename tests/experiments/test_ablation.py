@@ -15,7 +15,7 @@ from experiments.ablation import (TABLE_4, TABLE_12,
 from experiments.cells import (EVERYTHING, NOTHING, PRETRAIN, SFT, SUP, TUNING_SEED, WEAK, Cell,
                                Lab, columns, table4_cell, write_clr)
 from experiments.results import cells_lines
-from experiments.runs import read_scores, seconds
+from experiments.runs import read_scores, seconds, write_result
 
 
 @pytest.fixture
@@ -167,6 +167,10 @@ def test_seeds_are_added_to_a_table_and_other_settings_refused(cfg, tmp_path, mo
     assert set(both["language_models"]) == {"lm0-4", "lm1-4"} and len(both["versions"]) == 1
     lines = "\n".join(cells_lines(both))
     assert "| b (2 seeds) |" in lines and "| a |" in lines and "| c - a (1 seed) |" in lines
+    for settings in both["settings"].values():         # a file of before Cell had this field
+        del settings["weak_clr"]
+    write_result(cfg.results, "t", both)
+    assert table((1,), ("a",))["settings"]["b"]["weak_clr"] == ""
     with pytest.raises(ValueError, match="t.json: c had other settings; choose another --results"):
         table((1,), clr=True)
     lab.tuned["rates"][WEAK] = 0.5
