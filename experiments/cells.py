@@ -55,7 +55,7 @@ class Cell:
     lm_steps: int | None = None    # steps of stage 1; None: the config's; 0: no stages 1 and 2
     weak_steps: int = 0            # steps of stage 3; 0: the table's
     weak_rate: float = 0.0         # learning rate of stage 3; 0: the tuned one
-    weak_clr: str = ""             # CLR's rows among the pairs of stage 3: "all" languages or "two"
+    weak_clr: str = ""             # CLR's rows among stage 3's pairs: "all", "wrong" or "two"
     clr: bool | str = False        # "wrong": by a dictionary whose words have changed places
     dhnm: str = "fixed"
     sup_rate: float = 0.0          # learning rate of stage 4; 0: the tuned one
@@ -106,9 +106,9 @@ def write_clr(path, clr, pairs, how):
     how: "wrong": by a dictionary whose words have changed places. Questions, languages and phrasing
     are the same; what a word means is lost. "two": by the right one, German and Chinese by turns.
     """
-    translate, phrase, rng = LexiconTranslator(), Phrasing(), random.Random(0)
     if path.is_file():
         return path
+    translate, phrase, rng = LexiconTranslator(), Phrasing(), random.Random(0)
     if how == "wrong":
         for lang, words in translate.table.items():
             if lang != "en":

@@ -175,21 +175,25 @@ def by_language_model(table, plus, minus, column):
     return [float(np.mean(values[lm])) for lm in sorted(values)]
 
 
-def rounds(tables, name):
+def rounds(tables, last):
     """Return the rows of a table's differences over its rounds; intervals are over language models.
 
+    last: the name of its last round.
     A column is one that all rounds have. With three rounds a second row leaves out the first one.
     """
-    rows, parts = [], [tables[part] for part in (*ROUNDS[name], name) if part in tables]
-    columns = dict.fromkeys(c for row in tables[name]["cells"].values()
+    rows, parts = [], [tables[part] for part in (*ROUNDS[last], last) if part in tables]
+    columns = dict.fromkeys(c for row in tables[last]["cells"].values()
                             for values in row.values() for c in values)
-    for label, (plus, minus) in tables[name]["differences"].items():
+    for label, (plus, minus) in tables[last]["differences"].items():
         own = [part for part in parts if {*plus, *minus} <= part["cells"].keys()]
-        for some in [own, own[1:]][:1 + (len(own) > 2)]:
+        choices = {label: own}
+        if len(own) > 2:
+            choices[f"{label}, without the first round"] = own[1:]
+        for name, some in choices.items():
             values = {c: [by_language_model(part, plus, minus, c) for part in some]
                       for c in columns}
             values = {c: sum(each, []) for c, each in values.items() if all(each)}
-            rows.append({"": label if some is own else f"{label}, without the first round",
+            rows.append({"": name,
                          "models": max(map(len, values.values()), default=0),
                          **{c: difference(interval(each)) for c, each in values.items()}})
     return rows
