@@ -150,7 +150,7 @@ def lm_batch(windows, rows):
 
     UNSPECIFIED: a window runs on over the ends of documents, and attention looks across them.
     """
-    windows = torch.as_tensor(windows)
+    windows = torch.as_tensor(windows)                 # place t reads token t, predicts t + 1
     return Batch("text", windows[:, :-1].reshape(-1), [windows.shape[1] - 1] * len(windows), rows,
                  targets=windows[:, 1:].reshape(-1))
 
@@ -171,7 +171,7 @@ def sft_batch(examples, rows, tokenizer, max_len):
         if len(prompt) > room:
             prompt = prompt[:max(room - len(blank), 0)] + blank[-room:]
         whole = (prompt + output + [tokenizer.eos_id])[:max_len + 1]
-        ids += whole[:-1]
+        ids += whole[:-1]                      # of the prompt only the last token predicts one
         targets += [-100] * (len(prompt) - 1) + whole[len(prompt):]
         lengths.append(len(whole) - 1)
     return Batch("sft", torch.tensor(ids), lengths, np.asarray(rows),
@@ -221,7 +221,7 @@ class Task:
         self.pool = pool_of(state["candidates"], self.world, self.cfg.n_negatives, self.cfg.dhnm)
         self.pool.load_state_dict(state)
 
-    def pairs_of(self, indices, epoch):
+    def examples_of(self, indices, epoch):
         """Return [(instruction, query, positive)].
 
         UNSPECIFIED: which of several positives; one is drawn anew in each epoch.
@@ -242,13 +242,13 @@ class Task:
         if self.stream:
             places = np.arange(share) + k * self.size + world.rank * share
             return lm_batch(self.stream.windows(places, cfg.passage_len), places)
-        epoch, place = divmod(k, n // self.size)
+        epoch, place = divmod(k, n // self.size)       # the last n % size of its order are left out
         first = epoch * n + place * self.size + world.rank * share
         indices = shuffled(np.arange(first, first + share), n, cfg.seed)
         if self.kind == "sts":
             return self._sts_batch(indices)
         if cfg.stage == "sft":
-            return sft_batch(self.pairs_of(indices, epoch), indices, self.tokenizer,
+            return sft_batch(self.examples_of(indices, epoch), indices, self.tokenizer,
                              cfg.passage_len)
         return self._contrastive_batch(indices, epoch)
 
@@ -265,9 +265,10 @@ class Task:
 
         An absent one is an empty text: all ranks have as many texts, and as many passes.
         """
-        triples = self.pairs_of(indices, epoch)
+        triples = self.examples_of(indices, epoch)
         queries = [format_query(query, prompt) for prompt, query, _ in triples]
-        texts, ids = queries + [positive for *_, positive in triples], None
+        texts = queries + [positive for *_, positive in triples]
+        ids = None                                             # of hard negatives
         if self.pool:
             negatives = self.pool.negatives(indices)                        # (B, N), -1: absent
             hard = [self.passages.text(p) if p >= 0 else "" for p in negatives.flatten().tolist()]
@@ -321,8 +322,10 @@ def task_files(cfg):
     UNSPECIFIED: the weak stage takes one file a step, so that negatives come from the positive's
     own origin. The others shuffle all files of a kind together.
     """
-    kinds = {"pretrain": ["text"], "sft": ["pairs"], "embed_weak": ["pairs"]}.get(
-        cfg.stage, [kind for kind in PARSERS if cfg.task_weights.get(kind, 0) > 0])
+    if cfg.stage == "embed_sup":
+        kinds = [kind for kind in PARSERS if cfg.task_weights.get(kind, 0) > 0]
+    else:
+        kinds = ["text"] if cfg.stage == "pretrain" else ["pairs"]
     tasks = [(kind, sources(cfg, kind)) for kind in kinds if sources(cfg, kind)]
     if not tasks and cfg.uses_folder:
         raise ValueError(f"{cfg.stage} needs data: {cfg.data} has no "
@@ -331,7 +334,9 @@ def task_files(cfg):
         raise ValueError(f"{cfg.stage} needs data: "
                          f"{', '.join(f'--{kind}=FILE' for kind in kinds)}; where files are named, "
                          "the folder --data is not read")
-    return [("pairs", [file]) for file in tasks[0][1]] if cfg.stage == "embed_weak" else tasks
+    if cfg.stage == "embed_weak":
+        return [("pairs", [file]) for file in tasks[0][1]]
+    return tasks
 
 
 def task_rows(cfg, kind, files, world=ALONE):
@@ -409,7 +414,7 @@ def fill_pools(tasks, embedder):
     cfg = tasks[0].cfg
     miner = Miner(cfg.run_dir / "mining", embedder, tasks[0].world)
     miner.clear()                          # of a run that broke off: its model may be another
-    keep = partial(hard_enough, n=cfg.n_negatives)
+    keep = partial(without_easy, n=cfg.n_negatives)
     for task in tasks:
         kind, rows, passages, queries = task.kind, task.rows, task.passages, None
         if rows.is_scored:
@@ -424,7 +429,7 @@ def fill_pools(tasks, embedder):
     miner.clear()
 
 
-def hard_enough(pool, scores, n):
+def without_easy(pool, scores, n):
     """Return the pools (Q, P) without what Eq. 6 would discard at its first step, -1 padded.
 
     PAPER Sec. 3.4. UNSPECIFIED: what "the initial step" scores. Here it is mining: for CLR with the
@@ -432,7 +437,7 @@ def hard_enough(pool, scores, n):
     no query is without.
     """
     scores = torch.from_numpy(scores)
-    easy = should_replace(scores, scores).numpy()
+    easy = should_replace(scores, scores).numpy()      # at first use S is S_0
     easy[:, :n] = False
     pool = np.where(easy, -1, pool)
     return np.take_along_axis(pool, np.argsort(pool < 0, axis=1, kind="stable"), 1)

@@ -14,7 +14,8 @@ here it is the next.
 
 UNSPECIFIED: S_0 of a negative that was swapped in (here its first score since then) and what an
 exhausted pool does (here the hardest candidate seen so far comes back, and the query is counted).
-DEVIATES: Eq. (6) prints no absolute values; the prose has them, at 0.4 and at 0.7.
+DEVIATES: Eq. (6) prints no absolute values; the prose has them, at 0.4 and at 0.7. So a cosine of
+-0.9 counts as hard.
 """
 import torch
 import torch.nn.functional as F
@@ -93,8 +94,9 @@ class HardNegativePool:
         self.initial[query_ids] = initial
         is_visited = (self.last[query_ids] > -torch.inf).any(1, keepdim=True)
         is_swap = is_first & is_visited            # for the log: first step on a swapped-in one
-        easy = should_replace(initial, scores) & in_use & (self.policy == "v2")
-        replaced = 0
+        easy, replaced = should_replace(initial, scores) & in_use, 0
+        if self.policy == "fixed":
+            easy = torch.zeros_like(easy)
         for row, q in enumerate(query_ids.tolist()):
             self.last[q, self.slots[q, in_use[row]]] = scores[row, in_use[row]]
             for slot in easy[row].nonzero()[:, 0].tolist():
@@ -112,10 +114,10 @@ class HardNegativePool:
             self.next[q] += 1
         else:
             self.exhausted[q] = True
-            slots = self.slots[q]
-            others = slots[(slots >= 0) & (slots != slots[slot])]           # in use already
+            used, now = self.slots[q], self.slots[q, slot]
+            others = used[(used >= 0) & (used != now)]
             column = int(self.last[q].index_fill(0, others, -torch.inf).argmax())
-            if self.last[q, column] <= self.last[q, slots[slot]]:
+            if self.last[q, column] <= self.last[q, now]:
                 return False                                                # none is harder
         self.slots[q, slot], self.initial[q, slot] = column, torch.nan
         return True

@@ -16,10 +16,7 @@ an embedding is an embedding (MRL), once it is normalised again.
 import argparse
 import hashlib
 import json
-import os
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,15 +27,14 @@ from configurator import run_command
 from data import PROMPTS, format_query, prompt_length
 from engine import kernels, memory
 from engine.batch import end_text
-from engine.collection import document_text, find_packed, read_with_ids
 from engine.distributed import accelerator, choose_dtype, device_module
 from engine.jsonl import atomic, read_texts
 from engine.model_folder import EXPORTED, read_model
+from engine.vectors import load_index, save_vectors
 from mask import MaskSpec
 from model import Conan, ConanConfig
 from tokenizer import Tokenizer
 
-INDEX_VERSION = 3                  # of the way that texts are embedded; raise it when that changes
 TEXTS_AT_A_TIME = 20_000           # tokenised and sorted together: memory stays bounded
 TOKENS_AT_A_TIME = 16_384          # short texts fill a batch up to this
 MOST_TOKENS = 131_072              # of a batch of long texts
@@ -171,41 +167,6 @@ def _batches(ids, batch_size):
 
 
 # ---------------------------------------------------------------- search
-
-def load_index(embedder, corpus):
-    """Return (rows, vectors) of a collection's documents; the vectors are cached.
-
-    The cache lies beside the checkpoint (of an export: in its folder). Its name carries the hashes
-    of the file's place, and of model and content: when either changes, it is built anew.
-    """
-    path = Path(corpus) if Path(corpus).is_file() else find_packed(Path(corpus) / "corpus.jsonl")
-    rows, where = list(read_with_ids(path)), embedder.checkpoint
-    settings = f"{INDEX_VERSION} {embedder.dtype} {embedder.max_len} {embedder.fingerprint()}"
-    place, content = (hashlib.sha256(x).hexdigest()[:16] for x in (
-        os.fsencode(path.resolve()), settings.encode() + path.read_bytes()))
-    folder = where if (where / EXPORTED).is_file() else where.parent
-    cache = folder / f"index-{place}-{content}.npy"
-    if not cache.is_file():
-        print(f"embedding {len(rows):,} documents of {path} once", file=sys.stderr)
-        vectors = embedder.encode([document_text(row) for row in rows], show_progress_bar=True)
-        try:
-            for old in folder.glob(f"index-{place}-*.npy"):
-                old.unlink()
-            with atomic(cache, "wb") as file:
-                save_vectors(file, vectors)
-        except OSError as error:                   # a folder that is read-only: search all the same
-            print(f"the embeddings are not kept: {error}", file=sys.stderr)
-            return rows, vectors
-    try:
-        return rows, np.load(cache, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{cache} is damaged, delete it: {error}") from None
-
-
-def save_vectors(file, vectors):
-    """Write vectors in .npy form; numpy's own way into a file does not see that a disk is full."""
-    np.save(SimpleNamespace(write=file.write), vectors)
-
 
 def search(embedder, rows, vectors, query, k=10, prompt=None):
     """Return the k best [(score, row)] for a query, best first.

@@ -15,9 +15,7 @@ Protocols are mteb's. It has further types of task, and scores stock models on a
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import time
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +27,11 @@ from embed import Embedder
 from engine import memory
 from engine.bm25 import BM25, split_words
 from engine.collection import (HELD_OUT, choose_split, collections, document_text, labelled_files,
-                               languages_in, load_collection, read_groups, set_name)
+                               languages_in, load_collection, read_groups, set_name,
+                               validation_rows)
 from engine.distributed import accelerator
 from engine.encoders import CachedEncoder, LexicalBaseline
-from engine.jsonl import check_name, read_jsonl, read_object, write_object
+from engine.jsonl import check_name, read_object, write_object
 from engine.metrics import (average_precision, hit_at_k, mean_average_precision,  # noqa: F401
                             mrr_at_k, ndcg_at_k, recall_at_k, spearman, v_measure)
 from engine.mining import top
@@ -42,7 +41,6 @@ from engine.report import table
 from mask import CAUSAL
 
 DOCS = "out/installed_docs/test"   # the default collection, built by toy/
-VALIDATION_TEXTS = 200             # held-out examples that an LM stage is measured on
 TOP_K = 1000                       # ranks that a search returns, as in mteb
 SCORES_AT_ONCE = 2 ** 26           # of a search: 256 MB
 
@@ -58,8 +56,9 @@ def search(encoder, queries, documents, k, kind):
     if isinstance(encoder, LexicalBaseline):
         indices, scores = BM25(documents).top_k(queries, k)
         return np.where(scores > 0, indices, -1)
+    # equal texts are embedded once, so that their scores are equal to the last bit
     number = {text: i for i, text in enumerate(dict.fromkeys(documents))}
-    place = np.array([number[text] for text in documents])      # equal texts: one score, exactly
+    place = np.array([number[text] for text in documents])              # (N,)
     sides = ("query", "document") if kind == "retrieval" else (None, None)
     left, right = (encoder.encode(texts, prompt=prompt_of(encoder, kind, side))
                    for texts, side in zip((queries, list(number)), sides))
@@ -275,24 +274,6 @@ def evaluate(encoder, task, path, split=None, dims=(), ignore_identical_ids=None
 
 # ---------------------------------------------------------------- what a stage of a run is worth
 
-def read_ahead(configs):
-    """Read all that some stages are scored on: a mistake shows before them, not at their end."""
-    cfg = configs[-1]                              # stages share what they are scored on
-    for folder in collections(cfg):
-        collection = load_collection(folder)
-        queries = collection.queries if collection.split else \
-            choose_split(collection.queries, None, folder)[0]
-        if not any(collection.qrels.get(row["id"]) for row in queries):
-            raise ValueError(f"{folder}: no query has a judged document")
-    for task, path in labelled_files(cfg).items():
-        read_groups(task, path)
-        if task == "classification" and cfg.stage.startswith("embed") \
-                and not importlib.util.find_spec("sklearn"):
-            print(f"{path} is not scored: pip install scikit-learn first")
-    for cfg in configs:
-        validation_rows(cfg)
-
-
 def lexical_scores(cfg):
     """Return the scores of BM25 on the collections of a run."""
     return {key: value for folder in collections(cfg)
@@ -315,32 +296,6 @@ def evaluate_stage(state):
         with contextlib.suppress(ImportError):     # scikit-learn is optional: see `read_ahead`
             results |= evaluate(state.embedder, task, path)
     return results
-
-
-def validation_rows(cfg, instruction=""):
-    """Return DATA's held-out documents or pairs as examples of data.sft_batch, [] if it has none.
-
-    Raises ValueError for a file without any.
-    """
-    folder = Path(cfg.data)
-    file = {"pretrain": "text_dev.jsonl", "sft": "dev/corpus.jsonl"}.get(cfg.stage)
-    if file is None or not cfg.uses_folder:
-        return []
-    path = next((p for p in (folder / file, folder / f"{file}.gz") if p.is_file()), None)
-    if path is None:
-        return []
-    if cfg.stage == "pretrain":
-        texts = islice(read_jsonl(path, {"text": str}), VALIDATION_TEXTS)
-        rows = [(None, "", row["text"]) for row in texts]  # the first token follows a blank line
-    else:
-        dev = load_collection(folder / "dev")
-        body = {row["id"]: document_text(row) for row in dev.corpus}
-        best = {query: max(judged, key=judged.get) for query, judged in dev.qrels.items()}
-        rows = [(instruction, query["text"], body[best[query["id"]]])
-                for query in dev.queries if query["id"] in best][:VALIDATION_TEXTS]
-    if not rows:
-        raise ValueError(f"{path}: no text to measure the loss on")
-    return rows
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ Plain functions of embeddings (PAPER Sec. 3.1.2). Four vectors are enough to che
 
 UNSPECIFIED: Eq. (1) prints no temperature. With 1.0 the loss of 64 candidates cannot fall below
 2.25. So the temperature is a required argument. DEVIATES: the mean over queries, not the sum.
-UNSPECIFIED: the candidates M of Eq. (1), and what to do with those that answer the query, too.
+UNSPECIFIED: the candidates M of Eq. (1). Here all positives and hard negatives of all ranks. Those
+that answer the query, too, leave its sum.
 
 Shapes: B queries of this rank (one of torchrun's processes), D width, N hard negatives of a query,
 W ranks, M candidates of all ranks (W * B positives, then W * B * N hard negatives), P known
@@ -71,7 +72,7 @@ def info_nce(query, positive, negatives=None, wrong=None, *, temperature):
         if wrong is not None:
             logits = logits.masked_fill(wrong, -torch.inf)
         loss = F.cross_entropy(logits, own_positives(b, q.device))
-        return loss, torch.einsum("bd,bnd->bn", q, h).detach()
+        return loss, torch.einsum("bd,bnd->bn", q, h).detach()              # PAPER Eq. 5: S
 
 
 def own_positives(b, device):
@@ -87,14 +88,16 @@ def false_negatives(query_ids, positive_ids, negative_ids=None, known_ids=None):
     equal texts, and -1 marks an empty place. A candidate is no negative of a query if it is in its
     known_ids, or equals the positive of an equal query, its own among them.
     """
-    others, answers = gather_with_grad(query_ids), gather_with_grad(positive_ids)       # (W * B,)
-    placed = positive_ids[:0] if negative_ids is None else negative_ids.flatten()
-    candidates = torch.cat([answers, gather_with_grad(placed)])             # (M,)
-    is_equal, is_answer = others == query_ids[:, None], candidates == answers[:, None]
+    queries, positives = gather_with_grad(query_ids), gather_with_grad(positive_ids)    # (W * B,)
+    hard = positive_ids[:0] if negative_ids is None else negative_ids.flatten()
+    candidates = torch.cat([positives, gather_with_grad(hard)])             # (M,)
+    is_equal = queries == query_ids[:, None]                                # (B, W * B)
+    is_answer = candidates == positives[:, None]                            # (W * B, M)
     # a query that equals the row's has this candidate as its positive
     wrong = (is_equal.float() @ is_answer.float() > 0) | (candidates == -1)             # (B, M)
-    for known in [] if known_ids is None else known_ids.T:                  # (B,)
-        wrong |= candidates == known[:, None]
+    if known_ids is not None:
+        for known in known_ids.T:                                           # (B,)
+            wrong |= candidates == known[:, None]
     own = own_positives(len(query_ids), wrong.device)
     return wrong.scatter(1, own[:, None], False)           # the positive itself always counts
 

@@ -39,17 +39,6 @@ def alpha(step, total_steps, kind="linear"):
     return {"linear": x, "accelerating": x * x, "decelerating": 1 - (1 - x) ** 2}[kind]
 
 
-def mask_weights(row, col, length, alpha, axis="row"):
-    """Return M of Eq. (4) for broadcastable 0-based `row`, `col` and `length` tensors."""
-    future = future_weight(row if axis == "row" else col, length, alpha)
-    return torch.where(row >= col, torch.ones_like(future), future)
-
-
-def future_weight(position, length, alpha):
-    """Return min(alpha * l / i, 1) of tokens at a 0-based `position` of texts of `length`."""
-    return (alpha * length / (position + 1)).clamp(max=1.0)    # PAPER Eq. 4: i counts from 1
-
-
 def soft_mask(seq_len, alpha, axis="row"):
     """Return M, (T, T) float64 in [0, 1], for one text of `seq_len` tokens.
 
@@ -64,6 +53,17 @@ def soft_mask(seq_len, alpha, axis="row"):
     MaskSpec(alpha, axis)                              # checks both
     i, length = torch.arange(seq_len).double(), torch.tensor(seq_len).double()
     return mask_weights(i[:, None], i, length, alpha, axis)
+
+
+def mask_weights(row, col, length, alpha, axis="row"):
+    """Return M of Eq. (4) for broadcastable 0-based `row`, `col` and `length` tensors."""
+    future = future_weight(row if axis == "row" else col, length, alpha)
+    return torch.where(row >= col, torch.ones_like(future), future)
+
+
+def future_weight(position, length, alpha):
+    """Return min(alpha * l / i, 1) of tokens at a 0-based `position` of texts of `length`."""
+    return (alpha * length / (position + 1)).clamp(max=1.0)    # PAPER Eq. 4: i counts from 1
 
 
 @dataclass(frozen=True)

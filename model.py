@@ -87,13 +87,13 @@ def swiglu(gate, up):
     return F.silu(gate) * up
 
 
-def attention(q, k, v, texts):
+def attention(q, k, v, layout):
     """Return softmax(q k^T / sqrt(E) + log M) v of each text by itself, (S, H, E).
 
-    q: (S, H, E), k, v: (S, K, E); texts: of `prepare`. PAPER Eq. 4 is M. H / K query heads share a
+    q: (S, H, E), k, v: (S, K, E); layout: of `prepare`. PAPER Eq. 4 is M. H / K query heads share a
     key/value head (GQA).
     """
-    lengths, mask = texts
+    lengths, mask = layout
     share = q.shape[1] // k.shape[1]
     out = []
     for qt, kt, vt in zip(q.split(lengths), k.split(lengths), v.split(lengths)):     # one text
@@ -144,11 +144,11 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, config.n_kv_head * e, bias=False)
         self.o_proj = nn.Linear(config.n_head * e, d, bias=False)
 
-    def forward(self, x, texts, cos, sin):                                  # (S, D)
+    def forward(self, x, layout, cos, sin):                                  # (S, D)
         q, k, v = (proj(x).unflatten(1, (-1, self.head_dim))
                    for proj in (self.q_proj, self.k_proj, self.v_proj))     # (S, H or K, E)
         q, k = self.ops.rope(q, cos, sin), self.ops.rope(k, cos, sin)
-        return self.o_proj(self.ops.attention(q, k, v, texts).flatten(1))   # (S, D)
+        return self.o_proj(self.ops.attention(q, k, v, layout).flatten(1))   # (S, D)
 
 
 class FeedForward(nn.Module):
@@ -175,8 +175,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config, ops)
         self.mlp = FeedForward(config, ops)
 
-    def forward(self, x, texts, cos, sin):                                  # (S, D)
-        x = x + self.self_attn(self.input_layernorm(x), texts, cos, sin)
+    def forward(self, x, layout, cos, sin):                                  # (S, D)
+        x = x + self.self_attn(self.input_layernorm(x), layout, cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -224,6 +224,7 @@ class Conan(nn.Module):
         ids: (S,) int64, all texts one after the other. lengths: B token counts that sum to S.
         mask: the `MaskSpec` of every layer. targets: (S,) int64, -100 for no prediction.
         skip: B counts of leading tokens, a text's instruction, that the mean leaves out.
+        One method does both, as DDP and FSDP act on `forward` alone.
         Returns a float32 scalar, or (B, D) float32, not normalised.
         """
         hidden = self.hidden(ids, lengths, mask)                            # (S, D)
@@ -248,14 +249,15 @@ class Conan(nn.Module):
                              f"{self.config.block_size}")
         x = self.embed_tokens(ids)                                          # (S, D)
         position = torch.cat([torch.arange(n) for n in lengths]).to(ids.device)      # (S,)
-        cos, sin = (table[position, None] for table in rope_angles(
-            self.config.block_size, self.config.head_dim, self.config.rope_base, ids.device))
-        texts = self.ops.prepare(lengths, mask, x)
+        tables = rope_angles(self.config.block_size, self.config.head_dim, self.config.rope_base,
+                             ids.device)
+        cos, sin = (table[position].unsqueeze(1) for table in tables)                # (S, 1, E)
+        layout = self.ops.prepare(lengths, mask, x)
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, texts, cos, sin, use_reentrant=False)
+                x = checkpoint(block, x, layout, cos, sin, use_reentrant=False)
             else:
-                x = block(x, texts, cos, sin)
+                x = block(x, layout, cos, sin)
         return self.norm(x)
 
 
@@ -277,7 +279,8 @@ def pool(hidden, lengths, skip=None):
     skip = torch.minimum(skip, lengths - 1)                                          # (B,)
     text = torch.repeat_interleave(torch.arange(len(lengths)), lengths)              # (S,)
     position = torch.cat([torch.arange(n) for n in lengths.tolist()])                # (S,)
-    share = (position >= skip[text]) / (lengths - skip)[text]                        # (S,)
+    is_counted = position >= skip[text]                                              # (S,)
+    share = is_counted / (lengths - skip)[text]                                      # (S,)
     text, share = text.to(hidden.device), share.to(hidden.device)
     total = torch.zeros(len(lengths), hidden.shape[1], device=hidden.device)         # (B, D)
     return total.index_add(0, text, hidden.float() * share[:, None])

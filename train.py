@@ -4,8 +4,8 @@
     pretrain    text                        next token              causal         Sec. 3.1.1
     sft         pairs, as instruction text  next token              causal         Sec. 3.1.1
     embed_weak  the same pairs              InfoNCE, in-batch       soft, 0 -> 1   Sec. 3.1.2, 3.2
-    embed_sup   retrieval, CLR, classes,    InfoNCE + 7 negatives,  bidirectional  Sec. 3.1.2,
-                STS                         CoSENT; MRL, DHNM                      3.3, 3.4
+    embed_sup   retrieval, CLR, classes,    InfoNCE + hard          bidirectional  Sec. 3.1.2,
+                STS                         negatives, CoSENT; MRL                 3.3, 3.4
 
     python train.py config/embed_sup.py                         # a laptop: all four stages
     torchrun train.py config/embed_sup.py                       # the same
@@ -19,7 +19,6 @@ import contextlib
 import copy
 import dataclasses
 import gc
-import importlib.util
 import math
 import signal
 import sys
@@ -37,10 +36,12 @@ import data
 from configurator import from_command_line
 from embed import Embedder
 from engine import budget, checkpoint, distributed, kernels, memory, report, run
-from engine.jsonl import atomic, write_object
+from engine.collection import read_ahead
+from engine.jsonl import write_object
 from engine.microbatch import backward, two_pass
-from engine.order import key_of, shuffled, task_of_step
-from eval import evaluate_stage, lexical_scores, read_ahead, validation_loss
+from engine.order import key_of, task_of_step
+from engine.tokens import tokenizer_of
+from eval import evaluate_stage, lexical_scores, validation_loss
 from lora import add_lora, merged_state_dict
 from losses import cosent_loss, false_negatives, gather_with_grad, info_nce, matryoshka
 from mask import CAUSAL, FULL, MaskSpec, alpha
@@ -52,8 +53,6 @@ from toy import build as toy
 STAGES = ("pretrain", "sft", "embed_weak", "embed_sup")
 TASKS = ("retrieval", "clr", "classification", "sts")
 GRAD_CLIP = 1.0                    # UNSPECIFIED: the norm that gradients are cut to
-TOKENIZER_TEXTS = 400_000          # documents that the tokenizer learns from
-PYTHON_BPE_TEXTS = 100_000         # of more, rustbpe learns the same and faster, if installed
 VALIDATE_EVERY = 50                # steps between two validation losses of an LM stage
 
 
@@ -76,8 +75,8 @@ class TrainConfig:
     sts: tuple[str, ...] = ()              # embed_sup, CoSENT
     evaluate: tuple[str, ...] = ()         # collections scored at the end; empty: DATA's own
     skip_bad_lines: bool = False   # count bad lines instead of stopping at them
-    query_len: int = 48            # tokens of a query or STS sentence; longer ones are cut, counted
-    passage_len: int = 64          # of a passage, of stages 1 and 2, of all texts in use
+    query_len: int = 48            # tokens of a query or STS sentence; longer ones are cut
+    passage_len: int = 64          # of a window (stage 1), example (2), passage, any text in use
     # --- model (ConanConfig)
     vocab_size: int = 8192
     n_layer: int = 4
@@ -187,24 +186,32 @@ def step_loss(model, batch, cfg, step):
     """
     mask, chunks = stage_mask(cfg, step), list(batch.chunks(cfg.micro_batch_size))
     no_sync = getattr(model, "no_sync", contextlib.nullcontext)        # ddp: ranks meet once a step
-    if batch.targets is None:                              # stages 3 and 4
-        dims = {cfg.n_embd, *(cfg.dims if cfg.stage == "embed_sup" else ())}
+    if batch.targets is not None:                          # stages 1 and 2
+        return lm_loss(model, batch, chunks, mask, no_sync), None
+    dims = {cfg.n_embd, *(cfg.dims if cfg.stage == "embed_sup" else ())}
 
-        def embed(chunk):
-            ids, lengths, _, skip = chunk
-            return model(ids, lengths, mask, skip=skip)                     # (texts, D)
-        return two_pass(embed, chunks,
-                        lambda x: embedding_loss(x, batch, cfg.temperature, dims), no_sync)
-    # over the mean count of the ranks: DDP's mean of gradients is then that of all ranks' tokens
+    def embed(chunk):
+        ids, lengths, _, skip = chunk
+        return model(ids, lengths, mask, skip=skip)                         # (texts, D)
+    return two_pass(embed, chunks,
+                    lambda x: embedding_loss(x, batch, cfg.temperature, dims), no_sync)
+
+
+def lm_loss(model, batch, chunks, mask, no_sync):
+    """Backpropagate the mean next-token loss of all ranks' tokens; return this rank's part of it.
+
+    A chunk's loss is a mean over its own tokens, so it enters by its share of them all. DDP then
+    averages over ranks: so the share is of the ranks' mean count, not of this rank's.
+    """
     counts = gather_with_grad((batch.targets != -100).sum()[None])          # (W,), of each rank
-    total, count = 0.0, float(counts.sum()) / len(counts)
+    total, mean_count = 0.0, max(float(counts.sum()) / len(counts), 1)
     for i, (ids, lengths, targets, _) in enumerate(chunks):
         with no_sync() if i < len(chunks) - 1 else contextlib.nullcontext():
-            share = (targets != -100).sum() / max(count, 1)                 # stays on the device
+            share = (targets != -100).sum() / mean_count                    # stays on the device
             loss = model(ids, lengths, mask, targets) * share
             backward(loss)
         total += loss.detach()
-    return total, None
+    return total
 
 
 def lr_at(step, cfg):
@@ -269,29 +276,15 @@ def build_model(state, weights):
 
 
 def train_tokenizer(cfg):
-    """Return a tokenizer of the pretraining text, of pairs where there is none.
+    """Return the tokenizer of the pretraining text, of the pairs where there is none.
 
-    One that was trained on it before is taken. Raises ValueError if there is neither.
-    PAPER Sec. 3.1.1: it learns from about 400,000 documents, here a seeded sample of as many.
+    Raises ValueError if there is neither.
     """
     kind = "text" if data.sources(cfg, "text") else "pairs"
     if not data.sources(cfg, kind):
         raise ValueError("a tokenizer is trained on text, or on pairs: neither is given")
     rows = data.Rows(data.sources(cfg, kind), kind, skip_bad=cfg.skip_bad_lines)
-    made_of = " ".join([*rows.hashes().values(), str(cfg.vocab_size), Tokenizer.VERSION,
-                        str(cfg.seed if len(rows) > TOKENIZER_TEXTS else "all")])
-    path = Path(cfg.out) / f"tokenizer-{data.text_id(made_of):016x}.tiktoken"
-    if not path.is_file():
-        chosen = shuffled(np.arange(min(len(rows), TOKENIZER_TEXTS)), len(rows), cfg.seed)
-        sample = (rows[int(i)] for i in np.sort(chosen))
-        texts = (row if isinstance(row, str) else f"{row['query']}\n{row['pos'][0]}"
-                 for row in sample)
-        is_large = len(chosen) > PYTHON_BPE_TEXTS and importlib.util.find_spec("rustbpe")
-        tokenizer = Tokenizer.train(texts, cfg.vocab_size,
-                                    backend="rustbpe" if is_large else "python")
-        with atomic(path, "wb") as file:
-            file.write(tokenizer.to_bytes())
-    return Tokenizer.load(path)
+    return tokenizer_of(rows, cfg.vocab_size, cfg.out, cfg.seed)
 
 
 def start(cfg, world, where, before):
@@ -300,7 +293,8 @@ def start(cfg, world, where, before):
     The first step starts from `before`, the checkpoint of the stage before, or from random weights.
     Weights, tokenizer and instructions come from the checkpoint.
     """
-    source, weights, prompts = where or before, None, dict(data.PROMPTS)
+    source = where or before                       # this stage resumes, or the one before ends
+    weights, prompts = None, dict(data.PROMPTS)
     hashes = data.hashes(cfg, world)
     run.check_origin(hashes, before, where)
     if source:
@@ -318,8 +312,9 @@ def start(cfg, world, where, before):
     build_model(state, weights)
     state.tasks = data.build_tasks(cfg, tokenizer, world)
     state.prompts = prompts | data.prompts_of(state.tasks)
-    state.embedder = Embedder.of(state.model, tokenizer, stage_mask(cfg, cfg.steps - 1),
-                                 cfg.passage_len, state.prompts, state.dtype)
+    last_mask = stage_mask(cfg, cfg.steps - 1)     # of mining and scoring
+    state.embedder = Embedder.of(state.model, tokenizer, last_mask, cfg.passage_len, state.prompts,
+                                 state.dtype)
     state.optimizer = distributed.shard_optimizer(build_optimizer(state.model, cfg), world,
                                                   cfg.parallel)
     if not cfg.resume:
@@ -352,47 +347,55 @@ def train(cfg, world, before=None):
     return where
 
 
+def take_step(state, task, batch, step, stop):
+    """Learn from one batch; return (this rank's numbers, those that all ranks agree on)."""
+    cfg, world = state.cfg, state.world
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr_at(step, cfg)
+    with world.autocast(state.dtype):
+        loss, cosines = step_loss(state.wrapped, batch, cfg, step)
+    state.embedder.mask = stage_mask(cfg, step)            # a checkpoint carries its own
+    norm = distributed.whole(torch.nn.utils.clip_grad_norm_(
+        state.wrapped.parameters(), GRAD_CLIP))            # over all ranks
+    agreed = world.mean({"bad": not math.isfinite(float(loss) + float(norm)),
+                         "stop": stop.number, "tokens": len(batch.ids),
+                         "truncated": batch.truncated})
+    stats = {}
+    if agreed["bad"]:
+        run.skip_step(state, step, batch, float(loss), float(norm))
+    else:
+        state.optimizer.step()
+        state.counters["in_a_row"] = 0
+        if task.pool:              # PAPER Sec. 3.4: negatives of these queries' next visit
+            task.pool.update(world.gather(torch.from_numpy(batch.rows)),
+                             world.gather(cosines.cpu()))
+            stats = task.pool.stats()
+    # DDP's gradients are views of its buckets: if they went, both would be held
+    state.wrapped.zero_grad(set_to_none=not hasattr(state.wrapped, "no_sync"))
+    return {"loss": float(loss), **stats}, agreed | {"grad_norm": float(norm)}
+
+
 def run_steps(state):
     """Take the steps that are left: log, save, stop cleanly on a signal; return the checkpoint."""
     cfg, world, tasks, counters = state.cfg, state.world, state.tasks, state.counters
-    order, visits = task_of_step(np.arange(cfg.steps), [w for _, w in tasks], cfg.seed)
+    # the task of each step, and which of its batches
+    task_at, batch_at = task_of_step(np.arange(cfg.steps), [w for _, w in tasks], cfg.seed)
     if world.is_main and cfg.stage.startswith("embed"):
         report.print_tasks(cfg, tasks)
     stop, log = report.StopSignal(), report.Log(cfg, world, state.step)
     for step in range(state.step, cfg.steps):
-        task, began = tasks[order[step]][0], time.perf_counter()
-        batch = task.batch(int(visits[step])).to(world.device)
+        task, began = tasks[task_at[step]][0], time.perf_counter()
+        batch = task.batch(int(batch_at[step])).to(world.device)
         data_seconds = time.perf_counter() - began
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr_at(step, cfg)
-        with world.autocast(state.dtype):
-            loss, cosines = step_loss(state.wrapped, batch, cfg, step)
-        state.embedder.mask = stage_mask(cfg, step)        # a checkpoint carries its own
-        norm = distributed.whole(torch.nn.utils.clip_grad_norm_(
-            state.wrapped.parameters(), GRAD_CLIP))        # over all ranks
-        agreed = world.mean({"bad": not math.isfinite(float(loss) + float(norm)),
-                             "stop": stop.number,      # the same flags on every rank
-                             "tokens": len(batch.ids), "truncated": batch.truncated})
-        stats = {}
-        if agreed["bad"]:
-            run.skip_step(state, step, batch, float(loss), float(norm))
-        else:
-            state.optimizer.step()
-            counters["in_a_row"] = 0
-            if task.pool:
-                task.pool.update(world.gather(torch.from_numpy(batch.rows)),
-                                 world.gather(cosines.cpu()))
-                stats = task.pool.stats()
-        # DDP's gradients are views of its buckets: if they went, both would be held
-        state.wrapped.zero_grad(set_to_none=not hasattr(state.wrapped, "no_sync"))
+        measured, agreed = take_step(state, task, batch, step, stop)
         is_last = step + 1 == cfg.steps
         if "validation" in counters and (is_last or (step + 1) % VALIDATE_EVERY == 0):
-            counters["validation"] = validation_loss(state) or counters["validation"]
+            counters["validation"] = validation_loss(state)
         for name in ("tokens", "truncated"):
             counters[name] += round(agreed[name] * world.size)
-        log.step(step, batch, {"loss": float(loss), **stats}, data_seconds,
+        log.step(step, batch, measured, data_seconds,
                  {"alpha": state.embedder.mask.alpha, "lr": lr_at(step, cfg),
-                  "grad_norm": float(norm), **counters})
+                  "grad_norm": agreed["grad_norm"], **counters})
         if world.device.type == "cpu":
             memory.release_memory()
         if agreed["stop"] or is_last or (step + 1) % cfg.save_every == 0:

@@ -4,9 +4,11 @@ A collection has corpus.jsonl, queries.jsonl and qrels. Each file may be plain o
 or `_id`; qrels are qrels.tsv or qrels/SPLIT.tsv, with a header or without. Every error names file
 and line. eval.py scores them.
 """
+import importlib.util
 import math
 import warnings
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from engine.jsonl import lines_of, read_jsonl
@@ -15,6 +17,7 @@ HELD_OUT = ("test", "dev", "validation")           # the split that is scored, t
 # A file or folder of such a name is called after the folder it is in: my_set/data.jsonl.gz.
 PLAIN_NAMES = ("data", "rows", "pairs", "bitext", "sentences", "titles", "train", *HELD_OUT)
 SENTENCES = {"sentence1": str, "sentence2": str}
+VALIDATION_TEXTS = 200             # held-out examples that an LM stage is measured on
 TEST_FILES = {"sts": "sts_test.jsonl", "classification": "labels_test.jsonl"}   # of a run's data
 COLUMNS = {                        # what a task's rows must have
     "bitext": {"query": str, "pos": (str, list)},
@@ -282,3 +285,47 @@ def labelled_files(cfg):
         return {}
     return {task: path for task, name in TEST_FILES.items()
             for path in (Path(cfg.data) / f"{name}.gz", Path(cfg.data) / name) if path.is_file()}
+
+
+def validation_rows(cfg, instruction=""):
+    """Return DATA's held-out documents or pairs as examples of data.sft_batch, [] if it has none.
+
+    Raises ValueError for a file without any.
+    """
+    folder = Path(cfg.data)
+    file = {"pretrain": "text_dev.jsonl", "sft": "dev/corpus.jsonl"}.get(cfg.stage)
+    if file is None or not cfg.uses_folder:
+        return []
+    path = next((p for p in (folder / file, folder / f"{file}.gz") if p.is_file()), None)
+    if path is None:
+        return []
+    if cfg.stage == "pretrain":
+        texts = islice(read_jsonl(path, {"text": str}), VALIDATION_TEXTS)
+        rows = [(None, "", row["text"]) for row in texts]  # the first token follows a blank line
+    else:
+        dev = load_collection(folder / "dev")
+        body = {row["id"]: document_text(row) for row in dev.corpus}
+        best = {query: max(judged, key=judged.get) for query, judged in dev.qrels.items()}
+        rows = [(instruction, query["text"], body[best[query["id"]]])
+                for query in dev.queries if query["id"] in best][:VALIDATION_TEXTS]
+    if not rows:
+        raise ValueError(f"{path}: no text to measure the loss on")
+    return rows
+
+
+def read_ahead(configs):
+    """Read all that some stages are scored on: a mistake shows before them, not at their end."""
+    cfg = configs[-1]                              # stages share what they are scored on
+    for folder in collections(cfg):
+        collection = load_collection(folder)
+        queries = collection.queries if collection.split else \
+            choose_split(collection.queries, None, folder)[0]
+        if not any(collection.qrels.get(row["id"]) for row in queries):
+            raise ValueError(f"{folder}: no query has a judged document")
+    for task, path in labelled_files(cfg).items():
+        read_groups(task, path)
+        if task == "classification" and cfg.stage.startswith("embed") \
+                and not importlib.util.find_spec("sklearn"):
+            print(f"{path} is not scored: pip install scikit-learn first")
+    for cfg in configs:
+        validation_rows(cfg)

@@ -1,20 +1,45 @@
-"""The token stream of stage 1: shards on disk that all ranks write together and all map.
+"""A run's tokenizer, and the token stream of stage 1: shards that all ranks write and all map.
 
 Shard s holds the documents s * 65,536 and following, each with the end-of-text id after it. The
 stream is the shards one after the other, so how it was cut changes no window. A shard that is there
 and whole is not built again: a broken build continues after it.
 """
+import importlib.util
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from engine.distributed import ALONE, together
+from engine.index import text_id
 from engine.jsonl import atomic, is_whole, seal
 from engine.order import key_of, mix, shuffled
+from tokenizer import Tokenizer
 
 DOCUMENTS = 65_536                 # of a shard
 OPEN = 256                         # shards that a rank maps at a time, each an open file
+TOKENIZER_TEXTS = 400_000          # documents that the tokenizer learns from
+PYTHON_BPE_TEXTS = 100_000         # of more, rustbpe learns the same and faster, if installed
+
+
+def tokenizer_of(rows, vocab_size, folder, seed):
+    """Return a tokenizer of texts or pairs; one that was trained on them before is taken.
+
+    PAPER Sec. 3.1.1: it learns from about 400,000 documents, here a seeded sample of as many.
+    """
+    made_of = " ".join([*rows.hashes().values(), str(vocab_size), Tokenizer.VERSION,
+                        str(seed if len(rows) > TOKENIZER_TEXTS else "all")])
+    path = Path(folder) / f"tokenizer-{text_id(made_of):016x}.tiktoken"
+    if not path.is_file():
+        chosen = shuffled(np.arange(min(len(rows), TOKENIZER_TEXTS)), len(rows), seed)
+        sample = (rows[int(i)] for i in np.sort(chosen))
+        texts = (row if isinstance(row, str) else f"{row['query']}\n{row['pos'][0]}"
+                 for row in sample)
+        is_large = len(chosen) > PYTHON_BPE_TEXTS and importlib.util.find_spec("rustbpe")
+        tokenizer = Tokenizer.train(texts, vocab_size, backend="rustbpe" if is_large else "python")
+        with atomic(path, "wb") as file:
+            file.write(tokenizer.to_bytes())
+    return Tokenizer.load(path)
 
 
 class TokenStream:

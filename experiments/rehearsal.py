@@ -129,7 +129,7 @@ def rehearse(folder, world):
 
     def fill():
         pools, _ = Miner(cache / "mining", None, world).of_rows(
-            "retrieval", passages, 50, partial(data.hard_enough, n=7))
+            "retrieval", passages, 50, partial(data.without_easy, n=7))
         return pool_of(pools, world, 7, "v2")
     meter("pools of mined rows", fill)
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from configurator import load_config, run_command
-from embed import Embedder, load_index
+from embed import Embedder
 from engine.bm25 import BM25
 from engine.collection import document_text, load_collection
 from engine.jsonl import read_jsonl
+from engine.vectors import load_index
 from experiments.probes import attention_to_later
 from experiments.results import RUN_ROWS, lines_of
 from experiments.runs import (Missing, choose, read_json, read_log, read_scores, score_of,

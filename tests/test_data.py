@@ -370,7 +370,7 @@ def test_what_a_broken_run_mined_is_mined_anew(tokenizer, embedder, monkeypatch)
 
 def test_the_floor_keeps_the_order():
     scores = np.tile(np.float32([0.9, 0.1]), (1, 100))
-    kept = data.hard_enough(np.arange(200)[None], scores, 2)[0]
+    kept = data.without_easy(np.arange(200)[None], scores, 2)[0]
     assert kept[:101].tolist() == [0, 1, *range(2, 200, 2)] and (kept[101:] == -1).all()
 
 

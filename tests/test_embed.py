@@ -11,9 +11,11 @@ import torch
 
 import embed
 from data import Batch, prompt_length
-from embed import Embedder, load_index, save_vectors, search
+from embed import Embedder, search
 from engine import checkpoint
+from engine import vectors as engine_vectors
 from engine.jsonl import atomic
+from engine.vectors import load_index, save_vectors
 from mask import FULL, MaskSpec
 from model import Conan, ConanConfig
 from ranks import full_disk
@@ -206,7 +208,7 @@ def test_a_folder_that_cannot_be_written_to_is_searched_all_the_same(
         run, tmp_path, capsys, monkeypatch):
     def refused(*_):
         raise PermissionError("read-only")
-    monkeypatch.setattr("embed.atomic", refused)
+    monkeypatch.setattr("engine.vectors.atomic", refused)
     rows, vectors = load_index(Embedder(run, "cpu"), write_corpus(tmp_path / "docs"))
     assert len(rows) == len(vectors) == 2
     assert "the embeddings are not kept: read-only" in capsys.readouterr().err
@@ -228,7 +230,7 @@ def test_the_index_is_built_anew_when_model_or_corpus_changes(
     load_index(Embedder(other, "cpu"), corpus)
     names += [path.name for folder in (run, other) for path in folder.glob("index-*")]
     assert len(names) == len(set(names)) == 3
-    monkeypatch.setattr(embed, "INDEX_VERSION", embed.INDEX_VERSION + 1)
+    monkeypatch.setattr(engine_vectors, "INDEX_VERSION", engine_vectors.INDEX_VERSION + 1)
     load_index(Embedder(other, "cpu"), corpus)
     assert len(list(other.glob("index-*"))) == 1                    # and the old one is gone
     load_index(Embedder(other, "cpu"), write_corpus(tmp_path / "more"))

@@ -391,7 +391,7 @@ def causal_loss(state, examples):
 
 
 def test_validation_is_on_the_first_texts(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(evaluation, "VALIDATION_TEXTS", 1)
+    monkeypatch.setattr(collection, "VALIDATION_TEXTS", 1)
     texts = ["the quick", "brown fox jumps"]
     write_lines(tmp_path / "text_dev.jsonl", [{"text": text} for text in texts])
     write_lines(tmp_path / "dev/corpus.jsonl", [{"id": text, "text": text} for text in texts])
@@ -741,7 +741,7 @@ def test_a_collection_without_a_judged_query_shows_before_a_run(tmp_path):
     write_lines(tmp_path / "test/corpus.jsonl", [{"id": "d", "text": "a"}])
     write_lines(tmp_path / "test/queries.jsonl", [{"id": "q", "text": "a", "answers": ["a"]}])
     with pytest.raises(ValueError, match="test: no query has a judged document"):
-        evaluation.read_ahead([TrainConfig(data=str(tmp_path))])
+        collection.read_ahead([TrainConfig(data=str(tmp_path))])
 
 
 @pytest.mark.parametrize("lang, rows", [
@@ -752,7 +752,7 @@ def test_labels_that_cannot_be_fitted_show_before_a_run(tmp_path, lang, rows):
     write_lines(tmp_path / "labels_test.jsonl", [
         {"text": "t", **dict(zip(("label", "split", "lang"), row.split()))} for row in rows])
     with pytest.raises(ValueError, match=f"labels_test.jsonl: '{lang}' needs rows of two labels"):
-        evaluation.read_ahead([TrainConfig(data=str(tmp_path))])
+        collection.read_ahead([TrainConfig(data=str(tmp_path))])
 
 
 def test_a_run_is_scored_on_what_is_named_or_on_its_folders_test_splits(tmp_path):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import data
 import train
 from embed import Embedder
-from engine import checkpoint
+from engine import checkpoint, tokens
 from engine import run as runs
 from engine.distributed import ALONE
 from losses import cosent_loss
@@ -109,7 +109,7 @@ def test_without_text_the_tokenizer_learns_from_the_pairs(rows, tmp_path):
 
 def test_the_tokenizer_learns_from_a_seeded_sample_of_the_documents(rows, tmp_path, monkeypatch):
     texts, real = {}, Tokenizer.train
-    monkeypatch.setattr(train, "TOKENIZER_TEXTS", 5)
+    monkeypatch.setattr(tokens, "TOKENIZER_TEXTS", 5)
     monkeypatch.setattr(Tokenizer, "train", lambda sample, size, **more: real(
         texts.setdefault(len(texts), list(sample)), size, **more))
     for seed in (0, 0, 1):                         # the second time the first one's file is taken

@@ -34,11 +34,11 @@ def pools_of(rows, run, kind, source, n=3):
     cfg = config(arguments(rows, "embed_sup", run / "out", f"--{kind}={source}"))
     embedder = Embedder(run / "embed_weak", "cpu")
     task = data.Task(kind, cfg, embedder.tokenizer, ALONE, [source])
-    real, data.hard_enough = data.hard_enough, lambda pool, scores, n: pool
+    real, data.without_easy = data.without_easy, lambda pool, scores, n: pool
     try:
         data.fill_pools([task], embedder)
     finally:
-        data.hard_enough = real
+        data.without_easy = real
     return [[task.passages.text(p) for p in row.tolist() if p >= 0]
             for row in task.pool.candidates]
 
