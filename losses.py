@@ -35,7 +35,8 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_with_grad(x):
-    """Concatenate (B, ...) of every rank to (W * B, ...), keeping the gradient; x itself if W = 1.
+    """Concatenate (B, ...) of every rank to (W * B, ...), keeping the gradient; x itself if W = 1
+    or it is empty.
 
     B must be equal on all ranks. InfoNCE gathers documents, and each rank scores its own queries.
     CoSENT gathers both sides. A gather without gradient would lose what other ranks' queries say

@@ -6,7 +6,7 @@
 
 PAPER Sec. 3.4. A row gets "neg", its own first, then the passages nearest to its query, and
 "cosines", one for each. Where all rows of a task have them, stage 4 keeps their order, leaves out
-what lies below 0.4, and embeds nothing; a cap on them can be applied before, beside "pos_cosines".
+what Eq. (6) discards at once, and embeds nothing; a cap can be applied before, by "pos_cosines".
 A run that broke off continues. --lexical adds BM25's best, and then all go by cosine: for small
 sets, about 0.1 microseconds of a core a query and passage.
 """
