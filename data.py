@@ -138,8 +138,6 @@ PARSERS = {"text": parse_text, "pairs": parse_pair, "retrieval": parse_pair, "cl
 
 def Rows(paths, kind, cache_dir="out/cache", skip_bad=False, world=ALONE):
     """Return the rows of several files of one kind as one sequence (engine/index.py)."""
-    if not paths:
-        raise ValueError(f"no file of kind {kind!r} is given (--{kind}=FILE)")
     return JsonlFiles(paths, PARSERS[kind], cache_dir, skip_bad, kind in MINED, world)
 
 
@@ -180,7 +178,7 @@ def sft_batch(examples, rows, tokenizer, max_len):
 
 def token_stream(rows, tokenizer, cfg, world=ALONE):
     """Return the `TokenStream` of stage 1; its folder carries the hash of what it is made of."""
-    made_of = " ".join([*rows.hashes().values(), tokenizer.fingerprint()])
+    made_of = " ".join([*rows.hashes, tokenizer.fingerprint()])
     folder = Path(cfg.out) / f"tokens-{text_id(made_of):016x}"
     return TokenStream(rows, tokenizer, folder, cfg.seed, world)
 
@@ -200,7 +198,7 @@ class Task:
         if kind == "sts" and world.is_main:
             warn_of_scales(self.rows)
         if cfg.stage == "embed_sup" and kind in MINED:
-            self.passages = Passages(self.rows, world=world)
+            self.passages = Passages(self.rows, world)
         if kind == "text":
             self.stream = token_stream(self.rows, tokenizer, cfg, world)
             self.stream.windows([0], cfg.passage_len)      # ValueError if the text is too short
@@ -356,11 +354,14 @@ def task_rows(cfg, kind, files, world=ALONE):
 
 
 def hashes(cfg, world=ALONE):
-    """Return {kind: {file: SHA-256}} of the data files of a stage; all ranks must call."""
+    """Return {kind: {file: SHA-256}} of a stage's data; all ranks must call.
+
+    A file that is named again has a number behind its name.
+    """
     by_kind = {}
     for kind, files in task_files(cfg):
         own = by_kind.setdefault(kind, {})
-        for path, content in task_rows(cfg, kind, files, world).hashes().items():
+        for path, content in zip(map(str, files), task_rows(cfg, kind, files, world).hashes):
             own[f"{path} ({len(own) + 1})" if path in own else path] = content
     return by_kind
 

@@ -27,9 +27,9 @@ from configurator import run_command
 from data import PROMPTS, format_query, prompt_length
 from engine import kernels, memory
 from engine.batch import end_text
+from engine.checkpoint import EXPORTED, read_model
 from engine.distributed import accelerator, choose_dtype, device_module
 from engine.jsonl import atomic, read_texts
-from engine.model_folder import EXPORTED, read_model
 from engine.vectors import load_index, save_vectors
 from mask import MaskSpec
 from model import Conan, ConanConfig

@@ -30,13 +30,12 @@ from engine.collection import (HELD_OUT, choose_split, collections, document_tex
                                languages_in, load_collection, read_groups, set_name,
                                validation_rows)
 from engine.distributed import accelerator
-from engine.encoders import CachedEncoder, LexicalBaseline
 from engine.jsonl import check_name, read_object, write_object
 from engine.metrics import (average_precision, hit_at_k, mean_average_precision,  # noqa: F401
                             mrr_at_k, ndcg_at_k, recall_at_k, spearman, v_measure)
 from engine.mining import top
-from engine.mteb_bridge import (MTEBModel, SentenceTransformerBaseline,  # noqa: F401
-                                evaluate_mteb, join_names, prompt_of)
+from engine.encoders import (CachedEncoder, LexicalBaseline, MTEBModel,  # noqa: F401
+                                SentenceTransformerBaseline, evaluate_mteb, join_names, prompt_of)
 from engine.report import table
 from mask import CAUSAL
 

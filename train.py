@@ -300,7 +300,7 @@ def start(cfg, world, where, before):
     if source:
         meta = run.read_meta(source)
         run.check_shape(cfg, meta["model"], source)
-        weights, prompts = run.load_weights(cfg, world, source), meta["prompts"]
+        weights, prompts = checkpoint.load(source, "model.pt"), meta["prompts"]
         tokenizer = Tokenizer.load(source / "tokenizer.tiktoken")
     else:
         tokenizer = world.on_main(lambda: train_tokenizer(cfg))
@@ -367,8 +367,7 @@ def take_step(state, task, batch, step, stop):
         state.optimizer.step()
         state.counters["in_a_row"] = 0
         if task.pool:              # PAPER Sec. 3.4: negatives of these queries' next visit
-            task.pool.update(world.gather(torch.from_numpy(batch.rows)),
-                             world.gather(cosines.cpu()))
+            task.pool.update(batch.rows, cosines)
             stats = task.pool.stats()
     # DDP's gradients are views of its buckets: if they went, both would be held
     state.wrapped.zero_grad(set_to_none=not hasattr(state.wrapped, "no_sync"))

@@ -38,11 +38,9 @@ class Batch:
 
     def to(self, device):
         """Move the tensors; lengths stay on the CPU, where attention is planned."""
-        # only towards CUDA: an NPU reads the source later, and what comes from a card must be there
-        is_async = torch.device(device).type == "cuda"
         for name, value in vars(self).items():
             if torch.is_tensor(value):
-                setattr(self, name, value.to(device, non_blocking=is_async))
+                setattr(self, name, value.to(device))
         return self
 
     def chunks(self, n_texts):

@@ -9,6 +9,7 @@ A save fills `.tmp-step_000100`, syncs every file and renames the directory: whe
 is killed or the disk is full, `latest` finds the previous or the new checkpoint, whole. Reading
 compares with the manifest first (torch loads a flipped bit silently) and unpickles with
 `weights_only=True`, so a hostile file runs no code. One process saves; ranks are the caller's.
+`read_model` also takes a folder that tools/export.py wrote.
 """
 import contextlib
 import json
@@ -24,6 +25,7 @@ import torch
 from engine.jsonl import sha256_of
 
 MANIFEST = "manifest.json"
+EXPORTED = "nanoconan.json"        # marks a folder that tools/export.py wrote
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # no separator: none leads outside
 STEP_NAME = re.compile(r"step_(\d{6,})")
 
@@ -65,8 +67,8 @@ class CorruptCheckpoint(ValueError):
     """Say which file of a checkpoint is damaged or refused, and why."""
 
 
-def save(run_dir, step, files, keep_last=2):
-    """Write `files` as checkpoint `step`, keep the newest `keep_last`, return the path.
+def save(run_dir, step, files):
+    """Write `files` as checkpoint `step`, keep it and the one before, return the path.
 
     `files` maps names to contents: bytes or str are written as they are, any nesting of tensors and
     plain Python values (`*.pt`) as torch.save does. Raises OSError for a full or read-only disk,
@@ -92,7 +94,7 @@ def save(run_dir, step, files, keep_last=2):
         if not isinstance(error, (OSError, RuntimeError)):       # the caller's mistake
             raise
         raise OSError(f"cannot save {final}, older checkpoints are untouched: {error}") from error
-    _prune(run_dir, final, keep_last)
+    _prune(run_dir, final)
     return final
 
 
@@ -180,14 +182,11 @@ def _delete(path):
     shutil.rmtree(path.rename(path.with_name(f".tmp-{path.name}.old")))
 
 
-def _prune(run_dir, new, keep_last):
-    """Delete all but `new` and the newest before it, `keep_last` together.
-
-    Those of later steps are damaged: a run passed over them. They go first.
-    """
-    others = [path for path in _checkpoints(run_dir) if path != new]
-    others.sort(key=lambda path: _step_of(path) > _step_of(new))
-    for path in others[keep_last - 1:]:
+def _prune(run_dir, new):
+    """Delete all but `new` and the newest before it; later ones are damaged, and passed over."""
+    paths = _checkpoints(run_dir)                      # the newest first
+    kept = paths[paths.index(new):][:2]
+    for path in [path for path in paths if path not in kept]:
         try:
             _delete(path)
         except OSError as error:
@@ -248,3 +247,52 @@ def _sync_dir(path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# ---------------------------------------------------------------- a model in a folder
+
+def read_model(path):
+    """Return (folder, config as JSON, weights) of the newest checkpoint, or of an export.
+
+    Every file is compared with its SHA-256 before it is read. Raises FileNotFoundError or
+    ValueError with the path.
+    """
+    where = Path(path)
+    if (where / EXPORTED).is_file():
+        return where, *_read_exported(where)
+    if not ((where / MANIFEST).is_file() and (where / "config.json").is_file()):
+        where = latest(path)
+    if where is None:
+        inside = sorted({str(p.parents[1]) for p in Path(path).glob(f"*/step_*/{MANIFEST}")})
+        hint = f" ({', '.join(inside)})" if inside else ""
+        raise FileNotFoundError(f"{path}: no checkpoint here; train.py writes them to OUT/STAGE"
+                                f"{hint}")
+    load(where, "tokenizer.tiktoken")
+    return where, load(where, "config.json"), load(where, "model.pt")
+
+
+def _read_exported(where):
+    raw = (where / EXPORTED).read_bytes()
+    try:
+        for name, sha256 in json.loads(raw)["files"].items():
+            if not FILE_NAME.fullmatch(name):       # none leads outside
+                raise KeyError(name)
+            if sha256_of(where / name) != sha256:
+                raise ValueError(f"{where / name}: SHA-256 differs from {EXPORTED}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{where / EXPORTED}: not as export.py wrote it: {error!r}") from None
+    weights = read_safetensors(where / "model.safetensors")
+    return raw, {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+
+def read_safetensors(path):
+    """Return {name: tensor} of a file; ValueError by its name if it is damaged."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ImportError(f"{path}: to read it, pip install safetensors") from None
+    try:
+        return load_file(path)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged safetensors file: {error!r:.200}") from None

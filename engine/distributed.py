@@ -92,10 +92,6 @@ class World:
         dist.all_reduce(packed)
         return dict(zip(values, (packed / self.size).tolist()))
 
-    def gather(self, tensor):
-        """Concatenate a CPU tensor of every rank, in rank order."""
-        return torch.cat(self.gather_objects(tensor))
-
     def gather_objects(self, value):
         """Return the list of every rank's `value`, in rank order."""
         if self.size == 1:
@@ -109,11 +105,6 @@ class World:
         values = [None] * self.size if self.is_main else None
         dist.gather_object(value, values)
         return values
-
-    def barrier(self):
-        """Wait for every rank."""
-        if self.size > 1:
-            dist.barrier()
 
     def on_main(self, work):
         """Call `work` on the main rank alone; return its result, or raise its error, on all."""

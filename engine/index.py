@@ -278,6 +278,7 @@ class JsonlFiles:
         self.bad, self.bare = (sum(getattr(f, key) for f in self.files) for key in ("bad", "bare"))
         self.is_scored = sum(file.scored for file in self.files) == len(self)
         self.prompts = sum((file.prompts for file in self.files), Counter())
+        self.hashes = [file.sha256 for file in self.files]
 
     def __len__(self):
         return int(self.starts[-1])
@@ -290,11 +291,3 @@ class JsonlFiles:
     def __getitem__(self, i):
         which, i = self.place(i)
         return self.files[which][i]
-
-    def hashes(self):
-        """Return {path: SHA-256 of the content}; a path that comes again has a number behind it."""
-        by_path = {}
-        for n, file in enumerate(self.files, 1):
-            path = str(file.path)
-            by_path[f"{path} ({n})" if path in by_path else path] = file.sha256
-        return by_path

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from engine.distributed import ALONE, together
-from engine.index import text_id
 from engine.jsonl import atomic
 
 TEXTS = 20_000                     # texts that one rank embeds at a time
@@ -283,13 +282,10 @@ class Miner:
             pool = np.full((end - first, depth), -1, dtype=np.int64)
             out = np.zeros((end - first, depth), dtype=np.float32)
             for i, q in enumerate(range(first, end)):
-                row, known = passages.rows[q], set(passages.positive_ids(q))
-                score = {}
-                for text, cosine in zip(row["neg"], row["cosines"]):
-                    score.setdefault(text_id(text), cosine)
-                best = [key for key in score if key not in known][:depth]
-                pool[i, :len(best)] = passages.numbers(best)
-                out[i, :len(best)] = [score[key] for key in best]
+                numbers, cosines = passages.own(q, "neg").tolist(), passages.rows[q]["cosines"]
+                score = dict(zip(numbers[::-1], cosines[::-1]))        # of equal texts the first
+                best = passages.negatives(q)[:depth]
+                pool[i, :len(best)], out[i, :len(best)] = best, [score[n] for n in best.tolist()]
             return pool, out
         return self._units(name, len(passages.rows), depth, work, keep)
 
@@ -306,7 +302,7 @@ class Miner:
 
     def clear(self):
         """Remove the files; all ranks must call."""
-        self.world.barrier()                               # each has mapped them by now
+        self.world.gather_objects(None)                    # each has mapped them by now
         self.world.on_main(self._remove)
 
     def _remove(self):

@@ -9,9 +9,9 @@ buckets by their first bits; buckets are shared out among the ranks, so each hol
     where             the first places in ascending order: passage p has its text at where[p]
 """
 import hashlib
-from pathlib import Path
 
 import numpy as np
+
 from engine.distributed import ALONE
 from engine.index import Job, build, read
 from engine.jsonl import is_whole
@@ -24,15 +24,15 @@ CHUNK = 1 << 22                    # ids that are looked at together
 class Passages:
     """Every distinct passage of some rows by number; texts stay in the files.
 
-    rows: `JsonlFiles` of rows {query, pos, neg} with their ids. All ranks must call. cache_dir: a
-    folder that all ranks see.
+    rows: `JsonlFiles` of rows {query, pos, neg} with their ids; the tables lie beside its indices.
+    All ranks must call.
     """
 
-    def __init__(self, rows, cache_dir="out/cache", world=ALONE):
+    def __init__(self, rows, world=ALONE):
         self.rows, self.files = rows, rows.files
         self.starts = np.cumsum([0, *(len(file.ids) for file in self.files)])  # places of files
         made_of = hashlib.sha256(" ".join(file.index.stem for file in self.files).encode())
-        path = Path(cache_dir) / made_of.hexdigest()[:24]
+        path = self.files[0].index.with_name(made_of.hexdigest()[:24])
         self.bits = BITS if self.starts[-1] > SMALL else 0
         self.keys, self.firsts, self.query_ids, self.query_rows = self._table(
             path.with_name(f"{path.name}-equal.tab"), self._bucket, world)
@@ -96,9 +96,9 @@ class Passages:
         middle = first + int(file.n_pos[i])
         return file.ids[first:middle] if part == "pos" else file.ids[middle:end]
 
-    def own_positives(self, q):
-        """Return the numbers of row q's own positives, as they stand in the row."""
-        return self.numbers(self._ids_of(q, "pos"))
+    def own(self, q, part):
+        """Return the numbers of row q's own positives ("pos") or negatives, as they stand there."""
+        return self.numbers(self._ids_of(q, part))
 
     def positive_ids(self, q):
         """Return the distinct ids of row q's positives, its own first, then those of its twins.

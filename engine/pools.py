@@ -45,8 +45,10 @@ class SharedPool:
         return ids[first:first + len(query_ids)]
 
     def update(self, query_ids, scores):
-        """Take the cosines (B, N) of the whole batch, the same on every rank."""
-        is_own, rows = self._owned(torch.as_tensor(query_ids))
+        """Take the cosines (B, N) of this rank's share of a batch."""
+        parts = self.world.gather_objects((torch.as_tensor(query_ids), scores.detach().cpu()))
+        query_ids, scores = map(torch.cat, zip(*parts))
+        is_own, rows = self._owned(query_ids)
         count = int((self.own.negatives(rows) >= 0).sum())
 
         def work():

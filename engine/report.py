@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engine import budget, checkpoint, distributed, memory, run
+from engine import budget, distributed, memory, run
 from engine.jsonl import read_object, write_object
 
 SHOWN = ("ndcg@10", "recall@1", "recall@10")       # of retrieval; the files have all metrics
@@ -203,7 +203,7 @@ def summarise(cfg, stages, scores, minutes, trained):
     if cost["memory_gb"]:                          # 0 where the system does not tell
         spent += f", {cost['memory_gb']:.1f} GB of memory"
     print(f"\n{spent}{'' if trained else ' before: nothing was left to train'}")
-    print(f"checkpoint: {checkpoint.latest(cfg.run_dir)}\nscores:     {path}")
+    print(f"checkpoint: {cfg.run_dir}\nscores:     {path}")
     if cfg.stage.startswith("embed"):
         where = "" if cfg.run_dir == Path("out/embed_sup") else f" --checkpoint={cfg.run_dir}"
         corpora = [*cfg.evaluate, f"{cfg.data}/search", f"{cfg.data}/test"]

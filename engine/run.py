@@ -327,11 +327,6 @@ def restore(state, saved):
         state.model.load_state_dict(saved["unmerged"])
 
 
-def load_weights(cfg, world, where):
-    """Return a checkpoint's state dict; under fsdp on the main rank alone, {} on the others."""
-    return checkpoint.load(where, "model.pt") if world.is_main or cfg.parallel != "fsdp" else {}
-
-
 @functools.cache
 def versions():
     """Return the versions and the git commit that a run was made with."""

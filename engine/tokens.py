@@ -27,7 +27,7 @@ def tokenizer_of(rows, vocab_size, folder, seed):
 
     PAPER Sec. 3.1.1: it learns from about 400,000 documents, here a seeded sample of as many.
     """
-    made_of = " ".join([*rows.hashes().values(), str(vocab_size), Tokenizer.VERSION,
+    made_of = " ".join([*rows.hashes, str(vocab_size), Tokenizer.VERSION,
                         str(seed if len(rows) > TOKENIZER_TEXTS else "all")])
     path = Path(folder) / f"tokenizer-{text_id(made_of):016x}.tiktoken"
     if not path.is_file():

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from engine.checkpoint import EXPORTED
 from engine.collection import document_text, find_packed, read_with_ids
 from engine.jsonl import atomic
-from engine.model_folder import EXPORTED
 
 INDEX_VERSION = 3                  # of the way that texts are embedded; raise it when that changes
 

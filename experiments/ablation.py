@@ -25,10 +25,9 @@ from configurator import load_config, run_command
 from embed import Embedder
 from engine import checkpoint
 from engine.collection import document_text, load_collection
-from engine.encoders import CachedEncoder
 from engine.jsonl import read_object
 from engine.run import versions
-from eval import retrieval
+from eval import CachedEncoder, retrieval
 from experiments import probes
 from experiments.cells import (NOTHING, PRETRAIN, ROWS, SFT, SUP, TWO, WEAK, Cell, Lab, columns,
                                table4_cell)

@@ -125,7 +125,7 @@ def rehearse(folder, world):
     meter("index of pairs", lambda: rows("pairs"))
     meter("second start", lambda: rows("pairs"))
     supervised = meter("index of stage 4", lambda: rows("retrieval"))
-    passages = meter("passage tables", lambda: Passages(supervised, cache, world))
+    passages = meter("passage tables", lambda: Passages(supervised, world))
 
     def fill():
         pools, _ = Miner(cache / "mining", None, world).of_rows(

@@ -14,7 +14,7 @@ import embed
 import eval as evaluation
 import train
 from configurator import load_config
-from engine import checkpoint, model_folder
+from engine import checkpoint
 from engine.collection import load_collection
 from ranks import ROOT, SMALL, write_collection, write_lines
 from tokenizer import HEADER, PATTERN, Tokenizer
@@ -198,7 +198,7 @@ def test_broken_safetensors(tmp_path, raw):
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw)
     with pytest.raises(ValueError, match="model.safetensors: damaged safetensors file"):
-        model_folder.read_safetensors(path)
+        checkpoint.read_safetensors(path)
 
 
 # ---------------------------------------------------------------- the settings of a run

@@ -87,11 +87,6 @@ def test_what_a_row_lacks_is_said(kind, row, reason):
     assert reason in str(caught.value)
 
 
-def test_rows_are_asked_for_by_their_kind():
-    with pytest.raises(ValueError, match=r"no file of kind 'sts' is given \(--sts=FILE\)"):
-        data.Rows([], "sts")
-
-
 def test_equal_ids_are_equal_texts_composed_or_not():
     assert data.text_id("caf\u00e9") == data.text_id("cafe\u0301") != data.text_id("cafe")
     assert 0 <= data.text_id("\ud800") < 2 ** 63           # a lone surrogate, too

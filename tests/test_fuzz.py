@@ -21,7 +21,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 import data  # noqa: E402
 from configurator import ConfigError, load_config  # noqa: E402
-from engine import checkpoint, model_folder  # noqa: E402
+from engine import checkpoint  # noqa: E402
 from engine.collection import load_collection  # noqa: E402
 from engine.index import JsonlFiles  # noqa: E402
 from engine.jsonl import read_jsonl, read_texts  # noqa: E402
@@ -271,7 +271,7 @@ def test_any_safetensors_file(folder, head, tail, length):
     size = len(head) if length is None else length
     path.write_bytes(size.to_bytes(8, "little") + head + tail)
     try:
-        tensors = model_folder.read_safetensors(path)
+        tensors = checkpoint.read_safetensors(path)
     except Exception as error:
         assert is_clear(error, path)
     else:

@@ -16,7 +16,7 @@ import eval as evaluation
 from data import PROMPTS
 from embed import Embedder
 from engine import checkpoint
-from engine.mteb_bridge import flat_scores, mteb_tasks
+from engine.encoders import flat_scores, mteb_tasks
 from eval import MTEBModel, evaluate_mteb, join_names
 from tools.export import export
 from mask import FULL

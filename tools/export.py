@@ -20,9 +20,9 @@ import torch
 from configurator import load_config, run_command
 from data import format_query, format_sft
 from embed import Embedder
+from engine.checkpoint import EXPORTED
 from engine.jsonl import read_object, sha256_of, write_object
-from engine.model_folder import EXPORTED
-from engine.mteb_bridge import OUR_TYPES
+from engine.encoders import OUR_TYPES
 from engine.run import MAY_CHANGE_ON_RESUME
 from sample import generate
 from tokenizer import EOS, PAD, PATTERN

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from configurator import load_config, run_command
 from data import parse_pair
 from engine.jsonl import check_name, read_jsonl, write_jsonl, write_object
-from engine.mteb_bridge import SentenceTransformerBaseline, join_names, mteb_tasks
+from engine.encoders import SentenceTransformerBaseline, join_names, mteb_tasks
 
 TEXT_KEYS = ("text", "query", "input", "pos", "output", "sentence1", "sentence2")
 NOT_TEXT = {"id", "_id", "lang", "split", "label", "prompt", "instruction"}

@@ -81,8 +81,8 @@ def recall(search, queries, depth):
 def mine_rows(cfg, world):
     """Write the rows with their negatives; all ranks must call."""
     rows = JsonlFiles(cfg.input, parse_row, skip_bad=cfg.skip_bad_lines, ids=True, world=world)
-    passages, embedder = Passages(rows, world=world), Embedder(cfg.checkpoint, world.device)
-    made_of = [embedder.fingerprint(), *rows.hashes().values(), cfg.task, cfg.depth, cfg.lexical,
+    passages, embedder = Passages(rows, world), Embedder(cfg.checkpoint, world.device)
+    made_of = [embedder.fingerprint(), *rows.hashes, cfg.task, cfg.depth, cfg.lexical,
                cfg.n_negatives, cfg.search, embedder.dtype]
     folder = Path(f"{cfg.out}.{hashlib.sha256(str(made_of).encode()).hexdigest()[:16]}")
     miner = Miner(folder, embedder, world)
@@ -107,7 +107,7 @@ def mine_rows(cfg, world):
         part = range(first, end)
         vectors = queries[first:end] if queries is not None else \
             search.passages[np.array([passages.positives(q)[0] for q in part])]
-        positives = search.cosines(vectors, [passages.own_positives(q) for q in part])
+        positives = search.cosines(vectors, [passages.own(q, "pos") for q in part])
         with atomic(path, "wb") as file:
             for q, pos in zip(part, positives):
                 there = np.flatnonzero(pools[q] >= 0)

@@ -22,8 +22,8 @@ def main(argv=None):
     world = distributed.start("cpu")
     try:
         world.on_main(lambda: train.prepare([cfg]))
-        rows = data.Rows(data.sources(cfg, "text"), "text", skip_bad=cfg.skip_bad_lines,
-                         world=world)
+        (kind, files), = data.task_files(cfg)
+        rows = data.Rows(files, kind, skip_bad=cfg.skip_bad_lines, world=world)
         tokenizer = world.on_main(lambda: train.train_tokenizer(cfg))
         stream = data.token_stream(rows, tokenizer, cfg, world)
         if world.is_main:

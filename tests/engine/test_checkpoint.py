@@ -94,13 +94,11 @@ def test_newest_is_by_number_beyond_six_digits(tmp_path):
     assert latest(tmp_path).name == "step_1000000"
 
 
-def test_keep_last(tmp_path):
+def test_the_newest_two_are_kept(tmp_path):
     for step in range(1, 6):
-        save(tmp_path, step, state(step), keep_last=2)
+        save(tmp_path, step, state(step))
     assert names(tmp_path) == ["step_000004", "step_000005"]
-    save(tmp_path, 6, state(6), keep_last=1)
-    assert names(tmp_path) == ["step_000006"]
-    save(tmp_path, 2, state(2), keep_last=1)  # an older step, saved now, is not its own victim
+    save(tmp_path, 2, state(2))            # an older step, saved now, is not its own victim
     assert names(tmp_path) == ["step_000002"]
 
 
@@ -108,13 +106,13 @@ def test_a_damaged_later_step_goes_before_a_whole_earlier_one(tmp_path):
     for step in (1, 3):
         save(tmp_path, step, state(step))
     (tmp_path / "step_000003" / "model.pt").write_bytes(b"x")
-    save(tmp_path, 2, state(2), keep_last=2)
+    save(tmp_path, 2, state(2))
     assert names(tmp_path) == ["step_000001", "step_000002"]
 
 
 def test_saving_a_damaged_step_again_replaces_it(tmp_path):
     (save(tmp_path, 1, state(1)) / "model.pt").write_bytes(b"x")
-    save(tmp_path, 1, state(1), keep_last=3)
+    save(tmp_path, 1, state(1))
     assert names(tmp_path) == ["step_000001"] and step_of(latest(tmp_path)) == 1
 
 
@@ -464,15 +462,16 @@ def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch):
-    save(tmp_path, 1, state(1))
+    for step in (1, 2):
+        save(tmp_path, step, state(step))
 
     def refuse(path, *args, **kwargs):
         if "step_000001" in str(path):
             raise OSError(13, "Permission denied", str(path))
     monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
-    with pytest.warns(UserWarning, match="step_000002 is saved, but .*step_000001"):
-        save(tmp_path, 2, state(2), keep_last=1)
-    assert step_of(latest(tmp_path)) == 2
+    with pytest.warns(UserWarning, match="step_000003 is saved, but .*step_000001"):
+        save(tmp_path, 3, state(3))
+    assert step_of(latest(tmp_path)) == 3
 
 
 def test_a_run_that_is_half_set_aside_still_ends_with_its_newest(tmp_path, monkeypatch):

@@ -149,12 +149,6 @@ def test_a_part_that_another_process_cut_is_an_error(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_file_that_is_named_twice_counts_twice(tmp_path):
-    path = write_lines(tmp_path / "rows.jsonl", PAIRS)
-    once, twice = (JsonlFiles([path] * n, parse_pair, tmp_path / "cache").hashes() for n in (1, 2))
-    assert twice == once | {f"{path} (2)": once[str(path)]}
-
-
 def test_the_hash_of_a_large_file_is_that_of_its_ranges(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(LINES))
@@ -179,9 +173,9 @@ def test_ids_of_the_texts_stand_in_the_index(tmp_path):
 def test_an_edit_that_keeps_size_and_time_is_seen(tmp_path):
     """As `cp -p` and `touch -r` do: the time of the last change of the inode tells."""
     path = write_lines(tmp_path / "rows.jsonl", [{"text": "one"}])
-    first, stat = JsonlFiles([path], parse_text, tmp_path / "cache").hashes(), path.stat()
+    first, stat = JsonlFiles([path], parse_text, tmp_path / "cache").hashes, path.stat()
     time.sleep(0.05)                                       # a tick of the file system's clock
     path.write_text(path.read_text().replace("one", "two"))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     again = JsonlFiles([path], parse_text, tmp_path / "cache")
-    assert again.hashes() != first and again[0] == "two"
+    assert again.hashes != first and again[0] == "two"

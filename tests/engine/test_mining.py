@@ -102,7 +102,7 @@ def test_rows_that_bring_cosines_lose_repeats_and_what_answers_their_query(tmp_p
              "cosines": [0.75, 0.7, 0.1, 0.5]},
             {"query": "q", "pos": ["c"], "neg": ["d"], "cosines": [0.25]}]
     files = JsonlFiles([write_lines(tmp_path / "a.jsonl", rows)], parse_pair, tmp_path, ids=True)
-    passages = Passages(files, tmp_path)
+    passages = Passages(files)
     pool, cosines = mining.Miner(tmp_path / "mining", None).of_rows("x", passages, 3)
     b, d = passages.numbers([text_id("b"), text_id("d")])
     assert pool.tolist() == [[b, d, -1], [d, -1, -1]]      # "c" answers the same query elsewhere

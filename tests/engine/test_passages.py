@@ -44,7 +44,7 @@ def assert_right(rows, table):
 def table_on(world, folder, rows, paths):
     passages.SMALL = 0
     files = JsonlFiles(paths, parse_pair, folder / "cache", ids=True, world=world)
-    table = Passages(files, folder / "cache", world)
+    table = Passages(files, world)
     together(world, lambda: assert_right(rows, table))
 
 
@@ -53,7 +53,7 @@ def test_tables_equal_a_dict_of_texts(tmp_path, monkeypatch, small):
     monkeypatch.setattr(passages, "SMALL", small)
     monkeypatch.setattr(passages, "CHUNK", 64)
     rows, paths = write_files(tmp_path)
-    assert_right(rows, Passages(JsonlFiles(paths, parse_pair, tmp_path, ids=True), tmp_path))
+    assert_right(rows, Passages(JsonlFiles(paths, parse_pair, tmp_path, ids=True)))
 
 
 def test_ranks_build_one_table(tmp_path):
@@ -65,7 +65,7 @@ def test_passages_of_rows_that_repeat_each_other(tmp_path):
     rows = [{"query": "q", "pos": ["a", "a"], "neg": ["a", "b", "b"]},
             {"query": "q", "pos": ["b"], "neg": ["c"]}]
     table = Passages(JsonlFiles([write_lines(tmp_path / "a.jsonl", rows)], parse_pair, tmp_path,
-                                ids=True), tmp_path)
+                                ids=True))
     assert [table.text(i) for i in range(len(table))] == ["a", "b", "c"]
     assert [set(table.positives(q).tolist()) for q in (0, 1)] == [{0, 1}, {0, 1}]
     assert [table.negatives(q).tolist() for q in (0, 1)] == [[], [2]]  # no positive of the other
@@ -74,10 +74,10 @@ def test_passages_of_rows_that_repeat_each_other(tmp_path):
 def test_a_damaged_table_is_named_and_built_again(tmp_path, capsys):
     rows, paths = write_files(tmp_path)
     files = JsonlFiles(paths, parse_pair, tmp_path, ids=True)
-    Passages(files, tmp_path)
+    Passages(files)
     for path in tmp_path.glob("*.tab"):
         raw = bytearray(path.read_bytes())
         raw[8] ^= 255
         path.write_bytes(raw)
-        assert_right(rows, Passages(files, tmp_path))
+        assert_right(rows, Passages(files))
         assert f"{path} is damaged or unfinished; it is built again" in "".join(capsys.readouterr())

@@ -29,9 +29,10 @@ def drive(pool, world, steps):
     share, seen = BATCH // world.size, []
     for k in steps:
         rows, scores = step(k)
-        mine = pool.negatives(rows[world.rank * share:][:share].numpy())
-        pool.update(rows, scores)
-        seen.append((world.gather(mine), pool.stats()))
+        own = slice(world.rank * share, (world.rank + 1) * share)
+        mine = pool.negatives(rows[own].numpy())
+        pool.update(rows[own].numpy(), scores[own])
+        seen.append((torch.cat(world.gather_objects(mine)), pool.stats()))
     return seen
 
 
@@ -77,13 +78,13 @@ def test_ranks_answer_as_one_pool_and_resume_on_another_number(tmp_path):
 
 def more_ranks_than_rows(world):
     pool = pool_of(np.array([[5, 6], [7, 8]], dtype=np.int32), world, 1, "v2")
-    rows = torch.arange(2)
-    mine = pool.negatives(rows[world.rank:][:1])
+    rows, own = torch.arange(2), slice(world.rank, world.rank + 1)
+    mine = pool.negatives(rows[own])
     assert mine.tolist() == ([[5]], [[7]], [])[world.rank]
-    pool.update(rows, torch.tensor([[0.1], [0.9]]))
+    pool.update(rows[own], torch.tensor([[0.1], [0.9]])[own])
     assert pool.stats()["replaced"] == 1
     with pytest.raises(ValueError, match="not a finite number"):       # on every rank
-        pool.update(rows, torch.tensor([[0.9], [float("nan")]]))
+        pool.update(rows[own], torch.tensor([[0.9], [float("nan")]])[own])
 
 
 def test_a_rank_may_have_no_row_and_an_error_is_everyones():

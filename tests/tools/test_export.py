@@ -21,7 +21,7 @@ from configurator import run_command
 from data import PROMPTS
 from embed import Embedder
 from engine import checkpoint
-from engine.model_folder import read_safetensors
+from engine.checkpoint import read_safetensors
 from engine.vectors import load_index
 from mask import CAUSAL, FULL, MaskSpec
 from model import Conan, ConanConfig
