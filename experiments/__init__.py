@@ -6,7 +6,7 @@
     baselines.py  what the method has to beat, and public sets, scored by the same code
     bench.py      speed and memory
     rehearsal.py  what comes before the first step: seconds, memory, disk
-    tables.py     natural questions, and the exercises of docs/exercises.md
+    tables.py     scores of whole runs, natural questions, the exercises of docs/exercises.md
     figures.py    the figures
     results.py    intervals over seeds, docs/results.md, the tables of README and docs
     runs.py       what a run leaves behind, read back

@@ -8,7 +8,7 @@ Sides of a comparison run in turn, there and back, `rounds` times after a warm-u
 time. A row is the median of the rounds' ratios, with quartiles. The shape is that of a recipe
 (`--config`). Results go to results/bench_cpu.json or bench_gpu.json, which begins anew on another
 processor. Rows that need a missing optional package are left out.
-The minutes of a whole run are not here: `python -m experiments.results record` has them by stage.
+The minutes of a whole run are not here: `python -m experiments.tables default_run` has them.
 """
 import dataclasses
 import os

@@ -1,7 +1,6 @@
 """Write docs/results.md from results/, and fill the marked tables of README and docs.
 
-    python -m experiments.results                        # all pages
-    python -m experiments.results record --name=default_run --runs=out,out/seed1,out/seed2
+    python -m experiments.results
 
 A page marks a table by `<!-- results:NAME -->` ... `<!-- /results -->`. A table whose results file
 does not exist is left as it stands. docs/results.md opens with results/conclusions.md: five
@@ -9,31 +8,22 @@ sentences and what stands behind them, written by hand after the tables are reco
 that were typed say so: "(By hand.)"
 
 A file has cells with seeds, {label: {seed: {column: number}}}, or named tables: of rows, or of
-cells again. `record` makes such cells of whole runs, a row for each stage.
+cells again.
 """
 import math
 import re
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from configurator import load_config, run_command
+from configurator import run_command
 from engine.jsonl import atomic, read_object
-from experiments.runs import ndcg_by_dims, read_json, read_log, score_of, seconds, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("default_run", "baselines", "small", "figure1", "real", "table4", "table4_first",
          "table12", "table12_first", "table12_again", "curve", "sec32", "clr", "sec34",
          "table6", "questions", "exercises", "bench_cpu", "bench_cpu_intel", "bench_gpu")
 ROUNDS = {"table12": ("table12_first", "table12_again"), "table4": ("table4_first",)}   # earlier
-RUN_ROWS = ("BM25", "pretrain", "sft", "embed_weak", "embed_sup")
-RUN_COLUMNS = {                    # column of a run's table: (start, end) of the score's key
-    "LM loss before": ("lm/", "/loss_before"), "LM loss": ("lm/", "/loss"),
-    "nDCG@10": ("retrieval/", "/test/ndcg@10"),
-    "26 languages": ("retrieval/clr_test/mean/", "/ndcg@10"), "STS": ("sts/", "/spearman"),
-    "classes": ("classification/", "/accuracy")}
 MARK = re.compile(r"(<!-- results:(\w+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
 # t with P(|T| < t) = 0.95 for Student's distribution of 1 to 9 degrees of freedom
 T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
@@ -266,53 +256,8 @@ def stale(root=ROOT):
             if not path.is_file() or path.read_text("utf-8") != text}
 
 
-# ---------------------------------------------------------------- whole runs
-
-@dataclass(frozen=True)
-class RecordConfig:
-    """The settings of `python -m experiments.results record`."""
-    name: str = "default_run"              # results/NAME.json
-    runs: tuple[str, ...] = ("out",)       # folders of train.py, a seed each
-    results: str = "results"
-
-
-def row_of(scores):
-    """Return {column: number} of a stage of a run, or of a baseline; MRL's dims are columns."""
-    row = {name: score_of(scores, *key) for name, key in RUN_COLUMNS.items()}
-    row |= {f"{dims} dims": value for dims, value in ndcg_by_dims(scores).items()}
-    return {name: value for name, value in row.items() if value is not None}
-
-
-def record(cfg):
-    """Join the summary.json of some runs to the cells of RESULTS/NAME.json; return its path."""
-    runs = {run: read_json(Path(run) / "summary.json", "train.py") for run in cfg.runs}
-    cells = {label: {str(i): row_of(summary[label])
-                     for i, (run, summary) in enumerate(runs.items()) if label in summary}
-             for label in RUN_ROWS}
-    steps = {run: {stage: sum(seconds(read_log(Path(run) / stage))) / 60 for stage in RUN_ROWS
-                   if (Path(run) / stage / "log.jsonl").is_file()} for run in runs}
-    fastest = min(runs, key=lambda run: sum(steps[run].values()))
-    minutes, cores = runs[fastest]["minutes"], runs[fastest]["cores"]
-    memory = runs[fastest].get("memory_gb")        # not everywhere known
-    start = (f"The fastest run took {minutes:.1f} minutes" + (f" and {memory:.1f} GB" if memory
-             else "") + f" on {cores} cores; of the minutes steps of ")
-    if minutes < sum(steps[fastest].values()):
-        start = "The runs were made in parts, stage by stage. Minutes of steps in the fastest: "
-    return write_result(cfg.results, cfg.name, {
-        "title": "Default run" if cfg.name == "default_run" else f"The recipe of config/{cfg.name}",
-        "seeds": list(range(len(runs))), "cells": cells,
-        "notes": [start + ", ".join(f"{stage} {number:.1f}" for stage, number in
-                                    steps[fastest].items()) + "."]})
-
-
-def main(argv=None):
-    """Write all pages, or record runs."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["record"]:
-        return print(record(load_config(RecordConfig, argv[1:])))
-    if argv:
-        raise ValueError(f"{argv[0]!r} is unknown: without a word all pages are written, and "
-                         "`record --runs=...` records runs")
+def main():
+    """Write all pages."""
     for path, text in stale().items():
         with atomic(path) as file:
             file.write(text)

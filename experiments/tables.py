@@ -1,5 +1,7 @@
-"""Tables of finished runs: natural questions, and the exercises of docs/exercises.md.
+"""Tables of finished runs: their scores, natural questions, the exercises of docs/exercises.md.
 
+    python -m experiments.tables default_run --out=out,out/seed1   # results/default_run.json
+    python -m experiments.tables small --out=out/small             # the same of config/small
     python -m experiments.tables questions --out=out,out/small     # results/questions.json
     python -m experiments.tables exercises                         # those that have been done
     python -m experiments.tables exercises --out=out,out/seed1     # on two seeds
@@ -10,6 +12,7 @@ MKQA's protocol is one command of its own: `python eval.py --mkqa=FOLDER`. Nothi
 """
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +24,19 @@ from engine.collection import document_text, load_collection
 from engine.jsonl import read_jsonl
 from engine.vectors import load_index
 from experiments.probes import attention_to_later
-from experiments.results import RUN_ROWS, lines_of
-from experiments.runs import (Missing, choose, read_json, read_log, read_scores, score_of,
-                              write_result)
+from experiments.results import lines_of
+from experiments.runs import (Missing, choose, ndcg_by_dims, read_json, read_log, read_scores,
+                              score_of, seconds, write_result)
 from mask import MaskSpec
 from train import STAGES
 
 SFT, WEAK, SUP = STAGES[1:]
+RUN_ROWS = ("BM25", *STAGES)
+RUN_COLUMNS = {                    # column of a run's table: (start, end) of the score's key
+    "LM loss before": ("lm/", "/loss_before"), "LM loss": ("lm/", "/loss"),
+    "nDCG@10": ("retrieval/", "/test/ndcg@10"),
+    "26 languages": ("retrieval/clr_test/mean/", "/ndcg@10"), "STS": ("sts/", "/spearman"),
+    "classes": ("classification/", "/accuracy")}
 QUESTIONS = Path(__file__).parent.parent / "tests" / "data" / "natural_questions.jsonl"
 EXERCISES = {                      # {name: {row: folder of a stage, below each OUT}}
     "language_model": {"after stages 1 and 2": WEAK, "from random weights": f"no_lm/{WEAK}"},
@@ -39,10 +48,39 @@ EXERCISES = {                      # {name: {row: folder of a stage, below each 
 @dataclass(frozen=True)
 class TablesConfig:
     """The settings of `python -m experiments.tables COMMAND`."""
-    out: tuple[str, ...] = ("out",)    # folders of train.py; of exercises: one a seed
+    out: tuple[str, ...] = ("out",)    # folders of train.py; but for questions: one a seed
     corpus: str = "out/installed_docs/search"          # of questions: a folder with corpus.jsonl
     k: int = 10                    # of questions: how many results count
     results: str = "results"
+
+
+# ---------------------------------------------------------------- whole runs
+
+def row_of(scores):
+    """Return {column: number} of a stage of a run, or of a baseline; MRL's dims are columns."""
+    row = {name: score_of(scores, *key) for name, key in RUN_COLUMNS.items()}
+    row |= {f"{dims} dims": value for dims, value in ndcg_by_dims(scores).items()}
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def whole_runs(cfg, title):
+    """Return the scores of each stage and of BM25, from the summary.json of some runs."""
+    runs = {run: read_json(Path(run) / "summary.json", "train.py") for run in cfg.out}
+    cells = {label: {str(i): row_of(summary[label])
+                     for i, (run, summary) in enumerate(runs.items()) if label in summary}
+             for label in RUN_ROWS}
+    steps = {run: {stage: sum(seconds(read_log(Path(run) / stage))) / 60 for stage in STAGES
+                   if (Path(run) / stage / "log.jsonl").is_file()} for run in runs}
+    fastest = min(runs, key=lambda run: sum(steps[run].values()))
+    minutes, cores = runs[fastest]["minutes"], runs[fastest]["cores"]
+    memory = runs[fastest].get("memory_gb")        # not everywhere known
+    start = (f"The fastest run took {minutes:.1f} minutes" + (f" and {memory:.1f} GB" if memory
+             else "") + f" on {cores} cores; of the minutes steps of ")
+    if minutes < sum(steps[fastest].values()):
+        start = "The runs were made in parts, stage by stage. Minutes of steps in the fastest: "
+    return {"title": title, "seeds": list(range(len(runs))), "cells": cells,
+            "notes": [start + ", ".join(f"{stage} {number:.1f}" for stage, number in
+                                        steps[fastest].items()) + "."]}
 
 
 # ---------------------------------------------------------------- natural questions
@@ -147,7 +185,9 @@ def exercises(cfg):
     return {"title": "Exercises", "tables": tables}
 
 
-COMMANDS = {"questions": questions, "exercises": exercises}
+COMMANDS = {"default_run": partial(whole_runs, title="Default run"),
+            "small": partial(whole_runs, title="The recipe of config/small"),
+            "questions": questions, "exercises": exercises}
 
 
 def main(argv=None):

@@ -12,10 +12,6 @@ CELLS = {"seeds": [0, 1], "cells": {
     "b": {"0": {"Eng": 61.0, "S": 1}, "1": {"Eng": 63.0, "S": 2}}, "c": {}},
     "differences": {"b minus a": [["b"], ["a"]]}, "paper": {"a": {"Eng": 70.41}},
     "language_models": {"lm0": {"tokens": 2_500_000, "loss": 3.456}}, "title": "A table"}
-RUN = {"minutes": 9.0, "cores": 2, "memory_gb": 2.2, "BM25": {"retrieval/docs/test/ndcg@10": 0.64},
-       "pretrain": {"lm/docs/dev/loss": 4.0, "retrieval/docs/test/ndcg@10": 0.1},
-       "embed_sup": {"retrieval/docs/test/ndcg@10": 0.5, "retrieval/docs/test/ndcg@10:64": 0.4,
-                     "retrieval/clr_test/mean/ndcg@10": 0.3}}
 
 
 # ---------------------------------------------------------------- statistics
@@ -103,35 +99,6 @@ def test_rounds_have_a_value_for_each_language_model():
     again["cells"].pop("b")                            # a round without this row
     row, = results.rounds(tables, "table12")
     assert row["models"] == 4
-
-
-def test_record_makes_a_row_of_each_stage_and_a_seed_of_each_run(tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name / "embed_sup").mkdir(parents=True)
-        (tmp_path / name / "summary.json").write_text(json.dumps(RUN))
-        (tmp_path / name / "embed_sup" / "log.jsonl").write_text(
-            '{"tokens": 600, "tokens_per_second": 10}\n{"tokens": 900, "tokens_per_second": 5}\n')
-    results.main(["record", f"--runs={tmp_path / 'one'},{tmp_path / 'two'}",
-                  f"--results={tmp_path}"])
-    table = json.loads((tmp_path / "default_run.json").read_text())
-    assert table["cells"]["embed_sup"]["1"] == {
-        "nDCG@10": 0.5, "26 languages": 0.3, "64 dims": 0.4}
-    lines = results.lines_of(table)
-    assert lines[2] == "|  | nDCG@10 | LM loss | 26 languages | 64 dims |"
-    assert "| pretrain | 0.100 ± 0.000 | 4.00 ± 0.00 |  |  |" in lines
-    assert not any(line.startswith("| sft") for line in lines)
-    assert table["notes"] == ["The fastest run took 9.0 minutes and 2.2 GB on 2 cores; of the "
-                              "minutes steps of embed_sup 2.0."]
-    for name in ("one", "two"):                        # their last part took a minute
-        (tmp_path / name / "summary.json").write_text(json.dumps(RUN | {"minutes": 1.0}))
-    results.main(["record", "--name=small", f"--runs={tmp_path / 'one'},{tmp_path / 'two'}",
-                  f"--results={tmp_path}"])
-    table = json.loads((tmp_path / "small.json").read_text())
-    assert table["title"] == "The recipe of config/small" and table["notes"] == [
-        "The runs were made in parts, stage by stage. Minutes of steps in the fastest: embed_sup "
-        "2.0."]
-    with pytest.raises(ValueError, match="none/summary.json is missing; train.py writes it"):
-        results.main(["record", f"--runs={tmp_path / 'none'}"])
 
 
 # ---------------------------------------------------------------- pages

@@ -8,6 +8,11 @@ import pytest
 from experiments import figures, results, tables
 from experiments.runs import Missing, read_log, read_scores
 
+RUN = {"minutes": 9.0, "cores": 2, "memory_gb": 2.2, "BM25": {"retrieval/docs/test/ndcg@10": 0.64},
+       "pretrain": {"lm/docs/dev/loss": 4.0, "retrieval/docs/test/ndcg@10": 0.1},
+       "embed_sup": {"retrieval/docs/test/ndcg@10": 0.5, "retrieval/docs/test/ndcg@10:64": 0.4,
+                     "retrieval/clr_test/mean/ndcg@10": 0.3}}
+
 
 def make(home, name, tmp_path, *more):
     flags = [f"--out={home.out}", f"--results={tmp_path}", *more]
@@ -15,7 +20,7 @@ def make(home, name, tmp_path, *more):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["table1"], "one of the commands questions, exercises is needed first, not table1"),
+    (["table1"], "one of the commands default_run, small, questions, .* first, not table1"),
     ([], "not none"), (["exercises", "--out=nowhere", "--results=nowhere"],
                        "nowhere: no exercise of docs/exercises.md")])
 def test_mistakes_on_the_command_line(argv, message):
@@ -34,6 +39,36 @@ def test_stage_4_is_scored_by_dims_and_on_sts(home):
     assert any(key.startswith("sts/sts_test/") for key in scores)
     assert "retrieval/data/test/ndcg@10:8" in scores
     assert not any(":" in key for key in read_scores(home.out / "embed_weak"))
+
+
+# ---------------------------------------------------------------- whole runs
+
+def test_whole_runs_have_a_row_for_each_stage_and_a_seed_for_each_run(tmp_path):
+    flags = [f"--out={tmp_path / 'one'},{tmp_path / 'two'}", f"--results={tmp_path}"]
+    for name in ("one", "two"):
+        (tmp_path / name / "embed_sup").mkdir(parents=True)
+        (tmp_path / name / "summary.json").write_text(json.dumps(RUN))
+        (tmp_path / name / "embed_sup" / "log.jsonl").write_text(
+            '{"tokens": 600, "tokens_per_second": 10}\n{"tokens": 900, "tokens_per_second": 5}\n')
+    tables.main(["default_run", *flags])
+    table = json.loads((tmp_path / "default_run.json").read_text())
+    assert table["cells"]["embed_sup"]["1"] == {
+        "nDCG@10": 0.5, "26 languages": 0.3, "64 dims": 0.4}
+    lines = results.lines_of(table)
+    assert lines[2] == "|  | nDCG@10 | LM loss | 26 languages | 64 dims |"
+    assert "| pretrain | 0.100 ± 0.000 | 4.00 ± 0.00 |  |  |" in lines
+    assert not any(line.startswith("| sft") for line in lines)
+    assert table["notes"] == ["The fastest run took 9.0 minutes and 2.2 GB on 2 cores; of the "
+                              "minutes steps of embed_sup 2.0."]
+    for name in ("one", "two"):                        # their last part took a minute
+        (tmp_path / name / "summary.json").write_text(json.dumps(RUN | {"minutes": 1.0}))
+    tables.main(["small", *flags])
+    table = json.loads((tmp_path / "small.json").read_text())
+    assert table["title"] == "The recipe of config/small" and table["notes"] == [
+        "The runs were made in parts, stage by stage. Minutes of steps in the fastest: embed_sup "
+        "2.0."]
+    with pytest.raises(ValueError, match="none/summary.json is missing; train.py writes it"):
+        tables.main(["small", f"--out={tmp_path / 'none'}"])
 
 
 # ---------------------------------------------------------------- figures
