@@ -7,7 +7,8 @@ Each part runs in processes of its own, which meet through gloo. A rank's second
 CPU, so that more ranks than cores give the same numbers as an idle machine. Its memory is what it
 holds besides mapped files. The law is linear: seconds of one rank for a unit of data, divided by
 the ranks; exact search has its FLOPs, and the share of a plain matmul's rate that the code reaches.
-Writes results/rehearsal.json and the tables of docs/scale.md; `train.py --dry_run` reads the law.
+Writes results/rehearsal.json: `python -m experiments.results` fills the tables of docs/scale.md
+from it, and `train.py --dry_run` reads the law.
 """
 import json
 import math
@@ -34,7 +35,7 @@ from engine.mining import CHUNK, Exact, Miner, mine, shared
 from engine.passages import Passages
 from engine.pools import pool_of
 from engine.tokens import TokenStream
-from experiments.results import ROOT, fill, markdown
+from experiments.results import ROOT, markdown
 from experiments.runs import write_result
 from tokenizer import Tokenizer
 from train import TrainConfig
@@ -56,7 +57,6 @@ class RehearsalConfig:
     rows: tuple[int, ...] = (100_000, 1_000_000)   # of each kind of file
     ranks: tuple[int, ...] = (1, 2, 4)
     results: str = "results"
-    page: str = "docs/scale.md"    # whose tables are filled; empty: none
     work: str = ""                 # what the command calls itself with: the folder of one rehearsal
 
 
@@ -86,7 +86,7 @@ def write_rows(folder, n):
 # ---------------------------------------------------------------- what one rank does
 
 class Meter:
-    """Measure parts: {part: {"seconds" of CPU, "wall", "MB" beyond mapped files}}, worst rank."""
+    """Measure parts: {part: {"seconds" of CPU, "MB" beyond mapped files}}, worst rank."""
 
     def __init__(self, world):
         self.world, self.parts = world, {}
@@ -98,18 +98,16 @@ class Meter:
         def watch():
             while not done.wait(0.02):
                 peak[0] = max(peak[0], memory.held("RssAnon"))
-        thread = threading.Thread(target=watch)
+        thread = threading.Thread(target=watch, daemon=True)
         distributed.together(self.world, thread.start)
-        wall, cpu = time.perf_counter(), time.process_time()
-        try:
-            result = work()
-            mine = [time.process_time() - cpu, time.perf_counter() - wall]
-        finally:                                   # else the thread would outlive an error
-            done.set()
-            thread.join()
-        mine.append(max(0, max(peak[0], memory.held("RssAnon")) - before) * 1e3)
-        worst = np.max(self.world.gather_objects(mine), axis=0).tolist()
-        self.parts[name] = dict(zip(("seconds", "wall", "MB"), worst))
+        cpu = time.process_time()
+        result = work()
+        seconds = time.process_time() - cpu
+        done.set()
+        thread.join()
+        most = max(0, max(peak[0], memory.held("RssAnon")) - before) * 1e3
+        worst = np.max(self.world.gather_objects([seconds, most]), axis=0).tolist()
+        self.parts[name] = dict(zip(("seconds", "MB"), worst))
         return result
 
 
@@ -180,8 +178,7 @@ def launch(folder, ranks):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc_per_node={ranks}", "-m", "experiments.rehearsal", f"--work={folder}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
-    if subprocess.run(command, cwd=ROOT, env=env).returncode:
-        raise ValueError(f"{folder}: a rank of {ranks} failed")
+    subprocess.run(command, cwd=ROOT, env=env, check=True)
     return read_object(folder / f"{ranks}.json")
 
 
@@ -246,7 +243,7 @@ def projection(law):
 
 
 def main(argv=None):
-    """Rehearse, write the results file and fill the tables of the page."""
+    """Rehearse on every size and number of ranks; write the results file, print its table."""
     cfg = load_config(RehearsalConfig, argv)
     if cfg.work:
         return worker(cfg.work)
@@ -256,22 +253,12 @@ def main(argv=None):
             folder = Path(temporary) / str(n)      # some 4 GB for a million; TMPDIR says where
             write_rows(folder, n)
             runs[n] = {ranks: launch(folder, ranks) for ranks in cfg.ranks}
-    record(cfg, runs)
-
-
-def record(cfg, runs):
-    """Write the results file of {rows: {ranks: rehearsal}}, and fill the tables of the page."""
-    law = fit(runs)
+    law, table = fit(runs), table_of(runs)
     write_result(cfg.results, "rehearsal", {
-        "title": "What comes before the first step", "tables": {"": table_of(runs)}, "law": law,
-        "cores": len(os.sched_getaffinity(0)), "cpu": platform.machine(), "runs": runs})
-    if cfg.page:
-        path = Path(cfg.page)
-        text = fill(path.read_text("utf-8"), {
-            "rehearsal": markdown(table_of(runs)), "start": markdown(projection(law))})
-        with atomic(path) as file:
-            file.write(text)
-    print("\n".join(markdown(table_of(runs))))
+        "title": "What comes before the first step", "law": law, "runs": runs,
+        "tables": {"rehearsal": table, "start": projection(law)},
+        "cores": len(os.sched_getaffinity(0)), "cpu": platform.machine()})
+    print("\n".join(markdown(table)))
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def rounds(tables, last):
 
 def read_results(folder):
     """Return {name: content} of the results files that exist, in the order of `ORDER`."""
-    return {name: read_object(path) for name in ORDER
+    return {name: read_object(path) for name in (*ORDER, "rehearsal")
             if (path := Path(folder) / f"{name}.json").is_file()}
 
 
@@ -209,6 +209,8 @@ def blocks(tables):
                           "languages other than English. Bold is beyond the interval."]
     for name, table in tables.get("exercises", {}).get("tables", {}).items():
         lines[f"exercise_{name}"] = lines_of(table)
+    for name, rows in tables.get("rehearsal", {}).get("tables", {}).items():
+        lines[name] = markdown(rows)
     return lines
 
 
@@ -231,6 +233,8 @@ def results_page(tables, folder):
              "also where some share a language model, or the order of their rows (see the log).",
              "Where nothing differs, one difference in twenty is bold all the same.", ""]
     for name, table in tables.items():
+        if name == "rehearsal":                    # docs/scale.md has it
+            continue
         lines += [f"## {table.get('title', name.replace('_', ' ').capitalize())}", ""]
         lines += [*lines_of(table), ""]
         if {*ROUNDS.get(name, ())} & tables.keys():
