@@ -32,8 +32,8 @@ from experiments import probes
 from experiments.cells import (NOTHING, PRETRAIN, ROWS, SFT, SUP, TWO, WEAK, Cell, Lab, columns,
                                table4_cell)
 from experiments.results import cells_lines
-from experiments.runs import choose, read_log, read_scores, seconds, write_result
-from mask import CAUSAL, FULL, MaskSpec, alpha
+from experiments.runs import choose, mean, read_log, read_scores, seconds, write_result
+from train import TrainConfig, stage_mask
 
 TABLE_4 = {                            # {row: which of SM, CLR and DHNM are on}
     "nothing": (0, 0, 0), "DHNM": (0, 0, 1), "CLR": (0, 1, 0), "SM": (1, 0, 0),
@@ -86,10 +86,9 @@ def make_table(lab, name, cells, *, stage=WEAK, measure=None, **more):
     """Train `cells` {label: Cell}, seed after seed; write RESULTS/NAME.json and print it.
 
     Rows and seeds that the file has already stay in it, if their settings are the same.
-    measure(seed, cell, folder) -> {column: number}; None: `Lab.measure`. more: title, differences
-    {name: (labels, labels)}, paper {label: {column: number}}, notes, transpose (results.py).
+    measure(folder) -> {column: number}; None: `Lab.measure`. more: title, differences {name:
+    (labels, labels)}, paper {label: {column: number}}, notes, transpose (results.py).
     """
-    measure = measure or (lambda seed, cell, folder: lab.measure(folder))
     if unknown := set(lab.cfg.cells) - cells.keys():
         raise ValueError(f"{name} has no row {min(unknown)!r}; its rows are {', '.join(cells)}")
     table = {**more, "seeds": [], "cells": {}, "language_models": {},
@@ -104,7 +103,7 @@ def make_table(lab, name, cells, *, stage=WEAK, measure=None, **more):
     for seed in lab.cfg.seeds:
         for label in lab.cfg.cells or cells:
             cell, folder = cells[label], lab.train(seed, stage, cells[label])
-            table["cells"].setdefault(label, {})[str(seed)] = measure(seed, cell, folder)
+            table["cells"].setdefault(label, {})[str(seed)] = (measure or lab.measure)(folder)
             if cell.lm_steps != 0:
                 lm = lab.lm_folder(seed, cell)
                 if lm.name not in table["language_models"]:
@@ -134,9 +133,8 @@ def add_earlier(table, path, stages):
         if own != table["settings"].get(label):
             raise ValueError(f"{path}: {label} had other settings; choose another --results")
         cells[label] = rows | cells.get(label, {})
-    order = {label: i for i, label in enumerate(table["settings"])}
     table["cells"] = {label: dict(sorted(cells[label].items(), key=lambda item: int(item[0])))
-                      for label in sorted(cells, key=order.get)}
+                      for label in table["settings"] if label in cells}
     table["seeds"] = sorted({int(seed) for rows in cells.values() for seed in rows})
     table["language_models"] = before["language_models"] | table["language_models"]
     table["versions"] = [v for v in before["versions"] if v not in table["versions"]] + \
@@ -165,7 +163,7 @@ def table4(lab):
         for part, other in (("CLR", "SM"), ("DHNM", "CLR")) for on in (1, 0)}
     return make_table(
         lab, "table4", {label: table4_cell(*key) for label, key in TABLE_4.items()}, stage=SUP,
-        measure=lambda seed, cell, folder: columns(read_scores(folder)),    # as the paper's
+        measure=lambda folder: columns(read_scores(folder)),       # as the paper's
         title="Table 4: soft mask x CLR x DHNM", differences=effects,
         paper={label: dict(zip(("Multi", "Eng", "Zh"), PAPER_4[key]))
                for label, key in TABLE_4.items() if key in PAPER_4},
@@ -214,35 +212,32 @@ def after_switch(log):
     "Longest stand": the most steps without a new minimum of the loss, smoothed over a twentieth of
     the stage.
     """
-    width, part = max(1, len(log) // 20), max(1, len(log) // 10)
-    loss, norm = ([row[key] for row in log] for key in ("loss", "grad_norm"))
+    width = max(1, len(log) // 20)
+    loss = [row["loss"] for row in log]
     smooth = [np.mean(loss[max(0, i + 1 - width):i + 1]) for i in range(len(loss))]
     lows = np.minimum.accumulate(smooth)
     new = [0, *(i for i in range(1, len(smooth)) if lows[i] < lows[i - 1]), len(smooth)]
-    return {"Loss, first step": loss[0], "Loss, first tenth": float(np.mean(loss[:part])),
-            "Loss, last tenth": float(np.mean(loss[-part:])),
-            "Gradient norm, first tenth": float(np.mean(norm[:part])),
-            "Gradient norm, last tenth": float(np.mean(norm[-part:])),
+    return {"Loss, first step": loss[0], **{
+        f"{label}, {place} tenth": mean(log, key, *part)
+        for label, key in (("Loss", "loss"), ("Gradient norm", "grad_norm"))
+        for place, part in (("first", (0, 0.1)), ("last", (0.9, 1)))},
             "Longest stand, steps": int(max(np.diff(new)))}
 
 
-def switch_measures(lab, texts, seed, cell, folder):
+def switch_measures(texts, folder):
     """Return what Sec. 3.2 speaks of: loss, gradient, the LM's loss, and ranks along stage 3."""
-    cfg, lm = lab.settings(seed, WEAK, cell), lab.lm_folder(seed, cell) / SFT
+    cfg = load_config(TrainConfig, [f"{folder}.py"])       # as `Lab.train` wrote it
+    lm = Path(cfg.previous).with_suffix("")
     measures = after_switch(read_log(folder))
     measures |= {f"{c} after stage 3": v for c, v in columns(read_scores(folder)).items()}
     measures["LM loss before"] = probes.lm_loss(Embedder(lm), texts)
     measures["LM loss after"] = probes.lm_loss(Embedder(folder), texts)
     half = cfg.save_every                          # the one checkpoint before the last
-    middle = folder / f"step_{half:06d}"
-    if not middle.is_dir():
-        raise ValueError(f"{middle} is gone, as the run was interrupted; delete {folder}")
-    places = {"start": (lm, 0), "half": (middle, half - 1),
+    places = {"start": (lm, 0), "half": (folder / f"step_{half:06d}", half - 1),
               "end": (checkpoint.latest(folder), cfg.steps - 1)}
     for place, (path, step) in places.items():
-        mask = FULL if cell.schedule == "hard" else CAUSAL if cell.schedule == "causal" else \
-            MaskSpec(alpha(step, cfg.steps - 1, cell.schedule))
-        ranks = probes.attention_ranks(Embedder(path, dtype="float32"), texts[:32], mask)
+        ranks = probes.attention_ranks(Embedder(path, dtype="float32"), texts[:32],
+                                       stage_mask(cfg, step))
         for name, value in zip(("Rank of M", "Effective rank of M",
                                 "Effective rank of attention"), ranks):
             measures[f"{name}, {place}"] = value
@@ -254,7 +249,7 @@ def sec32(lab):
     texts = [document_text(row) for row in load_collection(f"{lab.cfg.data}/dev").corpus]
     return make_table(
         lab, "sec32", {"hard": NOTHING, "soft": Cell(), "causal": Cell("causal")},
-        measure=partial(switch_measures, lab, texts), transpose=True,
+        measure=partial(switch_measures, texts), transpose=True,
         differences={"soft minus hard": (["soft"], ["hard"])},
         title="Sec. 3.2: does the hard switch get stuck?",
         notes=["All start from the same stage-2 checkpoint. LM loss is in nats a token.",
@@ -271,7 +266,7 @@ def clr(lab):
         parts[f"{name}, {' and '.join(TWO)}"] = dataclasses.replace(parts[name], queries=own)
     count = len({query["id"].rpartition("/")[0] for query in parts["whole"].queries})
 
-    def measure(seed, cell, folder):
+    def measure(folder):
         encoder = CachedEncoder(Embedder(folder))
         return {**columns(read_scores(folder)), **{
             name: 100 * retrieval(encoder, part)["ndcg@10"] for name, part in parts.items()}}
@@ -298,16 +293,12 @@ def clr(lab):
 
 # ---------------------------------------------------------------- Sec. 3.4: hard negatives
 
-def hardness(seed, cell, folder):
+def hardness(folder):
     """Return S in each part of the stage, S_0, loss, replacements, seconds of a step, and scores.
 
     S and what follows are of retrieval's steps, and of CLR's where there are any.
     """
     log, measures = read_log(folder), {}
-
-    def mean(key, part):
-        return float(np.mean([row[key] for row in part]))
-
     for task, label in (("retrieval", ""), ("clr", "CLR: ")):
         rows = [row for row in log if row["task"] == task and "S" in row]
         if task == "clr" and not rows:
@@ -316,10 +307,10 @@ def hardness(seed, cell, folder):
             raise ValueError(f"{folder}: {len(rows)} steps of {task} are fewer than {PARTS} parts")
         parts = [rows[i * len(rows) // PARTS:(i + 1) * len(rows) // PARTS] for i in range(PARTS)]
         chosen = range(PARTS) if task == "retrieval" else (0, PARTS - 1)
-        measures |= {f"{label}S, part {i + 1}": mean("S", parts[i]) for i in chosen}
-        measures |= {f"{label}S_0, last part": mean("S_0", parts[-1]),
-                     f"{label}Loss, last part": mean("loss", parts[-1]),
-                     f"{label}Replaced in a step": mean("replaced", rows)}
+        measures |= {f"{label}S, part {i + 1}": mean(parts[i], "S") for i in chosen}
+        measures |= {f"{label}S_0, last part": mean(parts[-1], "S_0"),
+                     f"{label}Loss, last part": mean(parts[-1], "loss"),
+                     f"{label}Replaced in a step": mean(rows, "replaced")}
     return measures | {"Seconds of a step": float(np.median(seconds(log))),
                        **columns(read_scores(folder))}
 
@@ -389,15 +380,9 @@ def steps_of_equal_time(lab, cell):
     return steps + round(lm / np.median(weak))
 
 
-def tune(lab):
-    """Choose all learning rates, LoRA's too, so that two lanes need not; return their file."""
-    lab.tune(with_lora=True)
-    return lab.work / "rates.json"
-
-
 STAGE_3_ONLY = ("table12", "sec32", "curve")
-COMMANDS = {"tune": tune, "table4": table4, "table6": table6, "table12": table12, "sec32": sec32,
-            "clr": clr, "sec34": sec34, "curve": curve}
+COMMANDS = {"tune": lambda lab: lab.work / "rates.json", "table4": table4, "table6": table6,
+            "table12": table12, "sec32": sec32, "clr": clr, "sec34": sec34, "curve": curve}
 
 
 def main(argv=None):
@@ -410,7 +395,7 @@ def main(argv=None):
     if not cfg.tune:
         lab.tuned = {"rates": {}, "tried": {}}         # those of an earlier command
     else:
-        lab.tune(WEAK if name in STAGE_3_ONLY else SUP, with_lora=name == "table6")
+        lab.tune(WEAK if name in STAGE_3_ONLY else SUP, with_lora=name in ("tune", "table6"))
     return COMMANDS[name](lab)
 
 

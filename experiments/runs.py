@@ -40,6 +40,13 @@ def seconds(log):
     return [(b - a) / row["tokens_per_second"] for a, b, row in zip(tokens, tokens[1:], log)]
 
 
+def mean(log, key, first=0.0, last=1.0):
+    """Return the mean of a key over a part of the rows that have it, None if none has."""
+    rows = [row[key] for row in log if key in row]
+    part = rows[int(first * len(rows)):max(int(last * len(rows)), 1)]
+    return sum(part) / len(part) if part else None
+
+
 def score_of(scores, start, end):
     """Return the first score whose key has this start and this end, None without one."""
     return next((value for key, value in scores.items()

@@ -25,8 +25,8 @@ from engine.jsonl import read_jsonl
 from engine.vectors import load_index
 from experiments.probes import attention_to_later
 from experiments.results import lines_of
-from experiments.runs import (Missing, choose, ndcg_by_dims, read_json, read_log, read_scores,
-                              score_of, seconds, write_result)
+from experiments.runs import (Missing, choose, mean, ndcg_by_dims, read_json, read_log,
+                              read_scores, score_of, seconds, write_result)
 from mask import MaskSpec
 from train import STAGES
 
@@ -117,13 +117,6 @@ def questions(cfg):
 
 
 # ---------------------------------------------------------------- exercises
-
-def mean(log, key, first=0.0, last=1.0):
-    """Return the mean of a key over a part of the rows that have it, None if none has."""
-    rows = [row[key] for row in log if key in row]
-    part = rows[int(first * len(rows)):max(int(last * len(rows)), 1)]
-    return sum(part) / len(part) if part else None
-
 
 def seen(folder):
     """Return what an exercise looks at in a stage's folder; what the stage lacks is left out.

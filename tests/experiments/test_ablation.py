@@ -149,14 +149,14 @@ def test_table_4_from_the_command_line_is_trained_once(cfg, monkeypatch, tmp_pat
 
 def test_seeds_are_added_to_a_table_and_other_settings_refused(cfg, tmp_path, monkeypatch):
     lab = Lab(cfg)
-    monkeypatch.setattr(lab, "train", lambda seed, stage, cell: Path(f"{seed}"))
+    monkeypatch.setattr(lab, "train", lambda seed, stage, cell: seed + len(cell.schedule))
     monkeypatch.setattr(ablation, "language_model", lambda lab, lm: {"tokens": 1, "loss": 1.0})
 
     def table(seeds, cells=("a", "b"), **changed):
         lab.cfg = dataclasses.replace(cfg, seeds=seeds, cells=cells)
         grid = {"a": Cell(), "b": Cell("hard"), "c": Cell("causal", **changed)}
         return json.loads(ablation.make_table(
-            lab, "t", grid, measure=lambda seed, cell, folder: {"x": seed + len(cell.schedule)},
+            lab, "t", grid, measure=lambda folder: {"x": folder},
             differences={"b - a": (["b"], ["a"]), "c - a": (["c"], ["a"])}).read_text("utf-8"))
 
     table((2, 10))

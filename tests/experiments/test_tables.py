@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import figures, results, tables
-from experiments.runs import Missing, read_log, read_scores
+from experiments.runs import Missing, mean, read_log, read_scores
 
 RUN = {"minutes": 9.0, "cores": 2, "memory_gb": 2.2, "BM25": {"retrieval/docs/test/ndcg@10": 0.64},
        "pretrain": {"lm/docs/dev/loss": 4.0, "retrieval/docs/test/ndcg@10": 0.1},
@@ -207,5 +207,5 @@ def test_exercises_on_two_seeds_have_paired_differences(tmp_path):
 
 def test_a_mean_over_a_part_of_a_log():
     log = [{"S": 1.0}, {}, {"S": 2.0}, {"S": 3.0}, {"S": 5.0}]
-    assert tables.mean(log, "S", 0.5) == 4 and tables.mean(log, "S", 0, 0.5) == 1.5
-    assert tables.mean(log, "loss") is None
+    assert mean(log, "S", 0.5) == 4 and mean(log, "S", 0, 0.5) == 1.5
+    assert mean(log, "loss") is None
