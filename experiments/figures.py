@@ -18,11 +18,10 @@ import numpy as np
 
 from configurator import load_config, run_command
 from embed import Embedder
-from engine.jsonl import read_jsonl
+from engine.jsonl import read_jsonl, read_object
 from eval import classification
 from experiments.results import interval, mean_of, paired
-from experiments.runs import (Missing, ndcg_by_dims, read_json, read_log, read_scores, score_of,
-                              write_result)
+from experiments.runs import ndcg_by_dims, read_log, read_scores, score_of, write_result
 from mask import KINDS, alpha, mask_rank, soft_mask
 from train import STAGES
 
@@ -125,7 +124,7 @@ def draw_dhnm(cfg):
     """Draw what DHNM did: replacements in a step, queries without a pool left, S beside S_0."""
     rows = read_log(Path(cfg.out[0]) / SUP)
     if not by_task(rows, "replaced"):
-        raise Missing(f"no step of {Path(cfg.out[0]) / SUP / 'log.jsonl'} has hard negatives")
+        raise FileNotFoundError(f"no step of {cfg.out[0]}/{SUP}/log.jsonl has hard negatives")
     figure, plots = canvas(3, width=3.8)
     for key, plot, style in (("replaced", plots[0], "-"), ("exhausted", plots[1], "-"),
                              ("S", plots[2], "-"), ("S_0", plots[2], "--")):
@@ -144,7 +143,7 @@ def draw_mrl(cfg):
     """Draw nDCG@10 of the first dims of an embedding against their number."""
     curve = ndcg_by_dims(read_scores(Path(cfg.out[0]) / SUP))
     if not curve:
-        raise Missing(f"{Path(cfg.out[0]) / SUP / 'eval.json'} has no scores of single dims")
+        raise FileNotFoundError(f"{cfg.out[0]}/{SUP}/eval.json has no scores of single dims")
     figure, (plot,) = canvas(1, width=5)
     plot.plot(*zip(*curve.items()), marker="o", clip_on=False)
     plot.set_xscale("log", base=2)
@@ -180,7 +179,7 @@ def draw_figure1(cfg):
             x = np.log10(sizes)
             plot.plot(sizes, np.polyval(np.polyfit(x, means, 1), x), "--",
                       color=points.lines[0].get_color())
-    baselines = read_json(Path(cfg.results) / "baselines.json", "python -m experiments.baselines")
+    baselines = read_object(Path(cfg.results) / "baselines.json")
     for i, (label, scores) in enumerate(baselines["scores"].items(), 2):
         plot.axhline(score_of(scores, *TEST), color=f"C{i}", linestyle=":", label=label)
     plot.set_xscale("log")
@@ -223,7 +222,7 @@ def draw_figure3(cfg):
 
 def draw_curve(cfg):
     """Draw soft minus hard, and both scores, against LM tokens seen before stage 3."""
-    table = read_json(Path(cfg.results) / "curve.json", "python -m experiments.ablation curve")
+    table = read_object(Path(cfg.results) / "curve.json")
     tokens = list(table["points"].values())
     figure, plots = canvas(2)
     values = {mask: [mean_of(table, [f"{name} {mask}"], "Eng") for name in table["points"]]
@@ -259,7 +258,7 @@ def main(argv=None):
             figure = FIGURES[name](cfg)
         except ImportError as error:
             raise ValueError(f"{name}: {error}; pip install matplotlib scikit-learn") from None
-        except (Missing, FileNotFoundError) as missing:
+        except FileNotFoundError as missing:
             print(f"{path}: not drawn. {missing}")
             continue
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,35 +3,20 @@
     read_log("out/embed_weak")[-1]["loss"]         # the last row of log.jsonl
     read_scores("out/embed_sup")                   # eval.json: {"task/set/subset/metric": number}
 """
-import json
 import sys
 from pathlib import Path
 
-from engine.jsonl import read_object, write_object
-
-
-class Missing(ValueError):
-    """A file that a table or figure needs does not exist; the text names what writes it."""
-
-
-def read_json(path, writer):
-    """Return the content of a JSON file. Raises Missing, which names its writer, without it."""
-    if not Path(path).is_file():
-        raise Missing(f"{path} is missing; {writer} writes it")
-    return read_object(path)
+from engine.jsonl import read_jsonl, read_object, write_object
 
 
 def read_log(folder):
-    """Return the rows of a stage's log.jsonl. Raises Missing without it."""
-    path = Path(folder) / "log.jsonl"
-    if not path.is_file():
-        raise Missing(f"{path} is missing; train.py writes it")
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+    """Return the rows of a stage's log.jsonl."""
+    return list(read_jsonl(Path(folder) / "log.jsonl"))
 
 
 def read_scores(folder):
-    """Return the flat scores of a stage's eval.json. Raises Missing without it."""
-    return read_json(Path(folder) / "eval.json", "train.py")
+    """Return the flat scores of a stage's eval.json."""
+    return read_object(Path(folder) / "eval.json")
 
 
 def seconds(log):

@@ -21,12 +21,12 @@ from configurator import load_config, run_command
 from embed import Embedder
 from engine.bm25 import BM25
 from engine.collection import document_text, load_collection
-from engine.jsonl import read_jsonl
+from engine.jsonl import read_jsonl, read_object
 from engine.vectors import load_index
 from experiments.probes import attention_to_later
 from experiments.results import lines_of
-from experiments.runs import (Missing, choose, mean, ndcg_by_dims, read_json, read_log,
-                              read_scores, score_of, seconds, write_result)
+from experiments.runs import (choose, mean, ndcg_by_dims, read_log, read_scores, score_of, seconds,
+                              write_result)
 from mask import MaskSpec
 from train import STAGES
 
@@ -65,7 +65,7 @@ def row_of(scores):
 
 def whole_runs(cfg, title):
     """Return the scores of each stage and of BM25, from the summary.json of some runs."""
-    runs = {run: read_json(Path(run) / "summary.json", "train.py") for run in cfg.out}
+    runs = {run: read_object(Path(run) / "summary.json") for run in cfg.out}
     cells = {label: {str(i): row_of(summary[label])
                      for i, (run, summary) in enumerate(runs.items()) if label in summary}
              for label in RUN_ROWS}
@@ -151,7 +151,7 @@ def exercises(cfg):
     path, tables = Path(cfg.results) / "exercises.json", {}
     runs = {str(i): Path(out) for i, out in enumerate(cfg.out)}
     if path.is_file():
-        tables = read_json(path, "")["tables"]
+        tables = read_object(path)["tables"]
 
     def done(*files):
         return all((out / file).is_file() for out in runs.values() for file in files)
@@ -169,12 +169,12 @@ def exercises(cfg):
             if name == "logits":
                 add_attention(cfg, tables[name]["cells"], runs)
     if done("mine/summary.json"):
-        scores = {out: read_json(out / "mine/summary.json", "train.py") for out in runs.values()}
+        scores = {out: read_object(out / "mine/summary.json") for out in runs.values()}
         labels = [label for label in RUN_ROWS if label in scores[runs["0"]]]
         tables["pairs"] = cells(labels, lambda label, out: {
             "nDCG@10": score_of(scores[out][label], "", "/test/ndcg@10")})
     if not tables:
-        raise Missing(f"{', '.join(cfg.out)}: no exercise of docs/exercises.md has been done there")
+        raise ValueError(f"{', '.join(cfg.out)}: no exercise of docs/exercises.md was done there")
     return {"title": "Exercises", "tables": tables}
 
 
