@@ -7,7 +7,7 @@
 
 soft_mask, loss (all stages), dhnm (Sec. 3.4), mrl, figure1 (score against size), figure3 (languages
 before and after CLR), curve (soft minus hard against LM tokens); each a PNG. A figure whose data
-does not exist says which file is missing. Needs matplotlib.
+does not exist says which file is missing. Needs matplotlib and scikit-learn.
 UNSPECIFIED: Figure 3 shows principal components, as the paper names no projection.
 """
 from collections import defaultdict
@@ -245,7 +245,7 @@ FIGURES = {"soft_mask": draw_soft_mask, "loss": draw_loss, "dhnm": draw_dhnm, "m
 
 
 def main(argv=None):
-    """Draw every figure whose data exists; return the paths. ValueError without matplotlib."""
+    """Draw every figure whose data exists; return the paths."""
     cfg = load_config(FiguresConfig, argv)
     unknown = set(cfg.only) - FIGURES.keys()
     if unknown:
@@ -256,8 +256,6 @@ def main(argv=None):
         path = Path(cfg.figures) / f"{name}.png"
         try:
             figure = FIGURES[name](cfg)
-        except ImportError as error:
-            raise ValueError(f"{name}: {error}; pip install matplotlib scikit-learn") from None
         except FileNotFoundError as missing:
             print(f"{path}: not drawn. {missing}")
             continue
