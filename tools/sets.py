@@ -35,10 +35,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configurator import run_command
-from data import PARSERS, parse_pair
+from data import parse_pair
 from engine.collection import document_text, load_collection
 from engine.index import text_id
-from engine.jsonl import read_jsonl, read_object, write_jsonl, write_object
+from engine.jsonl import read_jsonl, write_jsonl
 
 HELD_OUT_SHARE = 5                 # one in five of what carries no split is held out
 WINDOW = 4                         # sentences of a paragraph that is cut from a document
@@ -48,7 +48,6 @@ SUPERVISED = 500                   # rows of a set in stage 4: few enough to com
 SMALLEST = 512                     # pairs of a file; smaller ones share one
 LABELS_AS_NEGATIVES = 15           # other labels of a classification row
 FOR_EVALUATION = ("_dev", "_test")     # how the names of sets end that nothing is trained on
-MADE_HERE = "sets.json"            # marks a folder that this tool wrote
 TYPES = {"id": (str, int), "label": (str, int), "score": (int, float),    # all others: str
          **dict.fromkeys(("pos", "title", "keywords"), object)}           # checked elsewhere
 SUFFIX = re.compile(r"\.(jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
@@ -379,23 +378,19 @@ def columns_of(path):
 
 
 def build(root, out):
-    """Build the files of `root`'s sets in `out`, in place of older ones; return {kind: rows}.
+    """Build the files of `root`'s sets in `out`; return {kind: rows}.
 
-    The older ones stay until all is built. Raises ValueError if one folder lies in the other, or
-    `out` holds what this tool did not write.
+    `out` appears when all is built. Raises ValueError if it holds files already.
     """
     root, out = Path(root), Path(out)
-    one, other = root.resolve(), out.resolve()
-    if one in (other, *other.parents) or other in one.parents:
-        raise ValueError(f"{out} and {root} lie in each other: choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / MADE_HERE).is_file():
-        raise ValueError(f"{out} holds other files, and has no {MADE_HERE} of this tool: choose "
-                         "another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already; delete it, or choose another --out")
     folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
     if not any(files_of(folder) for folder in folders):
         raise ValueError(f"{root}: no folder with sets in it (.jsonl or .jsonl.gz files)")
     part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)        # of a build that broke off
+    part.mkdir(parents=True)
     builder = Builder(part)
     for folder in tqdm(folders, desc="sets", unit="set"):
         if not folder.name.endswith(FOR_EVALUATION):
@@ -405,20 +400,9 @@ def build(root, out):
     for kind, rows in files.items():
         builder.rng.shuffle(rows)
         write_jsonl(part / f"{kind}.jsonl", rows)
-    folders = [folder.name for folder in held_out_collections(root)]
-    for name in folders:
-        shutil.copytree(root / name, part / name)
-    about = {kind: len(rows) for kind, rows in sorted(files.items())} | {"folders": folders}
-    before = read_object(out / MADE_HERE) if (out / MADE_HERE).is_file() else {}
-    out.mkdir(parents=True, exist_ok=True)
-    write_object(out / MADE_HERE, about)           # first: all that follows is this tool's
-    for name in {"held_out", "pairs", *folders, *before.get("folders", ())}:
-        shutil.rmtree(out / name, ignore_errors=True)
-    for kind in PARSERS:
-        (out / f"{kind}.jsonl").unlink(missing_ok=True)
-    for path in part.iterdir():
-        path.rename(out / path.name)
-    part.rmdir()
+    for folder in held_out_collections(root):
+        shutil.copytree(folder, part / folder.name)
+    part.rename(out)
     return files
 
 

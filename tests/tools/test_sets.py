@@ -1,7 +1,6 @@
 """A folder of sets becomes the files of the four stages: every form by a set of a few rows."""
 
 import json
-import shutil
 
 import pytest
 
@@ -105,7 +104,7 @@ def test_files_that_share_a_stem_are_all_read_and_backups_are_not(tmp_path):
         f"{lang} {i}" for lang in ("de", "fr") for i in range(3)}
     write(folder / "train.en-de.ndjson", [{"text": "which one?"}])
     with pytest.raises(ValueError, match="train.en-de.ndjson: there is another file train.en-de"):
-        sets.build(tmp_path / "root", tmp_path / "sets")
+        sets.build(tmp_path / "root", tmp_path / "again")
 
 
 def test_a_document_judged_irrelevant_is_no_positive(tmp_path):
@@ -168,14 +167,6 @@ def test_bitext_carries_no_instruction_and_questions_the_default_one(built):
                          if row["query"] == "Wer von qa?" and row["pos"][0].startswith("T ")}
 
 
-def test_a_second_call_builds_anew(root, tmp_path, built):
-    for name in ("plain", "sim"):
-        shutil.rmtree(root / name)
-    sets.build(root, tmp_path / "sets")
-    assert all("Four." not in row["text"] for row in read_jsonl(tmp_path / "sets" / "text.jsonl"))
-    assert not (tmp_path / "sets" / "sts.jsonl").exists()          # a kind that is gone
-
-
 def test_two_builds_are_equal(root, tmp_path):
     for name in ("a", "b"):
         sets.build(root, tmp_path / name)
@@ -217,13 +208,6 @@ def test_what_it_does_not_know_is_named(tmp_path):
     (tmp_path / "root" / "odd" / "data.jsonl").write_text("")
     with pytest.raises(ValueError, match="odd.*no rows"):
         sets.build(tmp_path / "root", tmp_path / "out")
-
-
-def test_a_folder_of_the_users_own_is_left_alone(root, tmp_path):
-    write(tmp_path / "own" / "pairs" / "mine.jsonl", [{"query": "a", "pos": "b"}])
-    with pytest.raises(ValueError, match="own holds other files, and has no sets.json"):
-        sets.build(root, tmp_path / "own")
-    assert (tmp_path / "own" / "pairs" / "mine.jsonl").is_file()
 
 
 def test_small_files_are_joined_by_set_then_all(tmp_path):
@@ -336,14 +320,6 @@ def test_only_translations_of_one_question_are_bitext(tmp_path, name):
         [f"de question {i}", f"en question {i}"] for i in range(3)]
 
 
-def test_collections_of_the_users_own_stay_in_the_folder(root, tmp_path, built):
-    own = tmp_path / "sets" / "mine_test"
-    write(own / "corpus.jsonl", [{"id": "d", "text": "mine"}])
-    shutil.rmtree(root / "qa_dev")
-    sets.build(root, tmp_path / "sets")
-    assert own.is_dir() and not (tmp_path / "sets" / "qa_dev").exists()
-
-
 def test_two_languages_with_documents_give_no_query_its_own_language(tmp_path):
     root = tmp_path / "root"
     write(root / "news" / "docs.jsonl", [{"id": i, "doc": f"d{i // 5}"} for i in range(100)])
@@ -384,17 +360,16 @@ def test_what_a_row_may_lack_costs_no_row(tmp_path):
     assert "answered?" in texts and 20 < len(texts & {f"one {i}" for i in range(40)}) < 40
 
 
-def test_a_build_that_fails_leaves_the_one_before(root, tmp_path):
-    sets.build(root, tmp_path / "sets")
-    before = {path: path.read_bytes() for path in (tmp_path / "sets").rglob("*.jsonl")}
+def test_a_folder_appears_whole_and_replaces_none(root, tmp_path):
+    out = tmp_path / "sets"
     (root / "zz").mkdir()
     (root / "zz" / "x.jsonl").write_text("{")
     with pytest.raises(ValueError, match="x.jsonl:1"):
-        sets.build(root, tmp_path / "sets")
-    assert {path: path.read_bytes() for path in (tmp_path / "sets").rglob("*.jsonl")} == before
-    for out in (root, root / "sets", tmp_path):
-        with pytest.raises(ValueError, match="lie in each other"):
-            sets.build(root, out)
+        sets.build(root, out)
+    assert not out.exists()
+    write(out / "pairs" / "mine.jsonl", [{"query": "a", "pos": "b"}])
+    with pytest.raises(ValueError, match="sets is there already; delete it, or choose another"):
+        sets.build(root, out)
 
 
 def test_stage_4_takes_some_rows_of_a_set_and_stage_3_all(tmp_path):
