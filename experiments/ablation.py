@@ -98,8 +98,6 @@ def make_table(lab, name, cells, *, stage=WEAK, measure=None, **more):
     path = Path(lab.cfg.results) / f"{name}.json"
     stages = (WEAK, SUP) if stage == SUP else (WEAK,)  # whose learning rates count
     add_earlier(table, path, stages)                   # a mistake would show at the very end
-    if stay := set(table["seeds"]) - set(lab.cfg.seeds):
-        print(f"{path}: seeds {', '.join(map(str, sorted(stay)))} stay as they are")
     for seed in lab.cfg.seeds:
         for label in lab.cfg.cells or cells:
             cell, folder = cells[label], lab.train(seed, stage, cells[label])

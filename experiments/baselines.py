@@ -190,16 +190,12 @@ def encoders(cfg):
     """Yield (label, encoder): the trained models, then what they are compared with."""
     for checkpoint in cfg.checkpoint:
         ours = Embedder(checkpoint)
-        most = ours.model.config.block_size
-        if not 0 <= cfg.max_len <= most:
-            raise ValueError(f"max_len {cfg.max_len} must lie in 0 .. {most}")
         ours.max_len = cfg.max_len or ours.max_len
         yield f"{OURS}{checkpoint}", ours
     yield "BM25", LexicalBaseline()
     if cfg.sentence_transformer:
         name = cfg.sentence_transformer
-        yield Path(name).name, SentenceTransformerBaseline(
-            name, cfg.trust_remote_code)
+        yield Path(name).name, SentenceTransformerBaseline(name, cfg.trust_remote_code)
     base = TrainConfig(data=cfg.data)
     rows = Rows(sources(base, "text"), "text")
     texts = [rows[i] for i in range(len(rows))]

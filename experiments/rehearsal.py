@@ -13,7 +13,6 @@ from it, and `train.py --dry_run` reads the law.
 import json
 import math
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -256,8 +255,7 @@ def main(argv=None):
     law, table = fit(runs), table_of(runs)
     write_result(cfg.results, "rehearsal", {
         "title": "What comes before the first step", "law": law, "runs": runs,
-        "tables": {"rehearsal": table, "start": projection(law)},
-        "cores": len(os.sched_getaffinity(0)), "cpu": platform.machine()})
+        "tables": {"rehearsal": table, "start": projection(law)}})
     print("\n".join(markdown(table)))
 
 
