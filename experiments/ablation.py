@@ -338,7 +338,7 @@ def curve(lab):
     A shorter stage 1 is the beginning of the longest. The last cells have no language model, and
     their stage 3 gets the time of stages 1 and 2 as well. The rate of stage 3 was tuned after the
     longest stage 1; after a shorter one half of it is better (docs/log.md), the other points were
-    not tuned. The last row has all of it.
+    not tuned. So the last one's time is tried at half and at twice that rate, too.
     """
     base = lab.base[PRETRAIN]
     window = base.batch_size * base.passage_len    # tokens of a step
@@ -351,17 +351,14 @@ def curve(lab):
     names, differences = [f"{n / 1e6:g}M" for n in points], {}
     path = Path(lab.cfg.results) / "curve.json"    # its earlier seeds were timed
     timed = read_object(path)["settings"] if path.is_file() else {}
-    for name in (name for n, name in zip(points, names) if n >= EQUAL_TIME):
-        label = f"no LM but time of {name}"
+    timed_rows = [(name, half, "") for n, name in zip(points, names) if n >= EQUAL_TIME]
+    for name, rate, more in [*timed_rows, (names[-1], half / 2, " at half the rate"),
+                             (names[-1], 2 * half, " at twice the rate")]:
+        label = f"no LM but time of {name}{more}"
         steps = timed[label]["weak_steps"] if label in timed else \
             steps_of_equal_time(lab, cells[f"{name} hard"])
-        cells[label] = Cell("hard", lm_steps=0, weak_rate=half, weak_steps=steps)
-        differences[f"{name}: LM minus its time"] = [f"{name} hard"], [label]
-    slow = f"no LM but time of {names[-1]}"
-    if slow in cells:
-        cells[f"{slow} at twice the rate"] = dataclasses.replace(cells[slow], weak_rate=2 * half)
-        differences[f"{names[-1]}: LM minus its time at twice the rate"] = (
-            [f"{names[-1]} hard"], [f"{slow} at twice the rate"])
+        cells[label] = Cell("hard", lm_steps=0, weak_rate=rate, weak_steps=steps)
+        differences[f"{name}: LM minus its time{more}"] = [f"{name} hard"], [label]
     return make_table(
         lab, "curve", cells, points=dict(zip(names, points)),
         title="When does the mask pay? Stage 3 against LM tokens seen before it",
