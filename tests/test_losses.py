@@ -1,6 +1,5 @@
 """InfoNCE, CoSENT and Matryoshka: by hand and by brute force."""
 
-import itertools
 import math
 from functools import partial
 
@@ -52,13 +51,6 @@ def test_candidates_are_all_positives_and_everybodys_hard_negatives():
     assert torch.allclose(scores, torch.tensor([[0.0, -1.0], [0.6, -1.0]]))
 
 
-def test_lengths_of_the_vectors_do_not_matter():
-    q, p, h = random_batch()
-    loss, scores = info_nce(q, p, h, temperature=0.05)
-    other, same = info_nce(3 * q, p / 7, 100 * h, temperature=0.05)
-    assert torch.allclose(loss, other) and torch.allclose(scores, same, atol=1e-6)
-
-
 def test_floor_without_a_temperature():
     """64 candidates at T = 1: even a perfect model is left with log(1 + 63 e^-2) = 2.25."""
     one = torch.ones(1, 1)
@@ -66,16 +58,6 @@ def test_floor_without_a_temperature():
     assert loss.item() == pytest.approx(math.log(1 + 63 * math.exp(-2)), abs=1e-6)
     assert loss.item() == pytest.approx(2.25, abs=0.005)
     assert info_nce(one, one, -torch.ones(1, 63, 1), temperature=0.05)[0] < 1e-6
-
-
-def test_batch_of_one():
-    q, p, h = random_batch(b=1, n=2)
-    loss, scores = info_nce(q, p, temperature=0.1)
-    assert loss == 0 and scores.shape == (1, 0)
-    loss, scores = info_nce(q, p, h, temperature=0.1)
-    cos = F.cosine_similarity(q, torch.cat([p, h[0]]))
-    assert loss.item() == pytest.approx(softmax_loss(*(cos / 0.1).tolist()), abs=1e-5)
-    assert torch.allclose(scores[0], cos[1:], atol=1e-6)
 
 
 def test_no_negatives_is_none_or_an_empty_tensor():
@@ -97,12 +79,6 @@ def test_equal_positives_are_no_negatives_of_each_other():
     assert loss == 0                                        # nothing else is left
     loss, _ = nce(QUERY, POSITIVE, temperature=1.0, positive_ids=torch.tensor([7, 8]))
     assert loss > 0.3
-
-
-@pytest.mark.parametrize("ids", [{}, {"positive_ids": torch.tensor([1, 2])}])
-def test_the_positive_of_an_equal_query_is_no_negative(ids):
-    loss, _ = nce(QUERY, POSITIVE, temperature=1.0, query_ids=torch.tensor([5, 5]), **ids)
-    assert loss == 0
 
 
 def test_a_negative_equal_to_a_positive_counts_for_the_others_only():
@@ -154,15 +130,6 @@ def test_no_known_positive_of_a_query_counts_against_it():
     loss, _ = nce(QUERY, POSITIVE, negatives, temperature=1.0, **ids)
     one = softmax_loss(1.0, 0.0, -1.0)             # neither 3 in the batch nor 3 as a negative
     assert loss.item() == pytest.approx((one + two) / 2, abs=1e-6)
-
-
-def test_known_ids_that_name_no_candidate_change_nothing():
-    q, p, h = random_batch()
-    want = info_nce(q, p, h, temperature=0.1)[0]
-    known = torch.tensor([[90, 91]] * 4 + [[-1, -1]])
-    ids = {"positive_ids": torch.arange(5), "negative_ids": 10 + torch.arange(15).view(5, 3)}
-    assert nce(q, p, h, temperature=0.1, known_ids=known, **ids)[0] == want
-    assert nce(q, p, h, temperature=0.1, known_ids=torch.arange(5)[:, None])[0] == want
 
 
 def test_gradients_agree_with_finite_differences():
@@ -229,16 +196,6 @@ def test_cosent_equals_the_double_loop_with_ties(seed, levels, temperature):
     assert torch.allclose(got, want, atol=2e-5 / temperature)
 
 
-def test_cosent_sees_the_order_of_the_scores_only():
-    cosine, score = torch.rand(20), torch.randint(0, 5, (20,)).double()
-    shuffle = torch.randperm(20)
-    for other in (score * 100 - 7, score.exp(), score.long()):
-        assert cosent_loss(cosine, other, temperature=0.05) == cosent_loss(cosine, score,
-                                                                           temperature=0.05)
-    assert torch.allclose(cosent_loss(cosine[shuffle], score[shuffle], temperature=0.05),
-                          cosent_loss(cosine, score, temperature=0.05))
-
-
 @pytest.mark.parametrize("score", [torch.ones(4), torch.ones(1)])
 def test_equal_scores_give_nothing_and_a_finite_gradient(score):
     cosine = torch.rand(len(score)).requires_grad_()
@@ -252,19 +209,6 @@ def test_cosent_is_finite_where_everything_is_wrong():
     loss = cosent_loss(cosine, torch.arange(200), temperature=0.001)
     loss.backward()
     assert 1990 < loss.item() < 2030 and torch.isfinite(cosine.grad).all()
-
-
-def test_cosent_of_thousands_of_pairs():
-    """The sum over all pairs in float64, though its largest term is e^40 and few are near it."""
-    cosine, score = torch.rand(3000) * 2 - 1, torch.randint(0, 6, (3000,))
-    cosine.requires_grad_()
-    loss = cosent_loss(cosine, score, temperature=0.05)
-    loss.backward()
-    c, total = cosine.detach().double() / 0.05, 1.0
-    for low, high in itertools.combinations(range(6), 2):      # a product of sums, not a double sum
-        total += c[score == low].exp().sum() * (-c[score == high]).exp().sum()
-    assert loss.item() == pytest.approx(total.log().item(), rel=1e-5)
-    assert torch.isfinite(cosine.grad).all() and cosine.grad[score == 0].min() >= 0
 
 
 @pytest.mark.parametrize("cosine, score, temperature, text", [
