@@ -92,11 +92,6 @@ def test_blocks_give_the_plain_search_ties_by_number(monkeypatch, device, block,
             assert np.array_equal(half, pool)
 
 
-def test_of_equal_scores_the_lower_column_is_taken():
-    values, columns = mining.top(torch.tensor([[5.0, 7, 5, 5], [1, 2, 3, 4]]), 2)
-    assert columns.tolist() == [[1, 0], [3, 2]] and values.tolist() == [[7, 5], [4, 3]]
-
-
 def test_rows_that_bring_cosines_lose_repeats_and_what_answers_their_query(tmp_path):
     rows = [{"query": "q", "pos": ["a"], "neg": ["b", "c", "b", "d"],
              "cosines": [0.75, 0.7, 0.1, 0.5]},
