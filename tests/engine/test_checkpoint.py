@@ -76,11 +76,6 @@ def test_the_format_is_plain_files_and_a_manifest(tmp_path):
     assert set(checkpoint.entries(path)) == set(state(1))
 
 
-def test_files_are_no_larger_than_their_tensors(tmp_path):
-    path = save(tmp_path, 1, {"model.pt": {"w": torch.zeros(1000, 100, dtype=torch.bfloat16)}})
-    assert (path / "model.pt").stat().st_size < 200_000 + 2_000
-
-
 def test_nothing_saved_is_none_and_other_names_are_ignored(tmp_path):
     assert latest(tmp_path / "missing") is None
     for name in ("step_12", "step_x", "step_000001.bak", ".tmp-step_000009", "log.txt"):
@@ -199,7 +194,8 @@ def test_a_fault_at_any_operation_leaves_the_previous_or_the_new_one(tmp_path, r
                 outcome = "saved"
             except OSError as error:
                 outcome = "failed"
-                assert "step_000003" in str(error) and "No space left" in str(error), where
+                assert all(part in str(error) for part in ("step_000003", "untouched",
+                                                           "No space left")), where
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # nothing damaged may be in sight
             found = latest(run_dir)
@@ -448,17 +444,6 @@ def test_what_could_not_be_read_back_is_not_saved(tmp_path):
     with pytest.raises(Exception, match="(?i)pickle"):
         save(tmp_path, 2, {"model.pt": lambda: 0})
     assert names(tmp_path) == ["step_000001"]
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
-    save(tmp_path, 1, state(1))
-    monkeypatch.setattr(checkpoint, "open", lambda file, mode: open(
-        "/dev/full" if "x" in mode else file, mode.replace("x", "w")), raising=False)
-    with pytest.raises(OSError, match="step_000002.*older .* untouched.*No space left"):
-        save(tmp_path, 2, state(2))
-    monkeypatch.undo()
-    assert names(tmp_path) == ["step_000001"] and step_of(latest(tmp_path)) == 1
 
 
 def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch):
