@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import regex
 import torch
 
 import data
@@ -177,58 +176,6 @@ def test_every_byte_has_a_letter_of_its_own():
     assert letters[0] == "Ā" and all(letter.isprintable() for letter in letters)
 
 
-def encode_by_json(spec, text):
-    """Do what tokenizer.json says, slowly: split, look whole words up, merge in listed order."""
-    vocab, letters, ids = spec["model"]["vocab"], byte_letters(), []
-    text = unicodedata.normalize(spec["normalizer"]["type"], text)
-    order = {tuple(pair): i for i, pair in enumerate(spec["model"]["merges"])}
-    for word in regex.findall(spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"], text):
-        parts = [letters[byte] for byte in word.encode()]
-        if spec["model"]["ignore_merges"] and "".join(parts) in vocab:
-            parts = ["".join(parts)]
-        while len(parts) > 1:
-            best, at = min((order.get(pair, len(order)), i)
-                           for i, pair in enumerate(zip(parts, parts[1:])))
-            if best == len(order):
-                break
-            parts[at:at + 2] = [parts[at] + parts[at + 1]]
-        ids += [vocab[part] for part in parts]
-    return ids
-
-
-def test_tokenizer_json_says_what_the_tokenizer_does(tokenizer):
-    spec = json.loads(json.dumps(tokenizer_json(tokenizer)))
-    assert spec["model"]["vocab"][EOS] == tokenizer.eos_id and spec["added_tokens"] == []
-    for text in (*ODD[:-1], *(t[:400] for t in languages().values()), CODE[:3000], "ab" * 50):
-        assert encode_by_json(spec, text) == tokenizer.encode(text)
-
-
-@pytest.mark.parametrize("letters", ["a", "ab", "abc"])
-def test_merges_of_repetitive_text(letters):
-    """Runs, where leftmost-first and overlaps matter most."""
-    draw = random.Random(len(letters))
-    texts = ["".join(draw.choices(letters, k=30)) + " " for _ in range(200)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("warnings.warn", lambda *args, **kwargs: None)       # few pairs in "aaaa"
-        tokenizer = Tokenizer.train(texts, 400)
-    spec = tokenizer_json(tokenizer)
-    for _ in range(100):
-        text = "".join(draw.choices(letters, k=draw.randrange(1, 80)))
-        assert encode_by_json(spec, text) == tokenizer.encode(text)
-
-
-def unmergeable():
-    """Return a tokenizer with a word that no pair of tokens leads to: it is looked up whole."""
-    return Tokenizer({bytes([byte]): byte for byte in range(256)} | {b"xyz": 256})
-
-
-def test_a_whole_word_is_looked_up():
-    spec, tokenizer = tokenizer_json(unmergeable()), unmergeable()
-    assert spec["model"]["merges"] == [] and tokenizer.encode("xyz") == [256]
-    for text in ("xyz", "xyzxyz", "(xyz) xyz"):
-        assert encode_by_json(spec, text) == tokenizer.encode(text)
-
-
 # ---------------------------------------------------------------- the way back
 
 @pytest.mark.parametrize("case", [
@@ -271,14 +218,6 @@ def test_a_flipped_bit_is_found(exported, tmp_path, name):
     raw[-5] ^= 1
     path.write_bytes(raw)
     with pytest.raises(ValueError, match=f"{name}: SHA-256"):
-        Embedder(path.parent)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
-def test_a_broken_description_is_named(exported, tmp_path, text):
-    path = shutil.copytree(exported, tmp_path / "x") / "nanoconan.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="nanoconan.json"):
         Embedder(path.parent)
 
 
@@ -383,8 +322,23 @@ def test_ids_are_equal_in_the_tokenizers_library(exported, tokenizer):
         assert theirs.encode(text).ids == tokenizer.encode(text) + [tokenizer.eos_id], \
             repr(text[:80])
         assert theirs.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
-    words = library.Tokenizer.from_str(json.dumps(tokenizer_json(unmergeable())))
-    assert words.encode("xyz (xyz)").ids == unmergeable().encode("xyz (xyz)")
+    # a word that no pair of tokens leads to is looked up whole
+    whole = Tokenizer({bytes([byte]): byte for byte in range(256)} | {b"xyz": 256})
+    theirs = library.Tokenizer.from_str(json.dumps(tokenizer_json(whole)))
+    assert theirs.encode("xyz (xyz)").ids == whole.encode("xyz (xyz)") == [256, 32, 40, 256, 41]
+
+
+@pytest.mark.parametrize("letters", ["a", "ab", "abc"])
+@pytest.mark.filterwarnings("ignore:vocab_size")               # few pairs in "aaaa"
+def test_ids_are_equal_in_repetitive_text(letters):
+    """Runs, where leftmost-first and overlaps matter most."""
+    library, draw = pytest.importorskip("tokenizers"), random.Random(len(letters))
+    texts = ["".join(draw.choices(letters, k=30)) + " " for _ in range(200)]
+    tokenizer = Tokenizer.train(texts, 400)
+    theirs = library.Tokenizer.from_str(json.dumps(tokenizer_json(tokenizer)))
+    for _ in range(100):
+        text = "".join(draw.choices(letters, k=draw.randrange(1, 80)))
+        assert theirs.encode(text).ids == tokenizer.encode(text)
 
 
 def test_ids_are_equal_for_every_character(exported, tokenizer):
