@@ -4,6 +4,7 @@ A process of its own takes seconds to import torch. Tests with several ranks are
 which meet through gloo.
 """
 import contextlib
+import dataclasses
 import gzip
 import json
 import os
@@ -17,8 +18,10 @@ import torch
 import torch.multiprocessing as mp
 
 import train
+from data import PROMPTS
 from engine import checkpoint, distributed
 from engine import run as runs
+from mask import FULL
 from model import Conan, ConanConfig
 
 ROOT = Path(train.__file__).parent
@@ -126,6 +129,18 @@ def tiny_model(std=0.02, seed=0, **changed):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=std, mean=1.0 if p.dim() == 1 else 0.0, generator=generator)
     return model
+
+
+def write_run(folder, tokenizer, seed=0, **meta):
+    """Write a run of train.py with random weights, as an embedder reads it; return its folder."""
+    shape = ConanConfig(vocab_size=300, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, ffn_dim=16,
+                        block_size=64)
+    model = Conan(shape).init_weights(torch.Generator().manual_seed(seed))
+    meta = {"model": dataclasses.asdict(shape), "mask": dataclasses.asdict(FULL),
+            "train": {"dims": [4]}, "passage_len": 64, "step": 3, "prompts": PROMPTS, **meta}
+    checkpoint.save(folder, 3, {"model.pt": model.state_dict(), "config.json": json.dumps(meta),
+                                "tokenizer.tiktoken": tokenizer.to_bytes()})
+    return folder
 
 
 # ---------------------------------------------------------------- runs, and what they leave

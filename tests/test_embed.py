@@ -1,6 +1,5 @@
 """Embedder and search: the trained prompt travels, caches carry hashes, odd files are named."""
 import base64
-import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -17,36 +16,16 @@ from engine import vectors as engine_vectors
 from engine.jsonl import atomic
 from engine.vectors import load_index, save_vectors
 from mask import FULL, MaskSpec
-from model import Conan, ConanConfig
-from ranks import full_disk
+from ranks import full_disk, write_run
 from tokenizer import Tokenizer
 
 TRAINED = {"retrieval": "Represent this question for search", "sts": ""}
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(["the rank of a matrix, sorted lists and words"] * 2, 290)
-
-
 @pytest.fixture
 def run(tmp_path, tokenizer):
     """A run of train.py with random weights and a prompt of its own."""
-    return write_run(tmp_path / "embed_sup", tokenizer)
-
-
-def write_run(folder, tokenizer, seed=0, **meta):
-    config = ConanConfig(vocab_size=300, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, ffn_dim=16,
-                         block_size=64)
-    model = Conan(config).init_weights(torch.Generator().manual_seed(seed))
-    folder.mkdir()
-    tokenizer.save(folder.parent / "tokenizer.tiktoken")
-    meta = {"model": dataclasses.asdict(config), "mask": dataclasses.asdict(FULL),
-            "train": {"dims": [4]}, "passage_len": 64, "step": 3, "prompts": TRAINED, **meta}
-    checkpoint.save(folder, 3, {
-        "model.pt": model.state_dict(), "config.json": json.dumps(meta),
-        "tokenizer.tiktoken": (folder.parent / "tokenizer.tiktoken").read_bytes()})
-    return folder
+    return write_run(tmp_path / "embed_sup", tokenizer, prompts=TRAINED)
 
 
 class Noting(torch.nn.Module):

@@ -3,14 +3,12 @@
     pip install mteb && pytest -m extras tests/test_mteb.py
 """
 
-import dataclasses
 import json
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import eval as evaluation
 from data import PROMPTS
@@ -18,11 +16,8 @@ from embed import Embedder
 from engine import checkpoint
 from engine.encoders import flat_scores, mteb_tasks
 from eval import MTEBModel, evaluate_mteb, join_names
+from ranks import write_run
 from tools.export import export
-from mask import FULL
-from model import Conan, ConanConfig
-from tokenizer import Tokenizer
-
 
 COLUMNS = {"Classification", "Clustering", "PairClassification", "Reranking", "Retrieval", "STS"}
 
@@ -48,24 +43,12 @@ class Counted:
 
 
 @pytest.fixture(scope="module")
-def save(tmp_path_factory):
+def save(tokenizer, tmp_path_factory):
     """Return a function that writes a tiny checkpoint with random weights."""
     def save(name="embed_sup", seed=0):
-        tokenizer = Tokenizer.train(["the rank of a matrix, sorted lists and words"] * 2, 290)
-        config = ConanConfig(vocab_size=300, n_layer=1, n_head=2, n_kv_head=1, n_embd=16,
-                             ffn_dim=16, block_size=64)
-        model = Conan(config).init_weights(torch.Generator().manual_seed(seed))
-        run = tmp_path_factory.mktemp("run") / name
-        run.mkdir()
-        path = run.parent / "tokenizer.tiktoken"
-        tokenizer.save(path)
-        checkpoint.save(run, 3, {
-            "model.pt": model.state_dict(), "tokenizer.tiktoken": path.read_bytes(),
-            "config.json": json.dumps({
-                "model": dataclasses.asdict(config), "mask": dataclasses.asdict(FULL),
-                "train": {"stage": name, "steps": 3, "dims": [4, 8]}, "passage_len": 32,
-                "step": 3, "prompts": PROMPTS, "versions": {"git": None, "torch": "2"}})})
-        return run
+        return write_run(tmp_path_factory.mktemp("run") / name, tokenizer, seed, passage_len=32,
+                         train={"stage": name, "steps": 3, "dims": [4, 8]},
+                         versions={"git": None, "torch": "2"})
     return save
 
 
