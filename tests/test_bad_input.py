@@ -211,16 +211,13 @@ BAD_SETTINGS = {
         ("beta2", 1), ("lora_rank", -1), ("vocab_size", 257), ("seed", 10 ** 22))},
     **{f"--{name}=0": f"{name} must be at least 1, not 0" for name in (
         "n_layer", "n_kv_head", "ffn_dim")},
-    "--temperature=nan": "temperature takes float", "--steps=1.5": "steps takes int",
-    "--steps": "needs a value", "--steps=" + "9" * 5000: "steps takes int",
-    "--resume=perhaps": "resume takes bool", "--pooling=max": "pooling takes",
+    "--steps=" + "9" * 5000: "steps takes int",
     "--n_head=7": "n_embd 128 must be n_head 7 times", "--n_kv_head=3": "multiple of n_kv_head 3",
     "--dims=0": "dims (0,) must lie in", "--dims=769": "dims (769,) must lie in",
     "--query_len=2000": "must not exceed block_size",
     "--query_len=65": "query_len 65 exceeds passage_len 64", "--block_size=0": "block_size 0",
     "--task_weights=sts:-1": "values must be at least 0", "--task_weights=nli:1": "tasks are",
-    "--batch_sizes=sts:0": "values must be at least 1", "--task_weights=sts:inf": "and finite",
-    "--batchsize=3": "nearest is 'batch_size'", "steps=3": "neither", "no.py": "no such config"}
+    "--batch_sizes=sts:0": "values must be at least 1", "--task_weights=sts:inf": "and finite"}
 
 
 @pytest.mark.parametrize("flag, reason", BAD_SETTINGS.items(),

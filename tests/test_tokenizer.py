@@ -156,13 +156,6 @@ def test_a_full_vocabulary_gives_no_warning():
     assert Tokenizer.train([], 258).vocab_size == 258
 
 
-@pytest.mark.parametrize("name", SAMPLES)
-def test_round_trip(tokenizer, name):
-    ids = tokenizer.encode(SAMPLES[name])
-    assert tokenizer.decode(ids) == unicodedata.normalize("NFC", SAMPLES[name])
-    assert len(ids) < len(SAMPLES[name].encode()) or name == "odd"
-
-
 def test_round_trip_of_random_unicode(tokenizer):
     rng = random.Random(2)
     for _ in range(300):
@@ -236,22 +229,13 @@ def test_fingerprints_tell_tokenizers_apart():
     assert one.fingerprint() == again.fingerprint() != two.fingerprint()
 
 
-@pytest.mark.parametrize(
-    ("number", "replacement", "message"),
-    [
-        (699, None, "has 697 tokens, 256 of them single bytes; expected 698 and 256"),
-        (7, f"{base64.b64encode(b'new').decode()} 5", "255 of them single bytes"),
-    ],
-)
-def test_damaged_files(tokenizer, tmp_path, number, replacement, message):
+def test_a_file_without_one_of_the_bytes_is_damaged(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.bpe"
-    tokenizer.save(path)
-    lines = path.read_text().splitlines()
-    lines[number - 1 : number] = [] if replacement is None else [replacement]
-    path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match=message) as error:
+    lines = tokenizer.to_bytes().splitlines()
+    lines[6] = base64.b64encode(b"new") + b" 5"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(ValueError, match=f"{path}: has 698 tokens, 255 of them single bytes"):
         Tokenizer.load(path)
-    assert str(path) in str(error.value)
 
 
 def test_errors():
