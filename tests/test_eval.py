@@ -405,20 +405,18 @@ def test_validation_is_on_the_first_texts(tmp_path, tokenizer, monkeypatch):
 
 # ---------------------------------------------------------------- files, splits, the command line
 
-def write_collection(folder, collection, suffix=""):
-    write_lines(folder / f"corpus.jsonl{suffix}", collection.corpus)
-    write_lines(folder / f"queries.jsonl{suffix}", collection.queries)
-    opened = gzip.open if suffix else open
-    with opened(folder / f"qrels.tsv{suffix}", "wt") as file:
+def write_collection(folder, collection):
+    write_lines(folder / "corpus.jsonl", collection.corpus)
+    write_lines(folder / "queries.jsonl", collection.queries)
+    with open(folder / "qrels.tsv", "w") as file:
         file.write("query-id\tcorpus-id\tscore\n")
         for query, gains in collection.qrels.items():
             file.writelines(f"{query}\t{doc}\t{int(gain)}\n" for doc, gain in gains.items())
     return folder
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_collection_keys_and_dims(tmp_path, suffix):
-    folder = write_collection(tmp_path / "my_docs" / "test", COLLECTION, suffix)
+def test_collection_keys_and_dims(tmp_path):
+    folder = write_collection(tmp_path / "my_docs" / "test", COLLECTION)
     results = evaluate(PLANE, "retrieval", folder, dims=(1,))
     whole = evaluation.retrieval(PLANE, COLLECTION)
     assert results["retrieval/my_docs/test/ndcg@10"] == whole["ndcg@10"]
@@ -728,13 +726,6 @@ def test_scores_that_another_process_adds_meanwhile_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "evaluate", slow)
     evaluation.run(evaluation.EvalConfig(bm25=True, retrieval=(str(folder),)))
     assert json.loads(path.read_text()).keys() > {"sts/other/test/spearman"}
-
-
-def test_two_collections_of_a_folder_that_would_share_a_name_are_refused(tmp_path):
-    for name in ("en/mine", "zh/mine"):
-        write_lines(tmp_path / name / "corpus.jsonl", [{"id": "d", "text": "a"}])
-    with pytest.raises(ValueError, match="en/mine, .*zh/mine: two folders to evaluate have one n"):
-        evaluation.collections(TrainConfig(data=str(tmp_path)))
 
 
 def test_a_collection_without_a_judged_query_shows_before_a_run(tmp_path):
