@@ -1,7 +1,8 @@
 """Training by DDP, ZeRO-1 and FSDP on several gloo processes against the same training on one.
 
-The processes run once for each world size: all modes, an LM stage and the supervised stage with
-hard negatives, DHNM, mining and evaluation. What they leave on disk is compared with one process.
+Two processes run once: all modes, an LM stage and the supervised stage with hard negatives, DHNM,
+mining and evaluation. What they leave on disk is compared with one process. Three and four are in
+test_ranks.py.
 """
 import json
 
@@ -38,12 +39,10 @@ def on_each_rank(world, rows):
     """Do all that happens on several ranks."""
     for mode in MODES:
         for stage in STAGES:
-            train_stage(world, rows, f"{mode}{world.size}", stage, f"--parallel={mode}")
+            train_stage(world, rows, f"{mode}2", stage, f"--parallel={mode}")
         with step_loss_replaced(gradients_lie_in_buckets):
-            train_stage(world, rows, f"{mode}{world.size}_micro", "embed_sup", f"--parallel={mode}",
-                        f"--micro_batch_size={20 // world.size - 1}")
-    if world.size > 2:
-        return
+            train_stage(world, rows, f"{mode}2_micro", "embed_sup", f"--parallel={mode}",
+                        "--micro_batch_size=9")
     torch.save({"syncs": synchronisations(world),
                 "unequal": unequal_ranks(world), "built": built(world)},
                rows / f"of_rank_{world.rank}.pt")
@@ -188,12 +187,3 @@ def test_fsdp_ranks_never_hold_the_model_and_start_from_the_same_weights(of_rank
         assert_equal(parts[0]["whole"], dict(model.state_dict()))
         for part in parts:                         # with which each rank mines by itself
             assert_equal(dict(part["copy"]), dict(model.state_dict()))
-
-
-@pytest.mark.slow
-def test_four_processes_train_as_one_does(folder):
-    on_ranks(4, on_each_rank, folder)
-    for mode in MODES:
-        for stage in STAGES:
-            assert_same(folder, f"{mode}4", stage)
-        assert_same(folder, f"{mode}4_micro")
