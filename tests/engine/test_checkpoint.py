@@ -214,19 +214,6 @@ def test_a_fault_at_any_operation_leaves_the_previous_or_the_new_one(tmp_path, r
     assert seen == {("failed", False), ("failed", True), ("saved", True)}
 
 
-def test_a_fault_in_the_first_save_leaves_nothing(tmp_path):
-    operations, _ = count_operations(tmp_path / "count", 1)
-    for k in range(1, operations + 1):
-        with pytest.MonkeyPatch.context() as patch:
-            Disk(patch, fail_at=k)
-            try:
-                save(tmp_path / str(k), 1, small(1))
-            except OSError:
-                pass
-        found = latest(tmp_path / str(k))
-        assert found is None or step_of(found) == 1
-
-
 def save_for_ever(run_dir, step, pipe):
     while True:
         save(run_dir, step, {"model.pt": {"w": torch.full((30_000,), float(step)), "step": step}})
