@@ -181,6 +181,7 @@ def test_odd_texts(tokenizer):
     assert tokenizer.encode("\x00") == [0]
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
     assert tokenizer.decode(tokenizer.encode("\ud83d\ude00")) == "😀"  # a pair is one emoji
+    assert tokenizer.decode(["é".encode()[0]]) == "\ufffd"              # half of a character
     # Training sees the same repair: U+FFFD is ef bf bd, and (bf, bd) is below (ef, bf).
     assert Tokenizer.train(["\ud800", "\udc00"], 259).tokens()[256] == b"\xbf\xbd"
 

@@ -182,6 +182,7 @@ def test_a_fault_at_any_operation_leaves_the_previous_or_the_new_one(tmp_path, r
     assert {"fsync", "rename", "mkdir", "write", "flush", "rmdir", "open xb"} <= set(log)
     published = log.index("rename")
     assert log[:published].count("fsync") == 4 and "fsync" in log[published:]  # 3 files, directory
+    assert "".join(log[:published]).count("flushfsync") == 3       # else a small file syncs empty
     for k in range(1, operations + 1):
         where = (k, log[k - 1])
         shutil.rmtree(run_dir)
