@@ -55,7 +55,7 @@ class Cell:
     lm_steps: int | None = None    # steps of stage 1; None: the config's; 0: no stages 1 and 2
     weak_steps: int = 0            # steps of stage 3; 0: the table's
     weak_rate: float = 0.0         # learning rate of stage 3; 0: the tuned one
-    weak_clr: str = ""             # CLR's rows among stage 3's pairs: "all", "wrong" or "two"
+    weak_clr: str = ""             # CLR's rows among stage 3's pairs: all, few, wrong or two
     clr: bool | str = False        # "wrong": by a dictionary whose words have changed places
     dhnm: str = "fixed"
     sup_rate: float = 0.0          # learning rate of stage 4; 0: the tuned one
@@ -98,6 +98,14 @@ def build_data(folder, source):
         write_jsonl(folder / "clr.jsonl", translated)
     base = TrainConfig(data=str(source))
     return {kind: sources(base, kind) for kind in ("text", "pairs")} | files
+
+
+def repeat(path, few, rows):
+    """Write the rows of the file `few` over and over, as many as the file `rows` has."""
+    if not path.is_file():
+        count = sum(1 for _ in read_jsonl(rows))
+        write_jsonl(path, itertools.islice(itertools.cycle(list(read_jsonl(few))), count))
+    return path
 
 
 def write_clr(path, clr, pairs, how):
@@ -199,9 +207,11 @@ class Lab:
             steps = cell.weak_steps or base.steps
             if cell.weak_clr:
                 more = f"{self.cfg.data}/clr.jsonl"
-                if cell.weak_clr != "all":
-                    more = write_clr(self.work / "data" / f"clr_weak_{cell.weak_clr}.jsonl", more,
-                                     base.pairs, cell.weak_clr)
+                path = self.work / "data" / f"clr_weak_{cell.weak_clr}.jsonl"
+                if cell.weak_clr == "few":             # stage 4's, as often as all together
+                    more = repeat(path, base.clr[0], more)
+                elif cell.weak_clr != "all":
+                    more = write_clr(path, more, base.pairs, cell.weak_clr)
                 own["pairs"] = (*base.pairs, str(more))
             own |= {"previous": "" if cell.lm_steps == 0 else str(lm / f"{SFT}.py"),
                     "steps": steps, "save_every": (steps + 1) // 2}

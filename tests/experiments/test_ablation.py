@@ -275,6 +275,10 @@ def test_clr_in_stage_3_is_one_more_file_of_pairs(cfg, monkeypatch):
         assert stages[0].pairs == stages[2].pairs == lab.settings(0, WEAK, Cell()).pairs
         assert stages[1].out.endswith(f"linear-weak_clr={how}")
         assert "clr" not in stages[2].task_weights
+    few, rows = lab.base[SUP].clr[0], list(read_jsonl(f"{cfg.data}/clr.jsonl"))
+    write_jsonl(few, rows[:3])
+    again = list(read_jsonl(lab.settings(0, WEAK, Cell(weak_clr="few")).pairs[-1]))
+    assert again[:4] == [*rows[:3], rows[0]] and len(again) == len(rows)
 
 
 @pytest.mark.slow
