@@ -360,11 +360,11 @@ def curve(lab):
     timed_rows = [(name, half, "") for n, name in zip(points, names) if n >= EQUAL_TIME]
     for name, rate, more in [*timed_rows, (names[-1], half / 2, " at half the rate"),
                              (names[-1], 2 * half, " at twice the rate")]:
-        label = f"no LM but time of {name}{more}"
+        label = f"no LM but time of {name}"
         steps = timed[label]["weak_steps"] if label in timed else \
             steps_of_equal_time(lab, cells[f"{name} hard"])
-        cells[label] = Cell("hard", lm_steps=0, weak_rate=rate, weak_steps=steps)
-        differences[f"{name}: LM minus its time{more}"] = [f"{name} hard"], [label]
+        cells[label + more] = Cell("hard", lm_steps=0, weak_rate=rate, weak_steps=steps)
+        differences[f"{name}: LM minus its time{more}"] = [f"{name} hard"], [label + more]
     return make_table(
         lab, "curve", cells, points=dict(zip(names, points)),
         title="When does the mask pay? Stage 3 against LM tokens seen before it",

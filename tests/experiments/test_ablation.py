@@ -291,7 +291,7 @@ def test_the_claims_are_read_from_the_same_cells(cfg, monkeypatch):
     rows = command(cfg, "clr")["cells"]
     assert list(rows) == ["without CLR", "CLR", "CLR, wrong dictionary", "CLR in stage 3",
                           "CLR in stages 3 and 4", "CLR in stage 3, wrong dictionary",
-                          "CLR in stage 3, two languages"]
+                          "CLR in stage 3, few questions", "CLR in stage 3, two languages"]
     assert list(rows["CLR"]["0"])[3:] == [
         "whole", "untranslated words", "translated words", "these in English",
         "whole, de and zh", "translated words, de and zh"]
@@ -311,9 +311,11 @@ def test_the_curve_has_a_point_for_each_amount_of_text(cfg, monkeypatch):
     assert list(table["cells"]) == ["0M hard", "0M soft", "0.00032M hard", "0.00032M soft",
                                     "0.00064M hard", "0.00064M soft",
                                     "no LM but time of 0.00032M", "no LM but time of 0.00064M",
+                                    "no LM but time of 0.00064M at half the rate",
                                     "no LM but time of 0.00064M at twice the rate"]
-    assert list(table["differences"])[-3:] == ["0.00032M: LM minus its time",
+    assert list(table["differences"])[-4:] == ["0.00032M: LM minus its time",
                                                "0.00064M: LM minus its time",
+                                               "0.00064M: LM minus its time at half the rate",
                                                "0.00064M: LM minus its time at twice the rate"]
     short, longest = (table["settings"][f"{n}M soft"] for n in ("0.00032", "0.00064"))
     assert short["lm_steps"] == 2 and longest["lm_steps"] is None
