@@ -136,7 +136,7 @@ PARSERS = {"text": parse_text, "pairs": parse_pair, "retrieval": parse_pair, "cl
            "classification": parse_pair, "sts": parse_sts}
 
 
-def Rows(paths, kind, cache_dir="out/cache", skip_bad=False, world=ALONE):
+def open_rows(paths, kind, cache_dir="out/cache", skip_bad=False, world=ALONE):
     """Return the rows of several files of one kind as one sequence (engine/index.py)."""
     return JsonlFiles(paths, PARSERS[kind], cache_dir, skip_bad, kind in MINED, world)
 
@@ -342,7 +342,7 @@ def task_rows(cfg, kind, files, world=ALONE):
 
     Raises ValueError if they are fewer than a batch, or a batch cannot be split over the ranks.
     """
-    rows = Rows(files, kind, skip_bad=cfg.skip_bad_lines, world=world)
+    rows = open_rows(files, kind, skip_bad=cfg.skip_bad_lines, world=world)
     size = cfg.batch_sizes.get(kind, cfg.batch_size)
     if size % world.size:
         raise ValueError(f"{cfg.stage}: a batch of {size} {kind} rows cannot be split over "

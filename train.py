@@ -235,7 +235,7 @@ def build_optimizer(model, cfg):
 
 # ---------------------------------------------------------------- starting
 
-def prepare(configs):
+def prepare_data(configs):
     """Build the embedded corpus if a run of some stages needs it; other data must exist already."""
     cfg = configs[-1]                              # stages share what they read
     if cfg.uses_folder and Path(cfg.data).name == "installed_docs":
@@ -283,7 +283,7 @@ def train_tokenizer(cfg):
     kind = "text" if data.sources(cfg, "text") else "pairs"
     if not data.sources(cfg, kind):
         raise ValueError("a tokenizer is trained on text, or on pairs: neither is given")
-    rows = data.Rows(data.sources(cfg, kind), kind, skip_bad=cfg.skip_bad_lines)
+    rows = data.open_rows(data.sources(cfg, kind), kind, skip_bad=cfg.skip_bad_lines)
     return tokenizer_of(rows, cfg.vocab_size, cfg.out, cfg.seed)
 
 
@@ -423,7 +423,7 @@ def score(state):
 def train_chain(configs, world):
     """Train the stages that are not finished, in order; print what all of them scored."""
     cfg, began = configs[-1], time.perf_counter()
-    world.on_main(lambda: prepare(configs))
+    world.on_main(lambda: prepare_data(configs))
     hashes = {}
     for stage in configs:                  # a mistake shows now, not after the stages before it
         hashes[stage.stage] = data.hashes(stage, world)

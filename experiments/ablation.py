@@ -269,27 +269,27 @@ def clr(lab):
         return {**columns(read_scores(folder)), **{
             name: 100 * retrieval(encoder, part)["ndcg@10"] for name, part in parts.items()}}
     cells = {"without CLR": NOTHING, "CLR": table4_cell(0, 1, 0)}
-    cells["CLR, wrong dictionary"] = dataclasses.replace(cells["CLR"], clr="wrong")
+    cells["CLR by a wrong dictionary"] = dataclasses.replace(cells["CLR"], clr="wrong")
     cells["CLR in stage 3"] = dataclasses.replace(NOTHING, weak_clr="all")
     cells["CLR in stages 3 and 4"] = dataclasses.replace(cells["CLR"], weak_clr="all")
-    cells["CLR in stage 3, wrong dictionary"] = dataclasses.replace(NOTHING, weak_clr="wrong")
-    cells["CLR in stage 3, few questions"] = dataclasses.replace(NOTHING, weak_clr="few")
-    cells["CLR in stage 3, two languages"] = dataclasses.replace(NOTHING, weak_clr="two")
-    wrong = {f"{label}, minus a wrong dictionary": ([label], [f"{label}, wrong dictionary"])
+    cells["CLR in stage 3 by a wrong dictionary"] = dataclasses.replace(NOTHING, weak_clr="wrong")
+    cells["CLR in stage 3 with few questions"] = dataclasses.replace(NOTHING, weak_clr="few")
+    cells["CLR in stage 3 in two languages"] = dataclasses.replace(NOTHING, weak_clr="two")
+    wrong = {f"{label}, minus a wrong dictionary": ([label], [f"{label} by a wrong dictionary"])
              for label in ("CLR", "CLR in stage 3")}
     return make_table(
         lab, "clr", cells, stage=SUP, measure=measure, title="What CLR teaches",
         differences={f"{label}, minus without": ([label], ["without CLR"])
                      for label in list(cells)[1:]} | wrong | {
                          "CLR in stage 3, minus in stage 4": (["CLR in stage 3"], ["CLR"]),
-                         "CLR in stage 3, few questions, minus in stage 4": (
-                             ["CLR in stage 3, few questions"], ["CLR"]),
+                         "CLR in stage 3 with few questions, minus in stage 4": (
+                             ["CLR in stage 3 with few questions"], ["CLR"]),
                          "CLR in stage 3, minus few questions": (
-                             ["CLR in stage 3"], ["CLR in stage 3, few questions"]),
+                             ["CLR in stage 3"], ["CLR in stage 3 with few questions"]),
                          "CLR in stages 3 and 4, minus in 3": (
                              ["CLR in stages 3 and 4"], ["CLR in stage 3"])},
         notes=[STAGE_4, "CLR is of stage 4, unless stage 3 is named. There its rows are one more "
-               "file of pairs. In \"two languages\" each row is in German or Chinese. \"Few "
+               "file of pairs. \"In two languages\" each row is in German or Chinese. The \"few "
                "questions\" are those of stage 4, repeated to as many rows.",
                f"The parts are of {count} questions in 25 languages, with and without English "
                "words: the dictionary does not have all."])

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from configurator import load_config, run_command
-from data import Rows, sources
+from data import open_rows, sources
 from embed import Embedder
 from engine.collection import collections_in
 from engine.jsonl import read_jsonl
@@ -197,7 +197,7 @@ def encoders(cfg):
         name = cfg.sentence_transformer
         yield Path(name).name, SentenceTransformerBaseline(name, cfg.trust_remote_code)
     base = TrainConfig(data=cfg.data)
-    rows = Rows(sources(base, "text"), "text")
+    rows = open_rows(sources(base, "text"), "text")
     texts = [rows[i] for i in range(len(rows))]
     tokenizer = Tokenizer.train(texts, cfg.vocab_size)
     table = random_table(idf(tokenizer, texts, cfg.vocab_size), cfg.dim)

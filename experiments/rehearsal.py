@@ -115,7 +115,7 @@ def rehearse(folder, world):
     meter, cache = Meter(world), folder / f"cache{world.size}"
 
     def rows(kind):
-        return data.Rows([folder / f"{kind}.jsonl"], kind, cache, world=world)
+        return data.open_rows([folder / f"{kind}.jsonl"], kind, cache, world=world)
     text = meter("index of text", lambda: rows("text"))
     tokens = meter("token shards", lambda: TokenStream(
         text, Tokenizer.load(folder / "tokenizer.tiktoken"), cache / "tokens", 0, world))

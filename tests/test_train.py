@@ -508,7 +508,7 @@ def test_a_mistake_in_a_later_stages_data_shows_before_the_first_stage(tmp_path)
 def test_a_folder_of_data_must_exist_unless_it_is_the_embedded_one(tmp_path, monkeypatch):
     folder, built = tmp_path / "installed_docs", []
     monkeypatch.setattr(train.toy, "ensure", built.append)
-    train.prepare([tiny_config("pretrain", data=str(folder))])
+    train.prepare_data([tiny_config("pretrain", data=str(folder))])
     assert built == [str(folder)]
     with pytest.raises(SystemExit, match="there is no folder nowhere; `python -m tools.sets`"):
         train.main(["--stage=pretrain", "--data=nowhere", f"--out={tmp_path}", "--device=cpu"])
@@ -600,7 +600,7 @@ def test_an_interrupted_stage_does_not_resume_on_another_base(rows, whole, tmp_p
 def test_a_file_that_nobody_reads_is_named(tmp_path, capsys):
     for name in ("text.jsonl", "retreival.jsonl", "st.ndjson.gz", "manifest.json"):
         write_lines(tmp_path / name, [{"text": "fox"}])
-    train.prepare([tiny_config("pretrain", data=str(tmp_path))])
+    train.prepare_data([tiny_config("pretrain", data=str(tmp_path))])
     shown = capsys.readouterr().out
     assert shown.count("warning") == 2
     for name in ("retreival.jsonl", "st.ndjson.gz"):
@@ -683,4 +683,4 @@ def test_bad_lines_of_what_is_scored_are_never_skipped(tmp_path, name):
     configs = [tiny_config(stage, data=str(tmp_path), skip_bad_lines=True)
                for stage in train.STAGES]
     with pytest.raises(ValueError, match=rf"{name}:1: key '\w+' is missing"):
-        train.prepare(configs)
+        train.prepare_data(configs)

@@ -21,9 +21,9 @@ def main(argv=None):
         raise ValueError(f"stage {cfg.stage} reads no tokens; give the config of stage 1")
     world = distributed.start("cpu")
     try:
-        world.on_main(lambda: train.prepare([cfg]))
+        world.on_main(lambda: train.prepare_data([cfg]))
         (kind, files), = data.task_files(cfg)
-        rows = data.Rows(files, kind, skip_bad=cfg.skip_bad_lines, world=world)
+        rows = data.open_rows(files, kind, skip_bad=cfg.skip_bad_lines, world=world)
         tokenizer = world.on_main(lambda: train.train_tokenizer(cfg))
         stream = data.token_stream(rows, tokenizer, cfg, world)
         if world.is_main:

@@ -123,7 +123,7 @@ with open(path, "w") as file:
     for i in range(rows):
         file.write(json.dumps({"text": f"row {i} " + "the quick brown fox " * 2}) + "\\n")
 tokenizer, before = tiny(32).tokenizer, peak()
-found = data.Rows([path], "text", "cache")
+found = data.open_rows([path], "text", "cache")
 order = shuffled(np.arange(3000), len(found), 0)
 assert all(found[int(i)].startswith(f"row {i} ") for i in order)
 stream = data.TokenStream(found, tokenizer, path + ".bin")

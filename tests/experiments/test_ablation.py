@@ -289,14 +289,14 @@ def test_the_claims_are_read_from_the_same_cells(cfg, monkeypatch):
     assert soft["Rank of M, end"] == 1 < soft["Rank of M, half"] < 32
     assert hard["LM loss before"] == soft["LM loss before"]
     rows = command(cfg, "clr")["cells"]
-    assert list(rows) == ["without CLR", "CLR", "CLR, wrong dictionary", "CLR in stage 3",
-                          "CLR in stages 3 and 4", "CLR in stage 3, wrong dictionary",
-                          "CLR in stage 3, few questions", "CLR in stage 3, two languages"]
+    assert list(rows) == ["without CLR", "CLR", "CLR by a wrong dictionary", "CLR in stage 3",
+                          "CLR in stages 3 and 4", "CLR in stage 3 by a wrong dictionary",
+                          "CLR in stage 3 with few questions", "CLR in stage 3 in two languages"]
     assert list(rows["CLR"]["0"])[3:] == [
         "whole", "untranslated words", "translated words", "these in English",
         "whole, de and zh", "translated words, de and zh"]
     assert rows["CLR in stage 3"]["0"]["Multi"] != rows["without CLR"]["0"]["Multi"]
-    assert rows["CLR"]["0"]["Multi"] != rows["CLR, wrong dictionary"]["0"]["Multi"]
+    assert rows["CLR"]["0"]["Multi"] != rows["CLR by a wrong dictionary"]["0"]["Multi"]
     monkeypatch.setattr(ablation, "PARTS", 2)
     fixed, _, _, last = (row["0"] for row in command(cfg, "sec34")["cells"].values())
     assert fixed["Replaced in a step"] == 0 and "CLR: Replaced in a step" not in fixed

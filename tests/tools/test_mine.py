@@ -155,7 +155,7 @@ def test_cosines_that_do_not_fit_are_named(tmp_path, monkeypatch, row, reason):
     path = write_lines(tmp_path / "rows.jsonl", [{"query": "q", "pos": ["p"], "neg": ["a", "b"],
                                                   **row}])
     with pytest.raises(ValueError) as caught:
-        data.Rows([path], "retrieval")
+        data.open_rows([path], "retrieval")
     assert str(caught.value).startswith(f"{path}:1: {reason}")
 
 
