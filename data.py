@@ -203,16 +203,14 @@ class Task:
             self.stream = token_stream(self.rows, tokenizer, cfg, world)
             self.stream.windows([0], cfg.passage_len)      # ValueError if the text is too short
         if cfg.stage.startswith("embed"):
-            self.prompt_lengths(self.prompts)
+            self.check_prompts()
 
-    def prompt_lengths(self, prompts):
-        """Return the tokens of each instruction; ValueError for one that leaves a query none."""
-        lengths = [prompt_length(self.tokenizer, prompt) for prompt in prompts]
-        if max(lengths) > self.cfg.query_len - 2:
-            raise ValueError(f"{self.kind}: the instruction "
-                             f"{list(prompts)[int(np.argmax(lengths))]!r} takes {max(lengths)} "
-                             f"tokens and leaves a query none; query_len is {self.cfg.query_len}")
-        return lengths
+    def check_prompts(self):
+        """Raise ValueError for an instruction that leaves a query no token."""
+        for prompt in self.prompts:
+            if (n := prompt_length(self.tokenizer, prompt)) > self.cfg.query_len - 2:
+                raise ValueError(f"{self.kind}: the instruction {prompt!r} takes {n} tokens and "
+                                 f"leaves a query none; query_len is {self.cfg.query_len}")
 
     def load_pool(self, state):
         """Set the pool of a resumed run from what `HardNegativePool.state_dict` gave."""
@@ -274,7 +272,7 @@ class Task:
             texts, ids = texts + hard, ids.masked_fill(negatives < 0, -1)
         cfg = self.cfg
         limits = [cfg.query_len] * len(queries) + [cfg.passage_len] * (len(texts) - len(queries))
-        skip = self.prompt_lengths([prompt for prompt, *_ in triples])
+        skip = [prompt_length(self.tokenizer, prompt) for prompt, *_ in triples]
         known = [self.passages.positive_ids(int(i)) if self.passages else
                  [text_id(pos) for pos in self.rows[int(i)]["pos"]] for i in indices]
         return Batch.of(self.kind, texts, limits, self.tokenizer, indices, negative_ids=ids,

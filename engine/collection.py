@@ -4,6 +4,7 @@ A collection has corpus.jsonl, queries.jsonl and qrels. Each file may be plain o
 or `_id`; qrels are qrels.tsv or qrels/SPLIT.tsv, with a header or without. Every error names file
 and line. eval.py scores them.
 """
+import glob
 import importlib.util
 import math
 import warnings
@@ -258,8 +259,9 @@ def collections_in(folder):
 
     Those named dev and clr_dev are for choosing, search for searching.
     """
-    folders = {path.parent for name in ("corpus.jsonl", "corpus.jsonl.gz")
-               for path in Path(folder).rglob(name)}
+    start = glob.escape(str(folder))               # glob.glob follows links to folders
+    folders = {Path(path).parent for name in ("corpus.jsonl", "corpus.jsonl.gz")
+               for path in glob.glob(f"{start}/**/{name}", recursive=True)}
     return sorted(path for path in folders if path.name not in ("dev", "clr_dev", "search")
                   and "held_out" not in path.relative_to(folder).parts)    # of tools/sets.py
 

@@ -118,7 +118,8 @@ class SentenceTransformerBaseline:
         side, text = prompt or (None, None)
         encode = {"query": self.model.encode_query, "document": self.model.encode_document}.get(
             side, self.model.encode)
-        return encode(texts, prompt=text, normalize_embeddings=True, show_progress_bar=False)
+        return np.float32(encode(texts, prompt=text, normalize_embeddings=True,     # or float16
+                                 show_progress_bar=False))
 
 
 class MTEBModel:
@@ -191,6 +192,7 @@ def evaluate_mteb(encoder, name, folder, dims=()):
         by_type = {}
         for task in chosen:
             done = mteb.evaluate(model, task, cache=cache).task_results[0]
+            done = done.validate_and_filter_scores(task)       # the cache may hold more languages
             by_type.setdefault(task.metadata.type, []).append(done.get_score())
             results |= {key + cut: score for key, score in flat_scores(task, done.scores).items()}
         if is_benchmark:

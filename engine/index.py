@@ -144,8 +144,7 @@ class JsonlFile:
             end_of_text = _end_of_text(file)
             start = file.seek(max(begin - 1, 0))
             start += len(file.readline()) if begin else 0
-            while start < end:
-                line = file.readline()
+            while start < end and (line := file.readline()):       # no line: it has been cut
                 sha256.update(line)
                 if start < end_of_text:
                     self._check_line(line, start, columns, counts)
@@ -162,8 +161,7 @@ class JsonlFile:
                 return
             number = 1
             with open(self.plain, "rb") as file:
-                while file.tell() < start:
-                    file.readline()
+                while file.tell() < start and file.readline():
                     number += 1
             raise ValueError(f"{self.path}:{number}: {error}") from None
         columns[0].append(start)

@@ -258,6 +258,15 @@ def test_an_instruction_leaves_a_query_one_token_at_least(tokenizer):
         task(tokenizer, rows, "pairs", "embed_weak", batch_size=1, query_len=n + 1)
 
 
+def test_an_instruction_that_the_start_did_not_see_stops_no_step(tokenizer):
+    rows = [{"query": "the", "pos": ["fox"], "prompt": "the"}]
+    found = task(tokenizer, rows, "pairs", "embed_weak", batch_size=1, query_len=6)
+    long = "over the lazy dog"                 # the index keeps a hundred of a thousand
+    found.examples_of = lambda *_: [(long, "the", "fox")]
+    batch = found.batch(0)
+    assert batch.lengths[0] == 6 and batch.skip[0] > 6 and batch.truncated == 1
+
+
 def test_a_row_may_say_that_there_is_no_instruction(tokenizer):
     rows = [{"query": "the", "pos": ["fox"], "prompt": ""}]
     batch = task(tokenizer, rows, "pairs", "embed_weak", batch_size=1).batch(0)

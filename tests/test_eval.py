@@ -747,10 +747,12 @@ def test_labels_that_cannot_be_fitted_show_before_a_run(tmp_path, lang, rows):
 
 
 def test_a_run_is_scored_on_what_is_named_or_on_its_folders_test_splits(tmp_path):
-    for name in ("test", "b/clr_test", "dev", "clr_dev", "search", "held_out/x"):
-        write_lines(tmp_path / name / "corpus.jsonl", [{"id": "d", "text": "a"}])
-    cfg = TrainConfig(data=str(tmp_path))
-    assert evaluation.collections(cfg) == [tmp_path / "b/clr_test", tmp_path / "test"]
+    folder = tmp_path / "data [1]"
+    for name in ("b/clr_test", "dev", "clr_dev", "search", "held_out/x", "../elsewhere/test"):
+        write_lines(folder / name / "corpus.jsonl", [{"id": "d", "text": "a"}])
+    (folder / "test").symlink_to(tmp_path / "elsewhere/test")
+    cfg = TrainConfig(data=str(folder))
+    assert evaluation.collections(cfg) == [folder / "b/clr_test", folder / "test"]
     named = dataclasses.replace(cfg, evaluate=("x/dev", "y/dev"))
     assert evaluation.collections(named) == [Path("x/dev"), Path("y/dev")]
     files = dataclasses.replace(cfg, retrieval=("rows.jsonl",))

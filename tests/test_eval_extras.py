@@ -314,6 +314,13 @@ def test_a_stock_model_gets_mtebs_prompts_for_each_type_of_task(mocks, tmp_path,
     assert ours["ndcg@10"] == pytest.approx(expected["ndcg_at_10"], abs=2e-5)
 
 
+def test_a_stock_model_in_half_precision_is_scored_in_float32(tmp_path):
+    encoder = stock_model(tmp_path / "stock", {})
+    encoder.model.half()
+    assert encoder.model.encode(["cat"]).dtype == np.float16
+    assert encoder.encode(["cat"]).dtype == np.float32
+
+
 def test_a_stock_model_serves_prefixes(tmp_path):
     encoder = stock_model(tmp_path / "stock", {"query": "find "})
     assert np.linalg.norm(encoder.encode(["cat"])) == pytest.approx(1)

@@ -242,6 +242,19 @@ def test_what_is_scored_already_is_not_run_again(choose, tmp_path):
 
 
 @pytest.mark.extras
+def test_a_benchmark_leaves_out_what_another_run_scored(choose, mocks, tmp_path, monkeypatch):
+    """A benchmark may want one language of a task; mteb's cache hands out all that it has."""
+    import mteb
+
+    evaluate_mteb(Counted(), "MockMultilingualSTSTask", tmp_path)
+    task = mocks.MockMultilingualSTSTask().filter_languages(["eng"])
+    monkeypatch.setattr(mteb, "get_benchmark", lambda name: types.SimpleNamespace(tasks=[task]))
+    scores = evaluate_mteb(Counted(), "MTEB(mock, v1)", tmp_path)
+    own = scores.pop("mteb/MockMultilingualSTSTask/eng/cosine_spearman")
+    assert set(scores.values()) == {own} and "fra" not in str(scores)
+
+
+@pytest.mark.extras
 def test_the_command_line(choose, save, tmp_path, monkeypatch, capsys):
     out = tmp_path / "scores.json"
     monkeypatch.setattr("sys.argv", ["eval.py", f"--checkpoint={save()}", f"--out={out}",

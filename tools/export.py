@@ -22,7 +22,7 @@ from data import format_query, format_sft
 from embed import Embedder
 from engine.checkpoint import EXPORTED
 from engine.jsonl import read_object, sha256_of, write_object
-from engine.encoders import OUR_TYPES
+from engine.encoders import MTEB_TYPES
 from engine.run import MAY_CHANGE_ON_RESUME
 from sample import generate
 from tokenizer import EOS, PAD, PATTERN
@@ -142,8 +142,8 @@ def sentence_transformers_files(embedder):
     """
     config = embedder.model.config
     prompts = {"query": embedder.prompts.get("retrieval", ""), "document": ""}
-    prompts |= {OUR_TYPES[task]: prompt for task, prompt in embedder.prompts.items()
-                if prompt and task in OUR_TYPES and task != "retrieval"}
+    prompts |= {theirs: prompt for theirs, ours in MTEB_TYPES.items()
+                if ours != "retrieval" and (prompt := embedder.prompts.get(ours))}
     parts = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
     return {
         "modules.json": [{"idx": i, "name": str(i), "path": path,

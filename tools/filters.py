@@ -28,7 +28,7 @@ from data import parse_pair
 from engine.jsonl import check_name, read_jsonl, write_jsonl, write_object
 from engine.encoders import SentenceTransformerBaseline, join_names, mteb_tasks
 
-TEXT_KEYS = ("text", "query", "input", "pos", "output", "sentence1", "sentence2")
+TEXT_KEYS = ("title", "text", "query", "input", "pos", "output", "sentence1", "sentence2")
 NOT_TEXT = {"id", "_id", "lang", "split", "label", "prompt", "instruction"}
 NGRAM = 13                         # words in a row that count as overlap with an evaluation text
 _WORD = regex.compile(             # a character, of scripts without spaces, or a word; with marks

@@ -17,13 +17,14 @@ Every folder below FOLDER is a set. Its files (.jsonl, .ndjson, also .gz) tell w
     rows with text                          running text; a title is not read
 
 Questions, passages, documents and paraphrases have a `lang`; without one they are English. Only
-rows of split "train", or of none, are trained on. A folder named *_dev or *_test never is: its
-collection is copied to OUT, where the evaluation looks. Of sets without a split a share is held out
-and written to OUT/held_out in the same format: bitext by its passage side, documents whole,
-paraphrases by id or first sentence. A set with files of several forms holds nothing out: one may
-repeat the sentences of another. Where a question has a passage in another language, questions with
-ids LANG/NAME (or NAME/LANG) of one NAME are translations. Professional translations stand in for
-machine ones in CLR: the query's language differs from the passage's.
+rows of split "train", or of none, are trained on, and no file named dev, validation or test. A
+folder named *_dev or *_test never is: its collection is copied to OUT, where the evaluation looks.
+Of sets without a split a share is held out and written to OUT/held_out in the same format: bitext
+by its passage side, documents whole, paraphrases by id or first sentence. A set with files of
+several forms holds nothing out: one may repeat the sentences of another. Where a question has a
+passage in another language, questions with ids LANG/NAME (or NAME/LANG) of one NAME are
+translations. Professional translations stand in for machine ones in CLR: the query's language
+differs from the passage's.
 """
 import argparse
 import random
@@ -36,7 +37,7 @@ from tqdm import tqdm
 
 from configurator import run_command
 from data import parse_pair
-from engine.collection import document_text, load_collection
+from engine.collection import HELD_OUT, document_text, load_collection
 from engine.index import text_id
 from engine.jsonl import read_jsonl, write_jsonl
 
@@ -352,14 +353,14 @@ class Builder:
 
 
 def files_of(folder):
-    """Return {name without suffix: JSONL file} of a set.
+    """Return {name without suffix: JSONL file} of a set, those of its held-out splits excepted.
 
     Raises ValueError where two files differ in their suffixes alone.
     """
     files = {}
     for path in sorted(folder.iterdir()):
         name = SUFFIX.sub("", path.name)
-        if path.is_file() and name != path.name:
+        if path.is_file() and name not in (path.name, *HELD_OUT):
             if name in files:
                 raise ValueError(f"{path}: there is another file {name} with another suffix")
             files[name] = path

@@ -1,4 +1,5 @@
 """The index of rows: cut into any ranges, built by any number of ranks, it is the same."""
+import contextlib
 import gzip
 import hashlib
 import json
@@ -147,6 +148,21 @@ def test_a_part_that_another_process_cut_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="was cut while in use; start again"):
         JsonlFiles([path], parse_pair, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 24, 2000])
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_file_that_shrinks_while_it_is_read_does_not_hang(tmp_path, size, skip_bad):
+    path, cut = write_lines(tmp_path / "rows.jsonl", PAIRS * 20), []
+
+    def parse(row):
+        if not cut:
+            os.truncate(path, size)
+        cut.append(row)
+        return parse_pair(row)
+    with contextlib.suppress(ValueError):                  # of the line that was cut
+        JsonlFiles([path], parse, tmp_path / "cache", skip_bad)
+    assert len(cut) < len(PAIRS) * 20
 
 
 def test_the_hash_of_a_large_file_is_that_of_its_ranges(tmp_path, monkeypatch):

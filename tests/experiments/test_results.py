@@ -136,6 +136,9 @@ def test_ideas_are_three_rows_of_table_4():
     table = CELLS | {"differences": {name: (["b"], ["a"]) for name in names}}
     lines = results.blocks({"table4": table})["ideas"]
     assert "| CLR |  | **+1.00 ± 0.00** |  |" in lines and len(lines) == 7
+    del table["differences"][names[0]]                     # a table that is not finished
+    lines = results.blocks({"table4": table})["ideas"]
+    assert "| CLR |  | **+1.00 ± 0.00** |  |" in lines and len(lines) == 6
 
 
 def test_this_projects_pages_say_what_its_results_say():

@@ -126,7 +126,8 @@ def test_the_files_of_an_export(exported):
     assert pooling["include_prompt"] is False
     st = read(exported / "config_sentence_transformers.json")
     assert st["prompts"] == {"query": "Find\n", "document": "",
-                             "Classification": "Name the topic\n"}
+                             "Classification": "Name the topic\n",
+                             "MultilabelClassification": "Name the topic\n"}
 
 
 def test_prompts_are_those_of_training(save, tmp_path):

@@ -49,6 +49,7 @@ class Scorer:
 
 def test_texts_of_every_format():
     assert texts_of({"text": "a", "label": "b"}) == ["a"]
+    assert texts_of({"title": "t", "text": "a", "id": "b"}) == ["t", "a"]
     assert texts_of({"instruction": "i", "input": "a", "output": "b"}) == ["a", "b"]
     assert texts_of({"instruction": "i", "input": "", "output": "b"})[0] == "i"     # the query
     assert texts_of({"sentence1": "a", "sentence2": "b", "score": 1}) == ["a", "b"]

@@ -277,6 +277,15 @@ def test_rows_of_split_test_train_nothing_in_any_form(tmp_path, form):
     assert "train 7" in text and "test " not in text
 
 
+def test_files_that_are_named_after_a_held_out_split_train_nothing(tmp_path):
+    for split in ("train", "dev", "validation", "test"):
+        write(tmp_path / "root" / "one" / f"{split}.jsonl",
+              [{"query": f"{split} query {i}", "pos": f"{split} passage {i}"} for i in range(9)])
+    sets.build(tmp_path / "root", tmp_path / "sets")
+    rows = list(read_jsonl(tmp_path / "sets" / "retrieval.jsonl"))
+    assert len(rows) == 9 and all(row["query"].startswith("train") for row in rows)
+
+
 def test_held_out_parallel_sentences_are_no_classification_rows(tmp_path):
     write(tmp_path / "root" / "one" / "x.jsonl", [
         {"id": i, "lang": lang, "text": f"{lang} text {i}", "label": str(i % 3)}
