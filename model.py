@@ -184,13 +184,14 @@ class Conan(nn.Module):
     """The language model and, after stage 3, the embedder.
 
     ops: an object with faster versions of some of the six operations; a missing one is the plain
-    one. `checkpointing` recomputes each block in backward: less memory, more time.
+    one. Passes of `checkpointing` tokens or more, if it is not 0, recompute each block in backward:
+    less memory, more time.
     """
 
     def __init__(self, config, ops=None):
         super().__init__()
         ops = SimpleNamespace(**{f.__name__: getattr(ops, f.__name__, f) for f in OPERATIONS})
-        self.config, self.ops, self.checkpointing = config, ops, False
+        self.config, self.ops, self.checkpointing = config, ops, 0
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
         self.norm = RMSNorm(config, ops)
@@ -253,9 +254,11 @@ class Conan(nn.Module):
                              ids.device)
         cos, sin = (table[position].unsqueeze(1) for table in tables)                # (S, 1, E)
         layout = self.ops.prepare(lengths, mask, x)
+        recompute = 0 < self.checkpointing <= len(x) and torch.is_grad_enabled()
         for block in self.layers:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, layout, cos, sin, use_reentrant=False)
+            if recompute:                      # no block draws a random number
+                x = checkpoint(block, x, layout, cos, sin, use_reentrant=False,
+                               preserve_rng_state=False)
             else:
                 x = block(x, layout, cos, sin)
         return self.norm(x)

@@ -53,7 +53,7 @@ from toy import build as toy
 STAGES = ("pretrain", "sft", "embed_weak", "embed_sup")
 TASKS = ("retrieval", "clr", "classification", "sts")
 GRAD_CLIP = 1.0                    # UNSPECIFIED: the norm that gradients are cut to
-VALIDATE_EVERY = 50                # steps between two validation losses of an LM stage
+VALIDATE_EVERY = 50                # steps between validation losses of stages 1 and 2, at least
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class TrainConfig:
     # --- machine
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
-    checkpointing: bool = False    # recompute blocks in backward: memory for time
+    checkpointing: int = 0         # tokens of a pass that recomputes blocks in backward; 0: none
     compile: bool = False          # torch.compile of each block, which needs a C++ compiler
     parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"  # with torchrun (engine/distributed.py)
     dry_run: bool = False          # print parameters, memory, tokens and FLOPs; train nothing
@@ -382,13 +382,14 @@ def run_steps(state):
     if world.is_main and cfg.stage.startswith("embed"):
         report.print_tasks(cfg, tasks)
     stop, log = report.StopSignal(), report.Log(cfg, world, state.step)
+    validate_every = max(VALIDATE_EVERY, cfg.steps // 100)
     for step in range(state.step, cfg.steps):
         task, began = tasks[task_at[step]][0], time.perf_counter()
         batch = task.batch(int(batch_at[step])).to(world.device)
         data_seconds = time.perf_counter() - began
         measured, agreed = take_step(state, task, batch, step, stop)
         is_last = step + 1 == cfg.steps
-        if "validation" in counters and (is_last or (step + 1) % VALIDATE_EVERY == 0):
+        if "validation" in counters and (is_last or (step + 1) % validate_every == 0):
             counters["validation"] = validation_loss(state)
         for name in ("tokens", "truncated"):
             counters[name] += round(agreed[name] * world.size)

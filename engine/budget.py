@@ -65,25 +65,36 @@ def memory(config, mode="ddp", world=1, adapters=0):
             "optimizer": 8 * trained / share[2]}
 
 
-def activations(config, tokens, checkpointing=False, head=False, copies=True):
+def activations(config, tokens, recompute=False, head=False, copies=True):
     """Estimate the bytes that one pass over `tokens` tokens keeps for backward, and its buffers.
 
     A block keeps for each token: its float32 input and the sum in its middle (8 D), the norms'
     outputs (4 D), q, k, v (2 D + 4 K E), attention's output twice (4 D) and row sums (4 H), gate,
-    up and product (6 F); with `checkpointing` only the input, and of one block at a time the rest.
+    up and product (6 F); with `recompute` only the input, and of one block at a time the rest.
     `copies`: autocast keeps bfloat16 ones of the weights to the end of the step. `head`: the
-    float32 gradient of the output embedding, a bfloat16 copy of that embedding, and the logits of a
-    chunk, in float32 and in bfloat16. They are gone before a block is computed again.
+    float32 gradient of the output embedding, a bfloat16 copy of that embedding and a chunk's part
+    of the gradient, and the logits of a chunk, in float32 and in bfloat16. Only the gradient is
+    still there when a block is computed again.
     """
     c, part = config, parameters(config)
     block = 12 * c.n_embd + (6 * c.n_head + 4 * c.n_kv_head) * c.head_dim + 4 * c.n_head \
         + 6 * c.ffn_dim
-    total = c.n_layer * tokens * (4 * c.n_embd if checkpointing else block)
+    total = c.n_layer * tokens * (4 * c.n_embd if recompute else block)
     total += 8 * c.n_embd * tokens                 # the last norm: input and output
     total += 2 * (part["attention"] + part["ffn"]) if copies else 0
     chunk = min(logits_chunk(c.vocab_size, "cuda"), tokens)
-    logits = 6 * part["embedding"] + 6 * chunk * c.vocab_size if head else 0
-    return total + max(logits, tokens * block if checkpointing else 0)
+    gradient = 4 * part["embedding"] if head else 0
+    logits = 2 * gradient + 6 * chunk * c.vocab_size if head else 0
+    return total + max(logits, gradient + tokens * block if recompute else 0)
+
+
+def largest_pass(cfg, config, tokens, head, copies):
+    """Return `activations` of a pass of so many tokens, or of one just too short to recompute."""
+    recompute = 0 < cfg.checkpointing <= tokens
+    need = activations(config, tokens, recompute, head, copies)
+    if recompute and cfg.stage != "pretrain":              # whose passes are all of one size
+        need = max(need, activations(config, cfg.checkpointing - 1, False, head, copies))
+    return need
 
 
 def unsharded(config):
@@ -206,7 +217,7 @@ def report(cfg, model):
              f"{per_step:.3g} FLOPs (nothing counted twice)",
              f"the stage: {cfg.steps:,} steps, at most {cfg.steps * tokens:.3g} tokens, "
              f"{cfg.steps * per_step:.3g} FLOPs", "",
-             f"GB on each rank: {'checkpointing' if cfg.checkpointing else 'no checkpointing'}, "
+             f"GB on each rank: checkpointing {cfg.checkpointing or 'never'}, "
              f"micro_batch_size {cfg.micro_batch_size or 'all'}, activations estimated",
              f"{'mode':<7}{'ranks':>6}{'weights':>10}{'gradients':>11}{'optimizer':>11}"
              f"{'gathered':>10}{'activations':>13}{'sum':>9}"]
@@ -215,8 +226,7 @@ def report(cfg, model):
             always = memory(shape, mode, world, adapters)
             sharded = mode == "fsdp" and world > 1         # blocks come in bfloat16
             gathered = unsharded(shape) if sharded else 0
-            act = activations(shape, pass_tokens(cfg, texts, world), cfg.checkpointing, lm,
-                              not sharded)
+            act = largest_pass(cfg, shape, pass_tokens(cfg, texts, world), lm, not sharded)
             numbers = [*always.values(), gathered, act]
             cells = "".join(f"{x / GB:>{w}.1f}" for x, w in zip(
                 [*numbers, sum(numbers)], (10, 11, 11, 10, 13, 9)))

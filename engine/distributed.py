@@ -279,6 +279,8 @@ def shard_optimizer(optimizer, world, mode="ddp"):
         return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=tensor.shape,
                                   stride=tensor.stride())
 
+    # torch 2.13 renamed it
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     shards = {p: shard(p) for group in optimizer.param_groups for p in group["params"]}
     for group in optimizer.param_groups:
         group["params"] = [shards[p] for p in group["params"]]
@@ -291,7 +293,10 @@ def shard_optimizer(optimizer, world, mode="ddp"):
     def fetch_rows(*_):
         for p, own in shards.items():
             own.grad = None
-            p.copy_(own.full_tensor())
+            if len(p) % world.size:
+                p.copy_(own.full_tensor())             # rows of unequal number
+            else:
+                gather(p.detach(), own.to_local())
 
     optimizer.register_step_pre_hook(share_gradients)
     optimizer.register_step_post_hook(fetch_rows)

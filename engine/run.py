@@ -35,7 +35,7 @@ MAY_CHANGE_ON_RESUME = PATHS | (MACHINE - {"dtype"}) | {       # data is compare
 LIMITS = {                         # the others may be anything of their type
     **dict.fromkeys(("steps", "batch_size", "log_every", "save_every", "query_len", "passage_len",
                      "n_negatives", "pool_size"), (1, 10 ** 9)),
-    **dict.fromkeys(("micro_batch_size", "lora_rank"), (0, 10 ** 12)),
+    **dict.fromkeys(("micro_batch_size", "lora_rank", "checkpointing"), (0, 10 ** 12)),
     "temperature": (1e-4, 1e4), "warmup": (0, 1), "final_lr": (0, 1), "beta2": (0, 1 - 1e-9),
     "learning_rate": (0, 1e3), "weight_decay": (0, 1e3), "vocab_size": (258, 2 ** 31),
     "seed": (0, 2 ** 62)}

@@ -88,7 +88,7 @@ def test_a_stage_may_pool_otherwise_than_the_one_before_it(rows, whole, tmp_path
     out, last = stages_before("embed_weak", whole, tmp_path), rows / "last.py"
     last.write_text((rows / "embed_weak.py").read_text()
                     + 'pooling = "last"\npool_prompt = True\n')
-    argv = chain_arguments(rows, "embed_weak", out, "--steps=1", "--checkpointing=true")
+    argv = chain_arguments(rows, "embed_weak", out, "--steps=1", "--checkpointing=1")
     seen = []
 
     def noted(real, model, *args):
@@ -97,7 +97,7 @@ def test_a_stage_may_pool_otherwise_than_the_one_before_it(rows, whole, tmp_path
     with step_loss_replaced(noted):
         train.main([str(last), *argv[1:]])
     shape = meta_of(out, "embed_weak")["model"]
-    assert seen == [("last", True)] and (shape["pooling"], shape["pool_prompt"]) == ("last", True)
+    assert seen == [("last", 1)] and (shape["pooling"], shape["pool_prompt"]) == ("last", True)
 
 
 def test_without_text_the_tokenizer_learns_from_the_pairs(rows, tmp_path):

@@ -26,4 +26,4 @@ n_embd = 3584
 ffn_dim = 8192
 block_size = 32_768
 parallel = "zero1"                 # App. A
-checkpointing = True
+checkpointing = 16_384             # 15 GB of activations; short passes compute nothing twice

@@ -80,18 +80,18 @@ class Peak(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("head", [False, True])
-def test_activations_are_what_a_step_allocates(checkpointing, head):
+def test_activations_are_what_a_step_allocates(recompute, head):
     shape = ConanConfig(vocab_size=5000, n_layer=3, n_head=4, n_kv_head=2, n_embd=256, ffn_dim=768,
                         block_size=512)
     model = Conan(shape, ops=kernels.pick("cpu")).init_weights()
-    model.checkpointing, ids = checkpointing, torch.zeros(3 * 320, dtype=torch.int64)
+    model.checkpointing, ids = int(recompute), torch.zeros(3 * 320, dtype=torch.int64)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)               # `memory` counts them
     with Peak([p.grad for p in model.parameters()]) as peak, torch.autocast("cpu", torch.bfloat16):
         backward(model(ids, [320] * 3, FULL, ids if head else None).sum())
-    assert budget.activations(shape, len(ids), checkpointing, head) == \
+    assert budget.activations(shape, len(ids), recompute, head) == \
         pytest.approx(peak.most, rel=0.1)
 
 
@@ -109,6 +109,16 @@ def test_a_dry_run_prints_and_allocates_nothing(capsys, monkeypatch, tmp_path):
                                             for w in budget.WORLDS]
     assert rows[0][2:5] == ["6.0", "6.0", "12.0"] and rows[9][2:6] == ["0.7", "0.7", "1.5", "5.0"]
     assert not (tmp_path / "x").exists()
+
+
+def test_a_pass_just_too_short_to_recompute_is_counted():
+    shape, embed = ConanConfig(), train.TrainConfig(stage="embed_weak", checkpointing=1000)
+    long = budget.activations(shape, 1000, True)
+    short = budget.activations(shape, 999, False)
+    assert budget.largest_pass(embed, shape, 999, False, True) == short > long
+    assert budget.largest_pass(embed, shape, 1000, False, True) == short
+    lm = train.TrainConfig(stage="pretrain", checkpointing=1000)           # has no shorter one
+    assert budget.largest_pass(lm, shape, 1000, False, True) == long
 
 
 def test_a_micro_batch_is_counted_by_its_longest_texts():

@@ -36,7 +36,7 @@ def on_cpu(rows, tmp_path_factory):
 @pytest.mark.skipif(CARDS < 1, reason="needs a GPU")
 @pytest.mark.parametrize("options", [
     ["--dtype=float32"], ["--dtype=bfloat16"], ["--dtype=bfloat16", "--micro_batch_size=5"],
-    ["--dtype=bfloat16", "--checkpointing=true"], ["--dtype=bfloat16", "--compile=true"]], ids=str)
+    ["--dtype=bfloat16", "--checkpointing=1"], ["--dtype=bfloat16", "--compile=true"]], ids=str)
 def test_a_card_trains_as_a_cpu_does(rows, on_cpu, tmp_path, options):
     close = 1e-3 if options == ["--dtype=float32"] else 0.05
     assert losses(rows, tmp_path, "--device=cuda", *options) == pytest.approx(on_cpu, rel=close)

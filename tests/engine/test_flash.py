@@ -192,7 +192,7 @@ def test_torch_takes_these_arguments_and_returns_these_shapes(lengths, mask, e):
 
 @pytest.mark.parametrize("lengths", [[9, 30, 1, 28], [12], [128, 128]], ids=str)
 @pytest.mark.parametrize("mask", [CAUSAL, FULL, MaskSpec(0.3), MaskSpec(0.3, "col")], ids=str)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [0, 1])
 def test_a_model_on_packed_texts_is_the_model_on_groups(plain_kernels, monkeypatch, lengths, mask,
                                                         checkpointing):
     conan, ids = tiny(kernels.pick("cpu")).double(), torch.randint(0, 61, (sum(lengths),))

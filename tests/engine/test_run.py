@@ -159,7 +159,7 @@ def test_a_stage_is_finished_when_it_took_all_steps_and_was_scored(tmp_path):
 def test_settings_of_the_machine_may_change_and_others_may_not(tmp_path):
     cfg = tiny_config(out=str(tmp_path))
     path = saved(cfg.run_dir, 4, cfg)
-    other = dataclasses.replace(cfg, checkpointing=True, parallel="zero1", save_every=7,
+    other = dataclasses.replace(cfg, checkpointing=9, parallel="zero1", save_every=7,
                                 micro_batch_size=3, evaluate=("x",), retrieval=("moved.jsonl",))
     assert runs.finished(other) == path
     with pytest.raises(ValueError) as caught:
