@@ -150,10 +150,11 @@ def start(device="auto"):
     else:
         memory.keep_freed_memory()
         memory.bound_kernel_caches()
-    # for several processes torchrun sets one thread each; that would leave cores idle
+    # for several processes torchrun sets one thread each, which would leave cores idle
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and neighbours > 1
-    if "OMP_NUM_THREADS" not in os.environ or by_torchrun:
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads is None or threads == "1" and by_torchrun:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") \
             else os.cpu_count()                # macOS has no affinity
         torch.set_num_threads(max(1, cores // neighbours))

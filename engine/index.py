@@ -251,8 +251,11 @@ class JsonlFiles:
     """
 
     def __init__(self, paths, parse, cache_dir="out/cache", skip_bad=False, ids=False, world=ALONE):
-        self.files = [JsonlFile(path, parse, cache_dir, skip_bad, ids) for path in paths]
-        names = world.gather_objects([file.index for file in self.files])
+        def names_here():
+            self.files = [JsonlFile(path, parse, cache_dir, skip_bad, ids) for path in paths]
+            return [file.index for file in self.files]
+
+        names = together(world, names_here)                # one rank may lack a file
         if any(other != names[0] for other in names):
             raise ValueError(f"{paths[0]} and others: not the same files on all ranks; put them on "
                              "a file system that all nodes see")

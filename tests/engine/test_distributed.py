@@ -247,6 +247,10 @@ def test_cores_are_shared_among_the_processes_of_a_machine(monkeypatch, affinity
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     distributed.start("cpu")
     assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")              # of a user: torch has read it
+    distributed.start("cpu")
+    assert torch.get_num_threads() == 1
 
 
 def test_autocast_follows_the_name():

@@ -96,6 +96,9 @@ def apart(world, folder):
     path = write_lines(own / "rows.jsonl", PAIRS[:9])
     with pytest.raises(ValueError, match="rows.jsonl and others: not the same files on all ranks"):
         JsonlFiles([path], parse_pair, folder / "cache", world=world)
+    (folder / "node0/rows.jsonl").unlink(missing_ok=True)  # now one rank alone lacks its file
+    with pytest.raises(FileNotFoundError, match="node0/rows.jsonl"):
+        JsonlFiles([path], parse_pair, folder / "cache", world=world)
 
 
 def test_each_node_with_files_of_its_own_is_an_error(tmp_path):
