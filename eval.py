@@ -32,7 +32,7 @@ from engine.collection import (HELD_OUT, choose_split, collections, document_tex
 from engine.distributed import accelerator
 from engine.jsonl import check_name, read_object, write_object
 from engine.metrics import (average_precision, hit_at_k, mean_average_precision,  # noqa: F401
-                            mrr_at_k, ndcg_at_k, recall_at_k, spearman, v_measure)
+                            mrr_at_k, ndcg_at_k, recall_at_k, spearman)
 from engine.mining import top
 from engine.encoders import (CachedEncoder, LexicalBaseline, MTEBModel,  # noqa: F401
                                 SentenceTransformerBaseline, evaluate_mteb, join_names, prompt_of)

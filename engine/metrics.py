@@ -100,12 +100,6 @@ def spearman(x, y):
     return float((x * y).sum() / norm) if norm > 0 else 0.0
 
 
-def v_measure(labels, clusters):
-    """Return scikit-learn's harmonic mean of homogeneity and completeness of (N,), in [0, 1]."""
-    from sklearn.metrics import v_measure_score
-    return float(v_measure_score(labels, clusters))
-
-
 def _dcg(gains, k):
     gains = np.maximum(gains[:, :k], 0)
     return (gains / np.log2(np.arange(2, gains.shape[1] + 2))).sum(1)

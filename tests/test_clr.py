@@ -21,7 +21,7 @@ def shout(text, lang):
 def test_table_7_as_printed():
     assert list(TABLE_7) == list(LANGUAGES) and len(TABLE_7) == 26
     assert sum(TABLE_7.values()) == 106  # the paper's own sum, in percent
-    assert (TABLE_7["en"], TABLE_7["zh"], TABLE_7["es"], TABLE_7["km"]) == (25, 12, 8, 1)
+    assert [*TABLE_7.values()] == [25, 12, 8, 6, 6, 5, 5, 4, 4, 3, 3, *[2] * 10, *[1] * 5]
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 25, 106, 1000, 21533])

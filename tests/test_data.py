@@ -47,7 +47,7 @@ def texts_of(batch, tokenizer):
 @pytest.mark.parametrize("row", [
     {"instruction": "do", "input": "x", "output": "y"},
     {"prompt": "do", "query": "x", "pos": "y"},            # a string is one positive, not letters
-    {"prompt": "do", "query": "x", "pos": ["y"], "neg": []},
+    {"prompt": "do", "query": "x", "pos": ["y"], "neg": [], "instruction": "no"},
     {"instruction": "do", "query": "x", "pos": ["y"], "input": "a column", "output": "of its own"},
     {"prompt": "do", "query": "x", "pos": ["y"], "neg": None, "more": {"ignored": 1}},
 ])

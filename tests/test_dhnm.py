@@ -146,15 +146,6 @@ def test_passage_0_is_a_candidate_like_any_other():
     assert pool_of([0], n=3).negatives([0]).tolist() == [[0, -1, -1]]
 
 
-def test_a_padded_tensor_is_the_same_pool_as_lists():
-    lists = pool_of([10, 11, 12], [20])
-    table = HardNegativePool(torch.tensor([[10, 11, 12], [20, -1, -1]]), 2)
-    for pool in (lists, table):
-        pool.update([0, 1], torch.tensor([[0.1, 0.6], [0.2, 0.0]]))
-    assert table.negatives([0, 1]).tolist() == lists.negatives([0, 1]).tolist() == [[12, 11],
-                                                                                    [20, -1]]
-
-
 # ---------------------------------------------------------------- state
 
 def test_a_restored_pool_makes_the_same_replacements(tmp_path):

@@ -51,10 +51,15 @@ def test_a_pass_has_a_bounded_number_of_tokens(tokenizer, monkeypatch):
     monkeypatch.setattr(embed, "MOST_TOKENS", 70)
     monkeypatch.setattr(embed, "TOKENS_AT_A_TIME", 10)
     embedder = in_memory(tokenizer)
-    embedder.encode(["words " * 40] * 5 + ["word"] * 9, batch_size=4)
+    embedder.encode(["word"] * 9 + ["words " * 40] * 5, batch_size=4)
     lengths = [call[1] for call in embedder.model.calls]
     assert lengths[:2] == [[32, 32]] * 2 and lengths[2][0] == 32           # of 70 two have room
     assert {len(texts) for texts in lengths[3:-1]} == {4}
+    monkeypatch.setattr(embed, "TOKENS_AT_A_TIME", 60)                     # of short texts more
+    embedder.encode(["word"] * 9, batch_size=4)
+    assert len(embedder.model.calls[-1][1]) == 9
+    monkeypatch.setattr(embed, "MOST_TOKENS", 20)
+    assert len(embedder.encode(["words " * 40] * 2)) == 2                  # one at a time
 
 
 @pytest.mark.parametrize("at_a_time", [3, 20_000])
@@ -71,6 +76,8 @@ def test_order_shape_and_prefixes(run, monkeypatch, at_a_time):
     raw = embedder.encode(texts, normalize=False)
     assert raw / np.linalg.norm(raw, axis=1, keepdims=True) == pytest.approx(vectors, abs=1e-6)
     assert (abs(np.linalg.norm(raw, axis=1) - 1) > 0.01).all()
+    assert embedder.encode("words", truncate_dim=4, normalize=False) == pytest.approx(
+        raw[0, :4], abs=1e-6)
     assert embedder.encode([]).shape == (0, 16)
     with pytest.raises(ValueError, match="truncate_dim 17 must lie in 1 .. 16"):
         embedder.encode(texts, truncate_dim=17)
@@ -244,6 +251,8 @@ def test_the_command_line_searches(run, tmp_path, monkeypatch, capsys):
     assert len(lines) == 6 and len(shown) == 3 and shown[0] == shown[2] != shown[1]
     with pytest.raises(SystemExit, match="corpus.jsonl: no such file"):
         command(monkeypatch, *argv[:4], tmp_path / "none", "--query=x")
+    with pytest.raises(SystemExit, match="--query is empty"):
+        command(monkeypatch, *argv[:3], argv[3], argv[4], "--query= ")
     with pytest.raises(SystemExit, match="--k must be at least 1, not -1"):
         command(monkeypatch, *argv[:-1], "--k=-1")
     with pytest.raises(SystemExit, match="--texts needs --out"):

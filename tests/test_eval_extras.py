@@ -64,15 +64,6 @@ def test_average_precision_is_scikit_learns(seed, ties):
     assert metrics.average_precision(labels, scores) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("n_labels, n_clusters", [(5, 9), (40, 3), (1, 4)])
-def test_v_measure_is_scikit_learns(n_labels, n_clusters):
-    learn = pytest.importorskip("sklearn.metrics")
-    draw = np.random.default_rng(n_labels)
-    labels = [f"l{i}" for i in draw.integers(0, n_labels, 150)]
-    clusters = [f"l{i}" for i in draw.integers(0, n_clusters, 150)]
-    assert metrics.v_measure(labels, clusters) == learn.v_measure_score(labels, clusters)
-
-
 # ---------------------------------------------------------------- mteb
 
 

@@ -57,6 +57,8 @@ def test_two_by_two_by_hand():
     # W + 2 / 1 * [3, 4]^T [1, 2] = [[1 + 6, 12], [8, 1 + 16]]
     assert model[0].weight.tolist() == [[7, 12], [8, 17]]
     assert model(torch.tensor([1.0, -1.0])).tolist() == [-5, -9]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model[0].weight.dtype == torch.float32
     assert merged_state_dict(model)["0.weight"].tolist() == [[7, 12], [8, 17]]
     assert model.state_dict()["0.weight"].tolist() == [[1, 0], [0, 1]]
 
@@ -79,6 +81,8 @@ def test_all_projections_have_adapters_and_nothing_else_trains():
     names = {name.split(".")[3] for name in trained}
     assert names == {f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")}
     assert len(trained) == 14 * CONFIG.n_layer and all(".lora_" in name for name in trained)
+    groups = train.build_optimizer(model, train.TrainConfig()).param_groups
+    assert [len(group["params"]) for group in groups] == [len(trained), 0]
     q = model.layers[0].self_attn.q_proj                    # A from N(0, 1 / in)
     assert q.lora_a.std().item() == pytest.approx(32 ** -0.5, rel=0.2)
     grads = gradients(moved())

@@ -83,6 +83,8 @@ def test_rms_norm_and_swiglu_by_hand():
     assert got.tolist() == pytest.approx([3 / math.sqrt(12.5), 40 / math.sqrt(12.5)])
     got = plain.rms_norm(torch.tensor([0.3, -0.3]), torch.ones(2), 0.07)    # 0.09 + 0.07 = 0.4^2
     assert got.tolist() == pytest.approx([0.75, -0.75])
+    x, one = torch.randn(64).bfloat16(), torch.ones(64)            # the mean is in float32
+    assert torch.equal(plain.rms_norm(x, one, 0.0), plain.rms_norm(x.float(), one, 0.0).bfloat16())
     got = plain.swiglu(torch.tensor([0.0, math.log(3)]), torch.tensor([5.0, 4.0]))
     assert got.tolist() == pytest.approx([0, 3 * math.log(3)])     # sigmoid(log 3) = 3 / 4
 
@@ -93,6 +95,8 @@ def test_next_token_loss_by_hand(loss_of):
     loss = loss_of(hidden, weight, torch.tensor([1, -100]))        # its probability is 3 / 4
     assert loss.item() == pytest.approx(math.log(4 / 3))
     assert loss_of(hidden, weight, torch.tensor([-100, -100])) == 0
+    half = loss_of(hidden.bfloat16(), weight.bfloat16(), torch.tensor([1, 0]))
+    assert half.dtype == torch.float32
 
 
 def test_pooling_by_hand():
@@ -132,17 +136,6 @@ def test_the_first_token_sees_the_last_one_unless_causal(mask, ops, lengths, dty
             assert relative(after[text], before[text]) > 1e-3
 
 
-@pytest.mark.parametrize("mask, moves", [(CAUSAL, False), (MaskSpec(0.3), True), (FULL, True)])
-@each_ops
-def test_the_same_for_gradients(mask, moves, ops):
-    """d (first token's state) / d (last token's embedding) is zero for the causal mask only."""
-    model = tiny(ops)
-    ids = torch.arange(8)                                   # all different
-    model.hidden(ids, [8], mask)[0].sum().backward()
-    reached = model.embed_tokens.weight.grad.abs().sum(1) > 0               # (V,)
-    assert reached.tolist() == [True] + [moves] * 7 + [False] * 53
-
-
 # ---------------------------------------------------------------- embeddings
 
 @each_mask
@@ -156,17 +149,6 @@ def test_an_embedding_does_not_depend_on_its_batch_mates(mask, ops, pooling):
     assert relative(embed(model, texts[::-1], mask).flip(0), alone) < 1e-5
     assert relative(embed(model, texts[3:5], mask), alone[3:5]) < 1e-5
     assert torch.cdist(alone, alone).add(torch.eye(7) * 9).min() > 0.1      # and tells them apart
-
-
-def test_masks_differ_and_alpha_moves_smoothly_between_the_ends():
-    model, text = tiny(), texts_of(12)
-    ends = [embed(model, text, mask) for mask in (CAUSAL, FULL)]
-    assert relative(*ends) > 0.01
-    assert relative(embed(model, text, MaskSpec(1e-9)), ends[0]) < 1e-4
-    assert relative(embed(model, text, MaskSpec(1 - 1e-9)), ends[1]) < 1e-4
-    row, col, logits = (embed(model, text, MASKS[name])
-                        for name in ("soft-row", "soft-col", "logits"))
-    assert relative(row, col) > 1e-3 and relative(row, logits) > 1e-3
 
 
 @each_ops

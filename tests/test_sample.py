@@ -53,6 +53,7 @@ def test_chance_is_seeded(tokenizer):
     model = tiny_model(std=0.3, vocab_size=tokenizer.vocab_size)
     texts = [generate(model, tokenizer, "the", temperature=1.0, seed=seed) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
+    assert len({generate(model, tokenizer, "the", temperature=t) for t in (0, 0.5, 1)}) == 3
     assert generate(model, tokenizer, "", n_tokens=4)      # begins by itself
 
 

@@ -88,7 +88,7 @@ def test_a_stage_may_pool_otherwise_than_the_one_before_it(rows, whole, tmp_path
     out, last = stages_before("embed_weak", whole, tmp_path), rows / "last.py"
     last.write_text((rows / "embed_weak.py").read_text()
                     + 'pooling = "last"\npool_prompt = True\n')
-    argv = chain_arguments(rows, "embed_weak", out, "--steps=1", "--checkpointing=1")
+    argv = chain_arguments(rows, "embed_weak", out, "--steps=1", "--checkpointing=7")
     seen = []
 
     def noted(real, model, *args):
@@ -97,7 +97,7 @@ def test_a_stage_may_pool_otherwise_than_the_one_before_it(rows, whole, tmp_path
     with step_loss_replaced(noted):
         train.main([str(last), *argv[1:]])
     shape = meta_of(out, "embed_weak")["model"]
-    assert seen == [("last", 1)] and (shape["pooling"], shape["pool_prompt"]) == ("last", True)
+    assert seen == [("last", 7)] and (shape["pooling"], shape["pool_prompt"]) == ("last", True)
 
 
 def test_without_text_the_tokenizer_learns_from_the_pairs(rows, tmp_path):
@@ -289,6 +289,10 @@ def test_a_run_keeps_its_dtype_on_another_machine(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     train.main(argv)
     assert meta_of(tmp_path, "pretrain")["dtype"] == "float32"
+    monkeypatch.setattr(train.distributed.World, "gather_objects", lambda _, value:   # two ranks
+                        [value] + ["float32"] * (value == "bfloat16"))
+    train.main([*argv, "--resume=false"])
+    assert meta_of(tmp_path, "pretrain")["dtype"] == "float32"
 
 
 def test_a_restart_by_torchrun_does_not_begin_again(rows, tmp_path, monkeypatch):
@@ -451,8 +455,9 @@ def test_a_step_is_skipped_also_where_its_batch_cannot_be_kept(tmp_path, capsys)
 def test_a_save_that_takes_long_warns(rows, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runs, "SLOW_SAVE", 0.0)
     train.main(arguments(rows, "pretrain", tmp_path, "--steps=1"))
-    assert re.search(r"warning: saving .*step_000001 took \d+ s; .* torchrun waits 30 s",
-                     "".join(capsys.readouterr()))
+    shown = "".join(capsys.readouterr())
+    assert re.search(r"warning: saving .*step_000001 took \d+ s; .* torchrun waits 30 s", shown)
+    assert "pretrain writes: 'Return the' ->" in shown
 
 
 def test_the_warm_up_is_the_nearest_whole_number_of_steps():
@@ -609,13 +614,16 @@ def test_a_file_that_nobody_reads_is_named(tmp_path, capsys):
 
 # ---------------------------------------------------------------- what a checkpoint holds
 
-def test_the_instruction_that_a_model_was_trained_with_travels(rows, tmp_path, capsys):
-    prompt = "Represent this question for a search"
+def test_the_instruction_that_a_model_was_trained_with_travels(rows, tmp_path, capsys,
+                                                               monkeypatch):
+    prompt, scored = "Represent this question for a search", []
+    monkeypatch.setattr(train, "evaluate_stage", lambda state: scored.append(state.embedder) or {})
     lines = [json.loads(line) for line in open(rows / "retrieval.jsonl")]
     path = write_lines(rows / "asked.jsonl", [{**row, "prompt": prompt} for row in lines])
     train.main(arguments(rows, "embed_sup", tmp_path, f"--retrieval={path}", "--steps=1",
-                         "--query_len=40", "--passage_len=40"))
+                         "--query_len=40", "--passage_len=40", "--dtype=bfloat16"))
     assert meta_of(tmp_path, "embed_sup")["prompts"]["retrieval"] == prompt
+    assert [(by.prompts["retrieval"], by.dtype) for by in scored] == [(prompt, "bfloat16")]
     embedder = Embedder(tmp_path / "embed_sup", device="cpu")
     assert embedder.prompts == data.PROMPTS | {"retrieval": prompt}
     assert "instructions" not in "".join(capsys.readouterr())
@@ -659,9 +667,10 @@ def test_texts_that_are_cut_are_counted(rows, tmp_path, capsys):
 
     def noted(real, model, batch, *rest):
         cut.append(batch.truncated)
+        assert torch.is_autocast_enabled("cpu")
         return real(model, batch, *rest)
     with step_loss_replaced(noted):
-        train.main(arguments(rows, "embed_weak", tmp_path, "--passage_len=16"))
+        train.main(arguments(rows, "embed_weak", tmp_path, "--passage_len=16", "--dtype=bfloat16"))
     assert f"embed_weak: texts were cut {sum(cut)} times, queries at 16 tokens, others at 16" in \
         "".join(capsys.readouterr())
     shown = [line["truncated"] for line in log(tmp_path, "embed_weak").values()]

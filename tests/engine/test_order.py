@@ -28,6 +28,8 @@ def test_near_seeds_share_no_epoch():
     draws = {tuple(choice(5, seed, epoch, row) for row in range(20))
              for seed in range(5) for epoch in range(5)}
     assert len(draws) == 25
+    one, two = (task_of_step(np.arange(99), [1, 1], seed)[0] for seed in (0, 1))
+    assert (one[1:] != two[:-1]).any()
 
 
 def test_a_billion_rows_need_no_list_of_them():

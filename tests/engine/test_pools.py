@@ -83,6 +83,9 @@ def more_ranks_than_rows(world):
     assert mine.tolist() == ([[5]], [[7]], [])[world.rank]
     pool.update(rows[own], torch.tensor([[0.1], [0.9]])[own])
     assert pool.stats()["replaced"] == 1
+    none = pool_of(np.full((2, 2), -1), world, 1, "v2")                # of negatives
+    none.update(rows[own], torch.zeros(2, 1)[own])
+    assert none.stats()["S"] == 0
     with pytest.raises(ValueError, match="not a finite number"):       # on every rank
         pool.update(rows[own], torch.tensor([[0.9], [float("nan")]])[own])
 
