@@ -256,7 +256,7 @@ class Conan(nn.Module):
         layout = self.ops.prepare(lengths, mask, x)
         recompute = 0 < self.checkpointing <= len(x) and torch.is_grad_enabled()
         for block in self.layers:
-            if recompute:                      # no block draws a random number
+            if recompute:                      # no random number is drawn in a block
                 x = checkpoint(block, x, layout, cos, sin, use_reentrant=False,
                                preserve_rng_state=False)
             else:

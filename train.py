@@ -114,7 +114,7 @@ class TrainConfig:
     # --- machine
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
-    checkpointing: int = 0         # tokens of a pass that recomputes blocks in backward; 0: none
+    checkpointing: int = 0         # passes of so many tokens recompute blocks in backward; 0: none
     compile: bool = False          # torch.compile of each block, which needs a C++ compiler
     parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"  # with torchrun (engine/distributed.py)
     dry_run: bool = False          # print parameters, memory, tokens and FLOPs; train nothing

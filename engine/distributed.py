@@ -280,7 +280,7 @@ def shard_optimizer(optimizer, world, mode="ddp"):
         return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=tensor.shape,
                                   stride=tensor.stride())
 
-    # torch 2.13 renamed it
+    # the new name is of torch 2.13
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     shards = {p: shard(p) for group in optimizer.param_groups for p in group["params"]}
     for group in optimizer.param_groups:

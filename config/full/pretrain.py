@@ -26,4 +26,4 @@ n_embd = 3584
 ffn_dim = 8192
 block_size = 32_768
 parallel = "zero1"                 # App. A
-checkpointing = 16_384             # 15 GB of activations; short passes compute nothing twice
+checkpointing = 16_384             # shorter passes keep their activations, 15 GB at most
