@@ -76,7 +76,9 @@ def help_text(cls):
             comments.setdefault(token.line.partition(":")[0].strip(), token.string.lstrip("# "))
         elif token.type == tokenize.NAME and heading:
             headings[token.string], heading = heading, ""
-    lines = [f"usage: python {Path(sys.argv[0]).name} [config.py ...] [--key=value ...]", "",
+    spec = getattr(sys.modules["__main__"], "__spec__", None)      # of `python -m NAME`
+    command = f"-m {spec.name}" if spec else Path(sys.argv[0]).name
+    lines = [f"usage: python {command} [config.py ...] [--key=value ...]", "",
              "The values shown hold where no config file sets others."]
     for field in dataclasses.fields(cls):
         lines += ["", headings[field.name]] if field.name in headings else []

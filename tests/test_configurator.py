@@ -276,3 +276,11 @@ def test_command_line_gets_one_line_and_code_2_even_with_O(write, args, code, ou
     assert done.returncode == code
     assert done.stdout.startswith(out) and done.stderr.startswith(err)
     assert done.stderr.count("\n") == (code == 2)
+
+
+def test_the_help_of_a_module_names_it_as_it_was_run(write):
+    folder = Path(write(SCRIPT, "script.py")).parent
+    path = os.pathsep.join(map(str, (folder, Path(configurator.__file__).parent)))
+    out = subprocess.check_output([sys.executable, "-m", "script", "-h"], text=True, timeout=60,
+                                  env={**os.environ, "PYTHONPATH": path})
+    assert out.startswith("usage: python -m script [config.py")

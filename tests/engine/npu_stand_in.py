@@ -1,36 +1,189 @@
-"""An Ascend NPU stood in for by a module of the same interface: torch_npu itself is not here.
+"""An Ascend NPU stood in for by a device of the same name: torch_npu itself is not here.
 
-What is checked is what this project asks of the device: selection, rank, autocast, backend. What
-an NPU computes is not.
+What is checked is what this project asks of the device: selection, rank, autocast, backend, and
+that no operation mixes what lies on it with what does not. What an NPU computes is not. The code of
+CUDA runs here too, with flash attention written out.
 """
 
 import os
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from engine import distributed
+import train
+from embed import Embedder
+from engine import distributed, flash, kernels
 from engine.distributed import World
+from ranks import STEPS, chain_arguments, log, step_loss_replaced
+from test_flash import plain_flash, plain_flash_backward
+
+# ---------------------------------------------------------------- the device
+
+aten = torch.ops.aten
+MOVES = (aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put_.default)
+
+
+class OnCard(torch.Tensor):
+    """A tensor that says that it lies on npu:0, and holds one of the CPU."""
+
+    @staticmethod
+    def __new__(cls, held):
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(),
+            dtype=held.dtype, device=torch.device("npu", 0))
+        self.held = held
+        return self
+
+    def tolist(self):
+        return self.held.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        return compute(operation, *args, **(kwargs or {}))
+
+
+def held(values):
+    return tree_map(lambda x: x.held if isinstance(x, OnCard) else x, values)
+
+
+def on_card(values):
+    return tree_map(lambda x: OnCard(x) if isinstance(x, torch.Tensor) else x, values)
+
+
+def compute(operation, *args, **kwargs):
+    """Call an operation on the tensors that are held; only a move may have some on either side."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    is_any = any(isinstance(x, OnCard) for x in tensors)
+    if is_any and operation not in MOVES:
+        strays = [x.shape for x in tensors if x.dim() and not isinstance(x, OnCard)]
+        assert not strays, f"{operation} takes tensors of the CPU, {strays}, beside those of a card"
+    device, ours = kwargs.get("device"), held(kwargs)
+    to_card = is_any if device is None else torch.device(device).type == "npu"
+    out = operation(*held(args), **(ours | {"device": "cpu"} if device is not None else ours))
+    if not to_card:
+        return out
+    return return_and_correct_aliasing(operation, args, kwargs, on_card(out)) if is_any \
+        else on_card(out)
+
+
+def empty_strided(size, stride, dtype=None, **_):
+    return OnCard(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def copy_from(source, to, non_blocking=False):
+    held(to).copy_(held(source))
+    return to
+
+
+def in_16_bits(operation, *args, **kwargs):
+    """Call an operation as autocast does: on tensors in bfloat16."""
+    with torch.autocast("npu", enabled=False):
+        return operation(*tree_map(
+            lambda x: x.bfloat16() if isinstance(x, torch.Tensor) else x, args), **kwargs)
+
+
+CARD = types.ModuleType("torch.npu")
+CARD.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+CARD.is_available, CARD._is_in_bad_fork = lambda: True, lambda: False
+CARD.manual_seed_all = lambda seed: None
+CARD.max_memory_allocated = lambda: 2e9
+CARD.get_device_name = lambda index: "Ascend 910B4"
+_setup_privateuseone_for_python_backend("npu", CARD)       # in the manner of torch_npu's first line
+EVERY, SOME = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+EVERY.fallback(compute, "PrivateUse1")
+EVERY.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+SOME.impl("empty_strided", empty_strided, "PrivateUse1")   # of torch.tensor, as the next one
+SOME.impl("_copy_from", copy_from, "PrivateUse1")
+for name in ("linear", "matmul", "scaled_dot_product_attention"):
+    SOME.impl(name, partial(in_16_bits, getattr(aten, name)), "AutocastPrivateUse1")
 
 
 @pytest.fixture
 def npu(monkeypatch):
     """Put a `torch_npu` in place whose `torch.npu` remembers what it was asked."""
-    torch.utils.rename_privateuse1_backend("npu")          # torch_npu's first line, too
-    asked, module = [], types.ModuleType("torch.npu")
-    module.asked = asked
-    module.is_available = lambda: True
-    module.set_device = lambda index: asked.append(("device", index))
-    module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
-    module._is_in_bad_fork = lambda: False
+    CARD.asked = []
+    CARD.is_available = lambda: True
+    CARD.set_device = lambda index: CARD.asked.append(("device", index))
     monkeypatch.setitem(sys.modules, "torch_npu", types.ModuleType("torch_npu"))
-    monkeypatch.setattr(torch, "npu", module, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return module
+    return CARD
 
+
+# ---------------------------------------------------------------- all four stages on it
+
+def flash_forward(qkv, span):
+    """Check what flash attention asks of its tensors; return what it does."""
+    for x in qkv:
+        assert isinstance(x, OnCard) and x.dtype == torch.bfloat16
+        assert x.stride(-1) == 1 and x.shape[-1] % 8 == 0
+    assert isinstance(span.starts, OnCard) and span.starts.dtype == torch.int32
+    with torch.autocast("npu", enabled=False):
+        out, lse = plain_flash([x.double() for x in held(qkv)], held_span(span))
+    return on_card((out.bfloat16(), lse.float()))
+
+
+def flash_backward(grad, qkv, out, lse, span):
+    """Check what the backward pass of flash attention asks of its tensors; return what it does."""
+    for x in (grad, out, *qkv):
+        assert isinstance(x, OnCard) and x.dtype == torch.bfloat16 and x.stride(-1) == 1
+    assert isinstance(lse, OnCard) and lse.dtype == torch.float32
+    grad, out, lse, *qkv = (x.double() for x in held((grad, out, lse, *qkv)))
+    return on_card(tuple(x.bfloat16() for x in plain_flash_backward(
+        grad, qkv, out, lse, held_span(span))))
+
+
+def held_span(span):
+    return flash.Span(held(span.starts), span.longest, span.see, span.scale)
+
+
+def dies_in_stage_4(real, model, batch, cfg, step):
+    if cfg.stage == "embed_sup" and step == 4:
+        raise KeyboardInterrupt
+    return real(model, batch, cfg, step)
+
+
+def losses(rows, out, *options):
+    """Train all stages, the last in two runs; return the loss of each step, stage after stage."""
+    argv = chain_arguments(rows, "embed_sup", out, "--save_every=2", *options)
+    with step_loss_replaced(dies_in_stage_4), pytest.raises(KeyboardInterrupt):
+        train.main(argv)
+    train.main(argv)
+    return [log(out, stage)[step + 1]["loss"] for stage in train.STAGES for step in range(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(rows, tmp_path_factory):
+    return losses(rows, tmp_path_factory.mktemp("cpu"))
+
+
+@pytest.mark.parametrize("dtype, close", [("float32", 1e-3), ("bfloat16", 0.05)])
+def test_all_stages_on_a_card_are_those_of_a_cpu(npu, rows, on_cpu, tmp_path, dtype, close):
+    got = losses(rows, tmp_path, "--device=npu", f"--dtype={dtype}", "--micro_batch_size=5")
+    assert got == pytest.approx(on_cpu, rel=close)
+    vectors = [Embedder(tmp_path / "embed_sup", device, dtype).encode(["sort a list"])
+               for device in ("npu", "cpu")]
+    assert vectors[0] == pytest.approx(vectors[1], abs=close)
+    assert log(tmp_path, "embed_sup")[1]["device_gb"] == 2
+
+
+def test_all_stages_by_the_code_of_cuda(npu, rows, on_cpu, tmp_path, monkeypatch):
+    """Packed texts and both calls of the soft mask, on a card but for the kernel itself."""
+    monkeypatch.setattr(kernels, "takes_packed_texts",
+                        lambda device, dtype, mask: dtype == torch.bfloat16)
+    monkeypatch.setattr(flash, "flash", flash_forward)
+    monkeypatch.setattr(flash, "flash_backward", flash_backward)
+    got = losses(rows, tmp_path, "--device=npu", "--dtype=bfloat16", "--checkpointing=1")
+    assert got == pytest.approx(on_cpu, rel=0.05)
+
+
+# ---------------------------------------------------------------- what is asked of it
 
 def test_an_npu_is_found_without_being_named(npu, monkeypatch):
     assert distributed.accelerator() == "npu"
