@@ -7,7 +7,8 @@
 
 Each stage is `train.main([FILE])` with a config file of its own, written beside its results.
 A finished stage is not repeated, an interrupted one resumes. Cells that differ in stage 4 share
-stage 3. Steps, batches and learning rates are equal in all cells, but where a label says otherwise.
+stage 3. Steps, batches and learning rates are equal in all cells, but where a label or a note says
+otherwise.
 
 UNSPECIFIED: Table 4's "without SM"; here the mask opens at the first step of stage 3.
 DEVIATES: nDCG@10 of retrieval instead of MTEB's averages.
@@ -111,8 +112,9 @@ def repeat(path, few, rows):
 def write_clr(path, clr, pairs, how):
     """Write the rows of the file `clr` anew; return `path`. The files `pairs` have their questions.
 
-    how: "wrong": by a dictionary whose words have changed places. Questions, languages and phrasing
-    are the same; what a word means is lost. "two": by the right one, German and Chinese by turns.
+    how: "wrong": by a dictionary whose words have changed places. Questions, languages and forms of
+    phrasing are the same; what a word means is lost. "two": by the right one, German and Chinese by
+    turns.
     """
     if path.is_file():
         return path

@@ -197,11 +197,12 @@ def components(vectors):
 
 
 def draw_figure3(cfg):
-    """Draw Figure 3: texts of six languages before CLR and after it, with the language probe."""
+    """Draw Figure 3: texts of six languages before stage 4, which has CLR, and after it."""
     rows = [row for row in read_jsonl(cfg.texts, {"text": str, "lang": str})
             if row["lang"] in LANGUAGES]
     figure, plots = canvas(2, width=4.4, height=4.6)
-    for plot, title, folder in zip(plots, ("before CLR", "after CLR"), (
+    titles = ("without CLR", "with CLR") if cfg.before else ("after stage 3", "after stage 4")
+    for plot, title, folder in zip(plots, titles, (
             cfg.before or Path(cfg.out[0]) / WEAK, cfg.after or Path(cfg.out[0]) / SUP)):
         encoder = Embedder(folder)
         points = components(encoder.encode([row["text"] for row in rows]))

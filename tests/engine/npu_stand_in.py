@@ -27,7 +27,8 @@ from test_flash import plain_flash, plain_flash_backward
 # ---------------------------------------------------------------- the device
 
 aten = torch.ops.aten
-MOVES = (aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put_.default)
+MOVES = (aten.copy_.default, aten._to_copy.default)
+INDEXING = (aten.index.Tensor, aten.index_put_.default)
 
 
 class OnCard(torch.Tensor):
@@ -58,11 +59,16 @@ def on_card(values):
 
 
 def compute(operation, *args, **kwargs):
-    """Call an operation on the tensors that are held; only a move may have some on either side."""
+    """Call an operation on the tensors that are held.
+
+    Moves have tensors on either side. An index may lie on the CPU, and so may a number.
+    """
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     is_any = any(isinstance(x, OnCard) for x in tensors)
     if is_any and operation not in MOVES:
-        strays = [x.shape for x in tensors if x.dim() and not isinstance(x, OnCard)]
+        bound = tree_leaves((args[0], args[2:])) if operation in INDEXING else tensors
+        strays = [x.shape for x in bound if isinstance(x, torch.Tensor) and x.dim()
+                  and not isinstance(x, OnCard)]
         assert not strays, f"{operation} takes tensors of the CPU, {strays}, beside those of a card"
     device, ours = kwargs.get("device"), held(kwargs)
     to_card = is_any if device is None else torch.device(device).type == "npu"
