@@ -5,7 +5,7 @@ contrastive loss computes the cosine S of a query and each of its negatives anyw
 the cosine at a negative's first use. The next candidate of the pool takes its place if (Eq. 6)
 
     |S_0| < 0.4                         it was too easy from the start, or
-    1.2 S < S_0  and  |S| < 0.7         it has become easy.
+    1.2 S < S_0  and  |S| < 0.7         it has become easy (or S_0 was negative).
 
 DEVIATES: the paper replaces "in the next training step". That step has other queries, so the
 replacement waits for its query's next visit. A single pass over the data visits no query twice, so
@@ -13,9 +13,10 @@ DHNM needs several epochs to do anything. Eq. (6) takes the next candidate, the 
 here it is the next.
 
 UNSPECIFIED: S_0 of a negative that was swapped in (here its first score since then) and what an
-exhausted pool does (here the hardest candidate seen so far comes back, and the query is counted).
+exhausted pool does (here the hardest candidate seen so far comes back with a new S_0, and the query
+is counted).
 DEVIATES: Eq. (6) prints no absolute values; the prose has them, at 0.4 and at 0.7. So a cosine of
--0.9 counts as hard.
+-0.9 counts as hard. But -0.5 is easy at once: 1.2 S < S_0 is true of every negative first score.
 """
 import torch
 import torch.nn.functional as F
@@ -125,9 +126,9 @@ class HardNegativePool:
     def stats(self):
         """Return {"replaced", "used", "exhausted", "S", "S_0"} of the last update.
 
-        replaced: swaps made. used: negatives swapped in earlier that this step was the first to
-        train on since; 0 in a run that visits no query twice. exhausted: queries whose pool has run
-        out so far. S, S_0: mean current and first cosine.
+        replaced: slots that changed. used: negatives swapped in earlier that this step was the
+        first to train on since; 0 in a run that visits no query twice. exhausted: queries whose
+        pool has run out so far. S, S_0: mean current and first cosine.
         """
         return dict(self._stats)
 

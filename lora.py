@@ -4,7 +4,8 @@
 
 y = (W + 2 B A) x. B starts at zero, so step 0 is the base model.
 UNSPECIFIED: alpha, stages and matrices. Here alpha = 2 r, a scale alpha / r of 2, on all seven
-projections of a block, never on the embeddings or the norms.
+projections of a block, never on the embeddings or the norms. Stages 3 and 4 have an adapter each,
+so together they change a weight by rank 2 r.
 An adapter parametrises the weight: whoever reads `layer.weight` gets the sum, formed in float32. So
 kernels, bfloat16 and torch.compile need not know of it. It saves the memory of gradients and
 optimizer, not time.

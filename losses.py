@@ -4,8 +4,8 @@ Plain functions of embeddings (PAPER Sec. 3.1.2). Four vectors are enough to che
 
 UNSPECIFIED: Eq. (1) prints no temperature. With 1.0 the loss of 64 candidates cannot fall below
 2.25. So the temperature is a required argument. DEVIATES: the mean over queries, not the sum.
-UNSPECIFIED: the candidates M of Eq. (1). Here all positives and hard negatives of all ranks. Those
-that answer the query, too, leave its sum.
+UNSPECIFIED: the candidates M of Eq. (1). Here all positives and hard negatives of all ranks, its
+own positive among them. Others that answer the query leave its sum.
 
 Shapes: B queries of this rank (one of torchrun's processes), D width, N hard negatives of a query,
 W ranks, M candidates of all ranks (W * B positives, then W * B * N hard negatives), P known
@@ -54,8 +54,7 @@ def info_nce(query, positive, negatives=None, wrong=None, *, temperature):
 
     PAPER Eq. 1: x_i -> query, y_i+ -> positive, y_j -> every candidate, on every rank.
     query, positive: (B, D), negatives: (B, N, D) or None, of any norm and float dtype.
-    wrong: (B, M) bool or None, the candidates that would be wrong as negatives of a query and leave
-    its sum (see false_negatives).
+    wrong: (B, M) bool or None, the candidates that leave a query's sum (see false_negatives).
     negative_scores: (B, N) detached cosines of each query with its own hard negatives, for DHNM.
     Raises ValueError for a temperature that is not positive, or embeddings that do not fit.
     """
@@ -83,7 +82,7 @@ def own_positives(b, device):
 
 
 def false_negatives(query_ids, positive_ids, negative_ids=None, known_ids=None):
-    """Return (B, M) bool: candidates that answer the query of the row, and empty places.
+    """Return (B, M) bool: empty places, and what answers the row's query but its own positive.
 
     query_ids, positive_ids: (B,), negative_ids: (B, N), known_ids: (B, P), int64; equal ids are
     equal texts, and -1 marks an empty place. A candidate is no negative of a query if it is in its
@@ -100,7 +99,7 @@ def false_negatives(query_ids, positive_ids, negative_ids=None, known_ids=None):
         for known in known_ids.T:                                           # (B,)
             wrong |= candidates == known[:, None]
     own = own_positives(len(query_ids), wrong.device)
-    return wrong.scatter(1, own[:, None], False)           # the positive itself always counts
+    return wrong.scatter(1, own[:, None], False)
 
 
 # ---------------------------------------------------------------- CoSENT, Eq. (2)
@@ -109,9 +108,10 @@ def cosent_loss(cosine, score, *, temperature):
     """Return log(1 + sum over score_i > score_j of exp((cos_j - cos_i) / temperature)), a scalar.
 
     PAPER Eq. 2: tau -> temperature. cosine, score: (B,), one entry for each sentence pair. Only the
-    order of the scores counts; equal scores say nothing. Pairs of all ranks are compared, and every
-    rank returns the loss of all. Memory is quadratic: several (W * B, W * B) matrices in float32.
-    Raises ValueError for shapes that differ or a temperature that is not positive.
+    order of the scores counts; equal scores say nothing. UNSPECIFIED: which pairs are compared.
+    Here those of all ranks, and every rank returns the loss of all. Memory is quadratic: several
+    (W * B, W * B) matrices in float32. Raises ValueError for shapes that differ or a temperature
+    that is not positive.
 
     >>> cosent_loss(torch.tensor([0.9, 0.1]), torch.tensor([1., 0.]), temperature=1.0)
     tensor(0.3711)
@@ -125,7 +125,7 @@ def cosent_loss(cosine, score, *, temperature):
     difference = (cosine[None, :] - cosine[:, None]) / temperature          # cos_j - cos_i
     is_pair = score[:, None] > score[None, :]                               # sim(i) > sim(j)
     terms = difference.masked_fill(~is_pair, -torch.inf).flatten()
-    return torch.logsumexp(F.pad(terms, (1, 0)), dim=0)                     # the pad is 1 = e^0
+    return torch.logsumexp(F.pad(terms, (1, 0)), dim=0)                     # the pad: 1 = e^0
 
 
 # ---------------------------------------------------------------- Matryoshka

@@ -204,7 +204,7 @@ class Conan(nn.Module):
         return self
 
     def fresh_weights(self, generator=None):
-        """Yield (name, initial value on the CPU) of each parameter: N(0, 0.02), norms at 1.
+        """Yield (name, initial value on the CPU) of each parameter: N(0, 0.02^2), norms at 1.
 
         UNSPECIFIED: all of it. The two projections that write to the residual stream are smaller by
         sqrt(2 n_layer), so that its variance does not grow with depth.

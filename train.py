@@ -198,16 +198,17 @@ def step_loss(model, batch, cfg, step):
 
 
 def lm_loss(model, batch, chunks, mask, no_sync):
-    """Backpropagate the mean next-token loss of all ranks' tokens; return this rank's part of it.
+    """Backpropagate the mean next-token loss of all ranks' tokens; return this rank's share.
 
-    A chunk's loss is a mean over its own tokens, so it enters by its share of them all. DDP then
-    averages over ranks: so the share is of the ranks' mean count, not of this rank's.
+    The mean of the shares is that loss. A chunk's loss is a mean over its own tokens, so it enters
+    by its part of them all. DDP then averages over ranks: so the part is of the ranks' mean count,
+    not of this rank's.
     """
     counts = gather_with_grad((batch.targets != -100).sum()[None])          # (W,), of each rank
     total, mean_count = 0.0, max(float(counts.sum()) / len(counts), 1)
     for i, (ids, lengths, targets, _) in enumerate(chunks):
         with no_sync() if i < len(chunks) - 1 else contextlib.nullcontext():
-            share = (targets != -100).sum() / mean_count                    # stays on the device
+            share = (targets != -100).sum() / mean_count                    # a tensor: no wait
             loss = model(ids, lengths, mask, targets) * share
             backward(loss)
         total += loss.detach()
@@ -215,7 +216,10 @@ def lm_loss(model, batch, chunks, mask, no_sync):
 
 
 def lr_at(step, cfg):
-    """Return the learning rate: linear warm-up over `warmup` of the steps, then a cosine."""
+    """Return the learning rate: linear warm-up over `warmup` of the steps, then a cosine.
+
+    The cosine would reach `final_lr` one step after the last, as nanoGPT's.
+    """
     warm = max(1, round(cfg.warmup * cfg.steps))
     if step < warm:
         return cfg.learning_rate * (step + 1) / warm

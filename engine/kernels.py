@@ -349,7 +349,7 @@ def next_token_loss(hidden, weight, targets, chunk=None):
 
     Peak memory is chunk * V, not S * V (at V = 150,000 and S = 32,768: 20 GB in float32). The
     matmuls run in 16 bits under autocast, softmax and the sums in float32. The loss of a token
-    counts 87 at most, as its probability is a float32; its gradient is exact.
+    counts 87.4 at most, as its probability is a float32; its gradient is exact.
     """
     predicted = targets != -100
     if not predicted.all():                                # SFT: a prompt needs no logits
