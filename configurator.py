@@ -118,7 +118,7 @@ def read_settings(cls, argv):
 def build(cls, values):
     """Return `cls` built from {setting: value}; ConfigError if one is missing or refused."""
     missing = [f"--{field.name}=VALUE" for field in dataclasses.fields(cls)
-               if _is_required(field) and field.name not in values]
+               if _is_required(field) and values.get(field.name, ()) == ()]
     if missing:
         raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}")
     try:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from dhnm import should_replace
 from engine.batch import Batch
+from engine.collection import HELD_OUT
 from engine.distributed import ALONE
 from engine.index import JsonlFiles, text_id
 from engine.jsonl import is_json
@@ -81,10 +82,6 @@ def _numbers(values, n):
     return values
 
 
-# what other formats call "neg"
-NOT_NEG = {"negative", "negatives", "hard_negatives", "negative_passages"}
-
-
 def parse_text(row):
     """Return the document of a {"text"} row."""
     return _text(row, "text")
@@ -107,8 +104,9 @@ def parse_pair(row):
         prompt = row.get("instruction") if prompt is None else prompt
     if not pos:
         raise ValueError("key 'pos' is an empty list")
-    if "neg" not in row and (other := NOT_NEG & row.keys()):
-        raise ValueError(f"key {min(other)!r} is not read: hard negatives have the key 'neg'")
+    if not row.get("neg"):
+        for key in (key for key in row if key.startswith(("neg", "hard_neg")) and row[key]):
+            raise ValueError(f"key {key!r} is not read: hard negatives have the key 'neg'")
     if not isinstance(prompt, (str, type(None))):
         raise ValueError(f"the prompt must be a string, not {type(prompt).__name__}")
     pair = {"query": query, "pos": pos, "neg": _texts(row, "neg") if row.get("neg") else [],
@@ -287,7 +285,8 @@ class Task:
 def sources(cfg, kind):
     """Return the files of a kind: those that are named, else those in the folder `cfg.data`.
 
-    Raises ValueError for a file there that is packed otherwise than as .gz, or twice there.
+    Raises ValueError for a file there that is packed otherwise than as .gz, twice there, or named
+    as a split that is held out.
     """
     if getattr(cfg, kind) or not cfg.uses_folder:
         return getattr(cfg, kind)
@@ -299,17 +298,26 @@ def sources(cfg, kind):
             raise ValueError(f"{path}: only JSONL and JSONL.gz are read")
         if path.with_name(f"{path.name}.gz") in files:
             raise ValueError(f"{path} lies beside its own .gz: keep one of them")
+        if path.name.removesuffix(".gz").rpartition(".")[0].rpartition("-")[2] in HELD_OUT:
+            raise ValueError(f"{path} would be trained on: rename it, or move it elsewhere")
     return tuple(sorted(str(path) for path in files
                         if is_json(path) and not path.name.endswith(".report.json")))
 
 
 def unread(folder):
-    """Return the JSONL files of a folder that nobody reads: their names may be misspelled."""
+    """Return the JSONL files in a folder that nobody reads: their names may be misspelled."""
     scored = ("text_dev.jsonl", "sts_test.jsonl", "labels_test.jsonl")
-    return sorted(path for path in Path(folder).glob("*")          # a .json is somebody's report
-                  if is_json(path) and ".json" not in path.suffixes
-                  and path.name.partition(".")[0].partition("-")[0] not in PARSERS
-                  and path.name.removesuffix(".gz") not in scored)
+
+    def is_read(path):
+        *above, name = path.relative_to(folder).parts
+        if any((path.parent / f"corpus.jsonl{gz}").is_file() for gz in ("", ".gz")):
+            return True
+        kind = above[0] if above else name.partition(".")[0].partition("-")[0]
+        return len(above) < 2 and kind in PARSERS or above[:1] == ["held_out"] \
+            or not above and name.removesuffix(".gz") in scored
+
+    return sorted(path for path in Path(folder).rglob("*")         # a .json is somebody's report
+                  if is_json(path) and ".json" not in path.suffixes and not is_read(path))
 
 
 def task_files(cfg):

@@ -202,13 +202,20 @@ def choose_split(rows, split, path, with_train=False):
     return [row for row in rows if row.get("split") in wanted], chosen
 
 
+def check_score(row):
+    """Raise ValueError for a score that is not finite, or no float32."""
+    if not abs(row["score"]) < 3e38:
+        raise ValueError(f"key 'score' must be a finite number, not {str(row['score'])[:40]}")
+
+
 def read_groups(task, path, split=None):
     """Return {language or pair of them: rows} of a file; {split: rows} if some rows have none.
 
     Raises ValueError for a bad row, by file and line, and for a split that is not there.
     """
     aligned = task == "bitext" and "query" not in next(iter(read_jsonl(path)), ())
-    rows = list(read_jsonl(path, COLUMNS["aligned" if aligned else task]))
+    rows = list(read_jsonl(path, COLUMNS["aligned" if aligned else task],
+                           check_score if task == "sts" else None))
     if not rows:
         raise ValueError(f"{path}: no rows")
     rows, subset = choose_split(rows, split, path, task == "classification")
@@ -244,7 +251,7 @@ def align(rows, path):
     texts, languages = {(row["lang"], row["id"]): row["text"] for row in rows}, languages_in(rows)
     if len(texts) != len(rows):
         raise ValueError(f"{path}: {len(rows) - len(texts)} rows repeat the id and lang of another")
-    pivot = "en" if "en" in languages else languages[0]
+    pivot = "en" if "en" in languages else next(iter(languages), "")
     pairs = [{"query": text, "pos": texts[pivot, key], "lang_q": lang, "lang_p": pivot}
              for (lang, key), text in texts.items() if lang != pivot and (pivot, key) in texts]
     if not pairs:
@@ -307,7 +314,8 @@ def validation_rows(cfg, instruction=""):
     else:
         dev = load_collection(folder / "dev")
         body = {row["id"]: document_text(row) for row in dev.corpus}
-        best = {query: max(judged, key=judged.get) for query, judged in dev.qrels.items()}
+        best = {query: max(judged, key=judged.get) for query, judged in dev.qrels.items()
+                if max(judged.values()) > 0}
         rows = [(instruction, query["text"], body[best[query["id"]]])
                 for query in dev.queries if query["id"] in best][:VALIDATION_TEXTS]
     if not rows:

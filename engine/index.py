@@ -245,7 +245,7 @@ class JsonlFiles:
     """The rows of several files, which need not fit into memory, as one sequence.
 
     parse: dict -> row, raises ValueError for a bad one. The first opening checks every line, all
-    ranks of `world` together; they must all call. A .gz file is unpacked into `cache_dir` once.
+    ranks of `world` together; they must all call. A .gz file is unpacked into `cache_dir`.
     ids: keep text ids as well, of rows {query, pos, neg}: engine/passages.py needs them.
     Raises ValueError "path:line: reason" for a bad line, unless `skip_bad` counts it.
     """

@@ -9,6 +9,7 @@ buckets by their first bits; buckets are shared out among the ranks, so each hol
     where             the first places in ascending order: passage p has its text at where[p]
 """
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -37,6 +38,7 @@ class Passages:
         self.keys, self.firsts, self.query_ids, self.query_rows = self._table(
             path.with_name(f"{path.name}-equal.tab"), self._bucket, world)
         self.where, = self._table(path.with_name(f"{path.name}-where.tab"), self._firsts, world)
+        self.answers = lru_cache(1000)(self._answers)      # thousands of rows may ask one question
 
     def _table(self, path, make, world):
         """Return the columns of a table, which is built first if it is missing or damaged."""
@@ -109,9 +111,13 @@ class Passages:
         key = self.files[f].query_ids[i]
         left, right = (int(np.searchsorted(self.query_ids, key, side)) for side in
                        ("left", "right"))
-        twins = self.query_rows[left:right].tolist() if right - left > 1 else []
-        return list(dict.fromkeys(np.concatenate(
-            [self._ids_of(r, "pos") for r in [q, *twins]]).tolist()))
+        twins = self.answers(left, right) if right - left > 1 else ()
+        return list(dict.fromkeys([*self._ids_of(q, "pos").tolist(), *twins]))
+
+    def _answers(self, left, right):
+        """Return the distinct ids of the positives of some rows with one query, in their order."""
+        return tuple(dict.fromkeys(np.concatenate(
+            [self._ids_of(q, "pos") for q in self.query_rows[left:right].tolist()]).tolist()))
 
     def positives(self, q):
         """Return the numbers of the passages that answer row q, int64; its own first."""

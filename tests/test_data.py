@@ -70,6 +70,7 @@ def test_where_alpacas_input_is_empty_the_instruction_is_the_query(nothing):
     ("pairs", {"query": "q", "pos": {"en": "p"}}, "'pos' must be a string, not dict"),
     ("pairs", {"query": "q", "pos": []}, "key 'pos' is an empty list"),
     ("pairs", {"query": "q", "pos": "p", "negatives": ["n"]}, "'negatives' is not read: hard neg"),
+    ("pairs", {"query": "q", "pos": "p", "neg": None, "negs": ["n"]}, "'negs' is not read"),
     ("pairs", {"query": "q", "pos": ["p", " "]}, "key 'pos' is empty"),
     ("pairs", {"query": "q", "pos": ["p"], "neg": [1]}, "key 'neg' must be a string, not int"),
     ("pairs", {"query": "q", "pos": ["p"], "prompt": 1}, "the prompt must be a string, not int"),
@@ -417,6 +418,14 @@ def test_hidden_files_are_not_read_and_a_file_beside_its_packed_self_is_named(tm
     (tmp_path / "pairs/b.jsonl").write_bytes(b"x")
     with pytest.raises(ValueError, match="pairs/b.jsonl lies beside its own .gz"):
         data.sources(cfg, "pairs")
+
+
+@pytest.mark.parametrize("name", ["pairs-test.jsonl", "pairs/dev.jsonl.gz", "pairs/a-dev.ndjson"])
+def test_a_file_named_as_a_held_out_split_is_refused(tmp_path, name):
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=f"{name} would be trained on"):
+        data.sources(tiny_config(data=str(tmp_path)), "pairs")
 
 
 @pytest.mark.parametrize("name", ["text-2.jsonl.zst", "text/b.parquet"])

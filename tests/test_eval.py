@@ -519,12 +519,21 @@ LONG = [{"id": i, "lang": "xx", "text": "a"} for i in range(2)]
 
 @pytest.mark.parametrize("rows, reason", [
     ([*LONG, LONG[0]], "1 rows repeat"), (LONG, "no id occurs"), ([], "no rows"),
+    ([{**LONG[0], "lang": ""}], "no id occurs"),
     ([{"query": "x"}], "bad.jsonl:1: key 'pos' is missing"),
     ([LONG[0], {"id": 2, "text": "a"}], "bad.jsonl:2: key 'lang' is missing"),
     ([{"query": "x", "pos": ["a", "b"]}], "bad.jsonl: bitext needs one pos a row")])
 def test_broken_bitext_is_named(tmp_path, rows, reason):
     with pytest.raises(ValueError, match=reason):
         evaluate(Vectors(), "bitext", write_lines(tmp_path / "bad.jsonl", rows))
+
+
+@pytest.mark.parametrize("score", [1e39, 10 ** 400])
+def test_a_score_that_is_no_float_is_named_by_line(tmp_path, score):
+    row = {"sentence1": "a", "sentence2": "b"}
+    path = write_lines(tmp_path / "bad.jsonl", [{**row, "score": 1}, {**row, "score": score}])
+    with pytest.raises(ValueError, match="bad.jsonl:2: key 'score' must be a finite number"):
+        evaluate(Vectors(), "sts", path)
 
 
 @pytest.mark.extras

@@ -603,12 +603,15 @@ def test_an_interrupted_stage_does_not_resume_on_another_base(rows, whole, tmp_p
 
 
 def test_a_file_that_nobody_reads_is_named(tmp_path, capsys):
-    for name in ("text.jsonl", "retreival.jsonl", "st.ndjson.gz", "manifest.json"):
+    read = ("text.jsonl", "text/en.jsonl", "held_out/set/a.jsonl", "search/corpus.jsonl.gz",
+            "search/queries.jsonl", "text_dev.jsonl", "manifest.json")
+    lost = ("retreival.jsonl", "st.ndjson.gz", "retreival/a.jsonl", "pairs/en/a.jsonl")
+    for name in (*read, *lost):
         write_lines(tmp_path / name, [{"text": "fox"}])
     train.prepare_data([tiny_config("pretrain", data=str(tmp_path))])
     shown = capsys.readouterr().out
-    assert shown.count("warning") == 2
-    for name in ("retreival.jsonl", "st.ndjson.gz"):
+    assert shown.count("warning") == len(lost)
+    for name in lost:
         assert f"warning: {tmp_path / name} is not read" in shown
 
 

@@ -29,7 +29,7 @@ from engine.jsonl import check_name, read_jsonl, write_jsonl, write_object
 from engine.encoders import SentenceTransformerBaseline, join_names, mteb_tasks
 
 TEXT_KEYS = ("title", "text", "query", "input", "pos", "output", "sentence1", "sentence2")
-NOT_TEXT = {"id", "_id", "lang", "split", "label", "prompt", "instruction"}
+NOT_TEXT = {"id", "_id", "lang", "split", "label"}
 NGRAM = 13                         # words in a row that count as overlap with an evaluation text
 _WORD = regex.compile(             # a character, of scripts without spaces, or a word; with marks
     r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]\p{M}*"
@@ -104,7 +104,8 @@ def by_score(rows, counts, scorer, least=0.4, batch=256):
             if not len(good):
                 counts["score"] += 1
             elif isinstance(row.get("pos"), list):
-                yield row | {"pos": [row["pos"][i] for i in good]}
+                yield row | {key: [row[key][i] for i in good]
+                             for key in ("pos", "pos_cosines") if row.get(key)}
             else:
                 yield row
 

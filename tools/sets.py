@@ -5,7 +5,7 @@
 
 Every folder below FOLDER is a set. Its files (.jsonl, .ndjson, also .gz) tell what it is:
 
-    corpus, queries, qrels                  a collection: question -> passage
+    corpus, queries, qrels                  a collection: question -> passage; no other file is read
     rows with query, pos, lang_q, lang_p    bitext
     rows with query, pos, neg?, prompt?     question -> passage, as tools.prepare writes them
     rows with id, lang, text                parallel sentences: equal ids are translations
@@ -18,9 +18,10 @@ Every folder below FOLDER is a set. Its files (.jsonl, .ndjson, also .gz) tell w
 
 Questions, passages, documents and paraphrases have a `lang`; without one they are English. Only
 rows of split "train", or of none, are trained on, and no file named dev, validation or test. A
-folder named *_dev or *_test never is: its collection is copied to OUT, where the evaluation looks.
-Of sets without a split a share is held out and written to OUT/held_out in the same format: bitext
-by its passage side, documents whole, paraphrases by id or first sentence. A set with files of
+folder named dev, test, *_dev or *_test never is: its collection is copied to OUT, where the
+evaluation looks. Of bitext, parallel sentences and paraphrases without a split a share is held out
+and written to OUT/held_out in the same format: by passage, by document of `docs`, and by id or
+first sentence. A set with files of
 several forms holds nothing out: one may repeat the sentences of another. Where a question has a
 passage in another language, questions with ids LANG/NAME (or NAME/LANG) of one NAME are
 translations. Professional translations stand in for machine ones in CLR: the query's language
@@ -48,7 +49,7 @@ LETTERS = 8                        # of a sentence that is cut from its passage,
 SUPERVISED = 500                   # rows of a set in stage 4: few enough to come back under DHNM
 SMALLEST = 512                     # pairs of a file; smaller ones share one
 LABELS_AS_NEGATIVES = 15           # other labels of a classification row
-FOR_EVALUATION = ("_dev", "_test")     # how the names of sets end that nothing is trained on
+FOR_EVALUATION = re.compile(r"(^|[_-])(dev|test)$")    # in names of sets: nothing is trained on
 TYPES = {"id": (str, int), "label": (str, int), "score": (int, float),    # all others: str
          **dict.fromkeys(("pos", "title", "keywords"), object)}           # checked elsewhere
 SUFFIX = re.compile(r"\.(jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
@@ -241,7 +242,8 @@ class Builder:
         for row in for_training(rows):
             if not (row["sentence1"].strip() and row["sentence2"].strip()):
                 continue
-            self.files["sts"].append({k: row[k] for k in ("sentence1", "sentence2", "score")})
+            self.files[f"sts/{self.name}"].append(
+                {k: row[k] for k in ("sentence1", "sentence2", "score")})
             self.text(row["sentence1"])
             same[row.get("id", id(row))].append(row)
         for group in same.values():
@@ -252,8 +254,9 @@ class Builder:
                 if others:
                     other = self.rng.choice(others)
                     self.bitext(row["sentence2"], other["sentence2"], row["lang"], other["lang"])
-                    self.files["sts"].append({"sentence1": row["sentence1"], "score": row["score"],
-                                              "sentence2": other["sentence2"]})
+                    self.files[f"sts/{self.name}"].append({
+                        "sentence1": row["sentence1"], "score": row["score"],
+                        "sentence2": other["sentence2"]})
 
     def paraphrases(self, rows):
         """Take {sentence1, sentence2, label}: 1 is a pair, 0 is left out."""
@@ -334,7 +337,8 @@ class Builder:
             for self.file, path in files.items():
                 form, needed, *check = forms[path]
                 required = {key: TYPES.get(key, str) for key in sorted(needed)}
-                form(self, list(read_jsonl(path, required, *check)))
+                form(self, [{key: value for key, value in row.items() if value is not None}
+                            for row in read_jsonl(path, required, *check)])
         except KeyError as error:
             raise ValueError(f"{files.get(self.file, folder)}: a row has no key {error}") from None
         for kind, start in before.items():
@@ -360,7 +364,7 @@ def files_of(folder):
     files = {}
     for path in sorted(folder.iterdir()):
         name = SUFFIX.sub("", path.name)
-        if path.is_file() and name not in (path.name, *HELD_OUT):
+        if path.is_file() and name != path.name and name.lower() not in HELD_OUT:
             if name in files:
                 raise ValueError(f"{path}: there is another file {name} with another suffix")
             files[name] = path
@@ -368,9 +372,9 @@ def files_of(folder):
 
 
 def held_out_collections(root):
-    """Return the collections of `root` that nothing was trained on: folders *_dev and *_test."""
+    """Return the collections of `root` that nothing was trained on, by their folders' names."""
     return sorted({path.parent for path in Path(root).glob("*/qrels*")
-                   if path.parent.name.endswith(FOR_EVALUATION)})
+                   if FOR_EVALUATION.search(path.parent.name)})
 
 
 def columns_of(path):
@@ -394,7 +398,7 @@ def build(root, out):
     part.mkdir(parents=True)
     builder = Builder(part)
     for folder in tqdm(folders, desc="sets", unit="set"):
-        if not folder.name.endswith(FOR_EVALUATION):
+        if not FOR_EVALUATION.search(folder.name):
             builder.read(folder)
     builder.join_small()
     files = {kind: rows for kind, rows in builder.files.items() if rows}

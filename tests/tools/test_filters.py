@@ -83,11 +83,12 @@ def test_decomposed_text_is_the_same_text():
 
 def test_score_of_pairs_with_the_edge_inside():
     rows = [{"input": "q", "output": "0.39", "instruction": "Find"},
-            {"query": "q", "pos": ["0.41", "0.2", "0.4"], "neg": ["0.1"]},
+            {"query": "q", "pos": ["0.41", "0.2", "0.4"], "neg": ["0.1"],
+             "pos_cosines": [0.4, 0.3, 0.5]},
             {"query": "q", "pos": "0.4"}, {"query": "q", "pos": ["0.1", "0.2"]}]
     for batch in (1, 2, 256):
         good, counts = run(by_score, rows, scorer=Scorer("x"), least=0.4, batch=batch)
-        assert good == [rows[1] | {"pos": ["0.41", "0.4"]}, rows[2]]
+        assert good == [rows[1] | {"pos": ["0.41", "0.4"], "pos_cosines": [0.4, 0.5]}, rows[2]]
         assert counts == {"score": 2}
 
 
@@ -115,6 +116,7 @@ def test_a_row_that_cannot_be_read_is_named_by_line(tmp_path, monkeypatch, row, 
     (LONG.replace("seven", "7"), None),
     (" ".join(LONG.split()[:12]), None),
     ("what is, THE capital", "overlaps an evaluation text"),
+    ("name its largest river", "overlaps an evaluation text"),
     ("what is the capital of", None),
     ("yes no", None),                                        # two words: equal by chance
     ("这里有一个很长的句子用来测试过滤器的重叠", "overlaps an evaluation text"),
@@ -122,7 +124,8 @@ def test_a_row_that_cannot_be_read_is_named_by_line(tmp_path, monkeypatch, row, 
 def test_overlap(tmp_path, text, expected):
     path = write_lines(tmp_path / "e.jsonl", [
         {"query": LONG, "pos": ["what is the capital?", "yes no"]},
-        {"sentence1": "前面这里有一个很长的句子用来测试过滤器", "label": "what is the capital of"}])
+        {"sentence1": "前面这里有一个很长的句子用来测试过滤器", "label": "what is the capital of"},
+        {"instruction": "Name its largest river", "input": "", "output": ""}])
     assert reason({"query": "q", "pos": [text]}, path) == expected
     assert reason({"query": "q", "pos": ["p"], "neg": [text]}, path) is None
 

@@ -67,7 +67,7 @@ def built(root, tmp_path):
 
 
 def test_everything_is_used_and_readable(built):
-    assert {"text", "retrieval", "clr", "classification", "sts"} <= built.keys()
+    assert {"text", "retrieval", "clr", "classification", "sts/sim"} <= built.keys()
     for name, rows in built.items():
         kind = name.split("/")[0]
         for row in rows if kind in PARSERS else ():
@@ -132,7 +132,7 @@ def test_nothing_of_a_dev_set_or_a_held_out_split_is_trained_on(built):
                           if not kind.startswith(("held_out", "qa_dev"))})
     for held in ("qa_dev", "Held out?", '"about c 2"'):
         assert held not in trained
-    assert sum(row["score"] == 2.5 for row in built["sts"]) == len(built["sts"])
+    assert sum(row["score"] == 2.5 for row in built["sts/sim"]) == len(built["sts/sim"])
 
 
 def test_held_out_bitext_and_documents_do_not_meet_the_training_rows(built):
@@ -345,8 +345,24 @@ def test_blank_texts_are_passed_over(tmp_path):
     write(root / "sim" / "x.jsonl", [{"sentence1": text, "sentence2": "b", "score": 1}
                                      for text in ("", "a")])
     files = sets.build(root, tmp_path / "sets")
-    assert [row["sentence1"] for row in files["sts"]] == ["a"]
+    assert [row["sentence1"] for row in files["sts/sim"]] == ["a"]
     assert {row["text"] for row in files["text"]} == {"words", "a"}
+
+
+def test_an_id_that_is_null_is_none(tmp_path):
+    write(tmp_path / "root" / "sim" / "x.jsonl", [
+        {"id": None, "sentence1": f"{lang} {i}", "sentence2": "b", "score": i, "lang": lang}
+        for i in range(3) for lang in ("de", "en")])
+    files = sets.build(tmp_path / "root", tmp_path / "sets")
+    assert len(files["sts/sim"]) == 6 and not [kind for kind in files if kind.startswith("pairs")]
+
+
+@pytest.mark.parametrize("name", ["test", "dev", "nq-test", "nq_dev"])
+def test_a_set_to_evaluate_on_is_told_by_its_name(tmp_path, name):
+    write(tmp_path / "root" / name / "x.jsonl", [{"text": "held out"}])
+    write(tmp_path / "root" / "contest" / "TEST.jsonl", [{"text": "held out"}])
+    write(tmp_path / "root" / "contest" / "x.jsonl", [{"text": "words"}])
+    assert sets.build(tmp_path / "root", tmp_path / "sets")["text"] == [{"text": "words"}]
 
 
 def test_what_a_row_may_lack_costs_no_row(tmp_path):
@@ -427,4 +443,4 @@ def test_only_what_means_the_same_is_a_pair(tmp_path):
 
 def test_scored_pairs_cross_languages(built):
     assert {("en a", "en b"), ("ja a", "ja b"), ("en a", "ja b"), ("ja a", "en b")} == {
-        (row["sentence1"], row["sentence2"]) for row in built["sts"]}
+        (row["sentence1"], row["sentence2"]) for row in built["sts/sim"]}
