@@ -10,7 +10,7 @@ It prints the scores and writes one JSON object, {"<task>/<set>/<subset>/<metric
 at the end stands for the first 64 dimensions. Rows with `lang` are scored per language, retrieval
 per pair of query and passage language, with the passages of that language as candidates.
 PAPER Sec. 4: Tables 1, 2 and 5 are read as MTEB(eng, v2) and MTEB(cmn, v1), Table 14 as (eng, v1).
-Protocols are mteb's. It has further types of task, and scores stock models on all of them.
+Protocols are mteb's. Further types of task, such as clustering, are scored by --mteb alone.
 """
 import contextlib
 import dataclasses

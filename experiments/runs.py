@@ -53,8 +53,13 @@ def write_result(folder, name, result):
 
 
 def choose(commands, argv):
-    """Return (the command that the first word names, all other words). ValueError without one."""
+    """Return (the command that the first word names, all other words). ValueError without one.
+
+    `--help` prints what the module says of itself, and ends.
+    """
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["none"]
+    if name in ("-h", "--help"):
+        sys.exit(print(sys.modules["__main__"].__doc__))
     if name not in commands:
         raise ValueError(f"one of the commands {', '.join(commands)} is needed first, not {name}")
     return name, rest

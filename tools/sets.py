@@ -413,10 +413,10 @@ def build(root, out):
 
 def main():
     """Build the files and print how many rows each has."""
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m tools.sets", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="folder with one folder for each set")
-    parser.add_argument("--out", default="out/real/sets")
+    parser.add_argument("--out", default="out/real/sets", help="must not exist (%(default)s)")
     args = parser.parse_args()
     for kind, rows in sorted(build(args.root, args.out).items()):
         print(f"{args.out}/{kind}.jsonl: {len(rows):,} rows")

@@ -102,7 +102,8 @@ def ensure(folder):
 
 def main():
     """Build the folder on the command line; see the module docstring."""
-    parser = argparse.ArgumentParser(description="build the embedded corpus in 26 languages")
+    parser = argparse.ArgumentParser(prog="python -m toy.build",
+                                     description="build the embedded corpus in 26 languages")
     parser.add_argument("--out", default="out/installed_docs", help="folder to write")
     counts = ensure(parser.parse_args().out)
     print(", ".join(f"{key} {value}" for key, value in counts.items() if key != "versions"))
