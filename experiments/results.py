@@ -247,8 +247,9 @@ def results_page(tables, folder):
             lines += [f"Written by `{table['command']}`.", ""]
     figures = sorted(Path(folder, "figures").glob("*.png"))
     if figures:
-        lines += ["## Figures", "", "Drawn by `python -m experiments.figures`: the curve and Figure "
-                  "1 from the tables above, all others from one default run.", ""]
+        lines += ["## Figures", "",
+                  "Drawn by `python -m experiments.figures`: the curve and Figure 1 from tables "
+                  "above, all others from one default run.", ""]
         lines += [f"![{path.stem}](../results/figures/{path.name})\n" for path in figures]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 

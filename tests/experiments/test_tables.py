@@ -1,6 +1,7 @@
 """Figures, natural questions and exercises of a finished run, on one tiny run."""
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -26,6 +27,13 @@ def make(home, name, tmp_path, *more):
 def test_mistakes_on_the_command_line(argv, message):
     with pytest.raises(ValueError, match=message):
         tables.main(argv)
+
+
+def test_help_is_what_the_module_says(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "__main__", tables)
+    with pytest.raises(SystemExit) as end:
+        tables.main(["--help"])
+    assert end.value.code is None and capsys.readouterr().out.startswith("Tables of finished runs")
 
 
 def test_stage_4_is_scored_by_dims_and_on_sts(home):
