@@ -29,7 +29,7 @@ from engine import kernels, memory
 from engine.batch import end_text
 from engine.checkpoint import EXPORTED, read_model
 from engine.distributed import accelerator, choose_dtype, device_module
-from engine.jsonl import atomic, read_texts
+from engine.jsonl import atomic, check_name, read_texts
 from engine.vectors import load_index, save_vectors
 from mask import MaskSpec
 from model import Conan, ConanConfig
@@ -73,7 +73,7 @@ class Embedder:
             raise ValueError(f"{where}: its config is not train.py's, or does not fit its weights: "
                              f"{error!r}") from None
         self._set(model.eval(), tokenizer, mask, max_len, prompts)
-        self.checkpoint, self.meta = where, meta
+        self.checkpoint, self.meta = where.resolve(), meta
         kernels.pack(model)
 
     @classmethod
@@ -95,9 +95,10 @@ class Embedder:
         return self.model.config.n_embd
 
     def fingerprint(self):
-        """Return a hash of what decides the vectors: weights, shape, mask and tokenizer."""
+        """Return a hash of what decides the vectors: the files of the model, and how it is used."""
         name = EXPORTED if (self.checkpoint / EXPORTED).is_file() else "manifest.json"
-        return hashlib.sha256((self.checkpoint / name).read_bytes()).hexdigest()[:16]
+        used = f"{self.dtype} {self.max_len} {sorted(self.prompts.items())}".encode()
+        return hashlib.sha256((self.checkpoint / name).read_bytes() + used).hexdigest()[:16]
 
     def encode(self, texts, batch_size=32, prompt=None, truncate_dim=None, normalize=True,
                show_progress_bar=False):
@@ -184,6 +185,8 @@ def run(args):
         raise ValueError("--texts needs --out=FILE.npy")
     if not args.texts and (args.out or args.truncate_dim) or args.texts and args.query:
         raise ValueError("--out and --truncate_dim are for --texts, --query is for a search")
+    if args.out:
+        check_name(args.out, [args.texts])
     if args.k < 1:
         raise ValueError(f"--k must be at least 1, not {args.k}")
     if args.query is not None and not args.query.strip():

@@ -15,6 +15,7 @@ Protocols are mteb's. Further types of task, such as clustering, are scored by -
 import contextlib
 import dataclasses
 import functools
+import tempfile
 import time
 from pathlib import Path
 
@@ -203,10 +204,8 @@ def sts(encoder, rows):
 
 def pair_classification(encoder, rows):
     """Rank pairs by cosine; average precision of `label` 1."""
-    labels = [row["label"] for row in rows]
-    if set(labels) - {0, 1}:
-        raise ValueError(f"pair labels must be 0 or 1, got {sorted(set(labels), key=str)[:5]}")
-    return {"ap": average_precision(labels, cosine_of(encoder, rows, "pair_classification"))}
+    return {"ap": average_precision([row["label"] for row in rows],
+                                    cosine_of(encoder, rows, "pair_classification"))}
 
 
 def classification(encoder, rows):
@@ -336,7 +335,7 @@ class EvalConfig:
     out: str = ""                      # JSON file to write (empty: add to the model's own)
 
     def __post_init__(self):
-        check_name(self.out)
+        check_name(self.out, [path for task in ROW_TASKS for path in getattr(self, task)])
         if self.trust_remote_code is not None and not self.sentence_transformer:
             raise ValueError("--trust_remote_code is for --sentence_transformer")
         if sum(map(bool, (self.checkpoint, self.sentence_transformer, self.bm25))) != 1:
@@ -352,11 +351,10 @@ class EvalConfig:
     @property
     def place(self):
         """The JSON file, one for each model: in its folder, where train.py begins it, or in out."""
-        if self.out or self.checkpoint:
-            return Path(self.out or Path(self.checkpoint) / "eval.json")
-        name = self.sentence_transformer or "bm25"
-        name = Path(name).name if Path(name).is_dir() else name.replace("/", "_")
-        return Path(f"out/eval_{name}.json")
+        name = self.checkpoint or self.sentence_transformer or "bm25"
+        if self.out or self.checkpoint or Path(name).is_dir():
+            return Path(self.out or Path(name) / "eval.json")
+        return Path(f"out/eval_{name.replace('/', '_')}.json")
 
 
 def run(config):
@@ -366,8 +364,8 @@ def run(config):
     """
     if config.checkpoint and not config.out and not config.place.is_file() \
             and (config.place.parent / ".lock").is_file():
-        raise ValueError(f"{config.place} is train.py's to begin: run its stage to the end, or "
-                         "give --out")
+        raise ValueError(f"{config.place} is missing, and train.py's to begin: run its stage to "
+                         "the end, or give --out")
     memory.keep_freed_memory()             # on a CPU paging it in anew takes a quarter of the time
     encoder = LexicalBaseline()
     if config.checkpoint:
@@ -380,6 +378,8 @@ def run(config):
     def earlier():                                 # another process may have added to it
         return read_object(path) if path.is_file() and not config.out else {}
     before = earlier()                             # these scores stay
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()    # a folder that is read-only shows now
     jobs = [(task, name) for task in ("retrieval", "mkqa", *ROW_TASKS)
             for name in getattr(config, task)]
     jobs += [("mteb", name) for name in join_names(config.mteb)]

@@ -208,14 +208,20 @@ def check_score(row):
         raise ValueError(f"key 'score' must be a finite number, not {str(row['score'])[:40]}")
 
 
+def check_label(row):
+    """Raise ValueError for two sentences whose label is neither 0 nor 1."""
+    if row["label"] not in (0, 1):
+        raise ValueError(f"key 'label' must be 0 or 1, not {row['label']!r}")
+
+
 def read_groups(task, path, split=None):
     """Return {language or pair of them: rows} of a file; {split: rows} if some rows have none.
 
     Raises ValueError for a bad row, by file and line, and for a split that is not there.
     """
     aligned = task == "bitext" and "query" not in next(iter(read_jsonl(path)), ())
-    rows = list(read_jsonl(path, COLUMNS["aligned" if aligned else task],
-                           check_score if task == "sts" else None))
+    check = {"sts": check_score, "pair_classification": check_label}.get(task)
+    rows = list(read_jsonl(path, COLUMNS["aligned" if aligned else task], check))
     if not rows:
         raise ValueError(f"{path}: no rows")
     rows, subset = choose_split(rows, split, path, task == "classification")
@@ -246,9 +252,11 @@ def pair_groups(rows, subset, path):
 def align(rows, path):
     """Pair the texts {id, lang, text} of equal id: each language with English, or with the first.
 
-    Raises ValueError if an id comes twice in a language, or in one language alone.
+    Prints how many have no partner. Raises ValueError if an id comes twice in a language, or none
+    in two.
     """
-    texts, languages = {(row["lang"], row["id"]): row["text"] for row in rows}, languages_in(rows)
+    texts = {(row["lang"], str(row["id"])): row["text"] for row in rows}
+    languages = languages_in(rows)
     if len(texts) != len(rows):
         raise ValueError(f"{path}: {len(rows) - len(texts)} rows repeat the id and lang of another")
     pivot = "en" if "en" in languages else next(iter(languages), "")
@@ -256,6 +264,8 @@ def align(rows, path):
              for (lang, key), text in texts.items() if lang != pivot and (pivot, key) in texts]
     if not pairs:
         raise ValueError(f"{path}: no id occurs in {pivot!r} and in another language")
+    if alone := sum(lang != pivot for lang, _ in texts) - len(pairs):
+        print(f"{path}: {alone} texts have no partner in {pivot!r} and are left out")
     return pairs
 
 

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import time
 from collections import Counter
@@ -205,10 +206,11 @@ def summarise(cfg, stages, scores, minutes, trained):
     print(f"\n{spent}{'' if trained else ' before: nothing was left to train'}")
     print(f"checkpoint: {cfg.run_dir}\nscores:     {path}")
     if cfg.stage.startswith("embed"):
-        where = "" if cfg.run_dir == Path("out/embed_sup") else f" --checkpoint={cfg.run_dir}"
+        where = "" if cfg.run_dir == Path("out/embed_sup") else \
+            f" --checkpoint={shlex.quote(str(cfg.run_dir))}"
         corpora = [*cfg.evaluate, f"{cfg.data}/search", f"{cfg.data}/test"]
         corpus = next((c for c in corpora if any(Path(c).glob("corpus.jsonl*"))), "FOLDER")
-        where += "" if corpus == "out/installed_docs/search" else f" --corpus={corpus}"
+        where += "" if corpus == "out/installed_docs/search" else f" --corpus={shlex.quote(corpus)}"
         print(f"search:     python embed.py{where} --query \"how do I compute the determinant of a "
               "matrix\"")
 

@@ -22,7 +22,7 @@ def load_index(embedder, corpus):
     """
     path = Path(corpus) if Path(corpus).is_file() else find_packed(Path(corpus) / "corpus.jsonl")
     rows, where = list(read_with_ids(path)), embedder.checkpoint
-    settings = f"{INDEX_VERSION} {embedder.dtype} {embedder.max_len} {embedder.fingerprint()}"
+    settings = f"{INDEX_VERSION} {embedder.fingerprint()}"
     place, content = (hashlib.sha256(x).hexdigest()[:16] for x in (
         os.fsencode(path.resolve()), settings.encode() + path.read_bytes()))
     folder = where if (where / EXPORTED).is_file() else where.parent

@@ -257,6 +257,8 @@ def test_the_command_line_searches(run, tmp_path, monkeypatch, capsys):
         command(monkeypatch, *argv[:-1], "--k=-1")
     with pytest.raises(SystemExit, match="--texts needs --out"):
         command(monkeypatch, "--texts=x")
+    with pytest.raises(SystemExit, match="x: the input would be replaced"):
+        command(monkeypatch, "--texts=x", "--out=x")
     for more in (["--truncate_dim=8"], ["--out=x.npy"], ["--texts=x", "--out=x.npy"]):
         with pytest.raises(SystemExit, match="are for --texts, --query is for a search"):
             command(monkeypatch, "--query=x", *more)

@@ -83,11 +83,15 @@ def export(checkpoint, out, lm=False):
 
 def write(embedder, folder, name, lm):
     """Fill `folder` with all the files of an export that is to be called `name`."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     folder.mkdir(parents=True, exist_ok=True)
     meta, tokenizer, prefix = embedder.meta, embedder.tokenizer, "model." if lm else ""
-    save_file({prefix + key: tensor.contiguous() for key, tensor in
-               embedder.model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"})
+    weights = {prefix + k: v.contiguous() for k, v in embedder.model.state_dict().items()}
+    try:
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    except SafetensorError as error:               # a full disk, say
+        raise OSError(f"{folder / 'model.safetensors'}: {error}") from None
     tokenizer.save(folder / "tokenizer.tiktoken")
     shutil.copymode(folder / "tokenizer.tiktoken", folder / "model.safetensors")   # it was 0600
     recipe = {key: value for key, value in meta["train"].items()
@@ -178,7 +182,8 @@ def end_template(tokenizer):
 def tokenizer_json(tokenizer, post_processor=None):
     """Return the tokenizer in the form of the `tokenizers` library: the same ids for any text.
 
-    The special tokens stand in the vocabulary and not among the "added" ones, as those would be
+    NFC is that of the library's Unicode table: a few rare marks are missing in older ones. The
+    special tokens stand in the vocabulary and not among the "added" ones, as those would be
     found inside of texts. post_processor: what adds tokens to a text; None adds none.
     """
     tokens, letter = tokenizer.tokens(), byte_letters()

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from configurator import run_command
 from data import parse_pair
-from engine.collection import HELD_OUT, document_text, load_collection
+from engine.collection import HELD_OUT, check_label, document_text, load_collection
 from engine.index import text_id
 from engine.jsonl import read_jsonl, write_jsonl
 
@@ -58,12 +58,6 @@ SUFFIX = re.compile(r"\.(jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
 def for_training(rows):
     """Return the rows of split "train" and those of none."""
     return [row for row in rows if (row.get("split") or "train") == "train"]
-
-
-def check_label(row):
-    """Raise ValueError for two sentences whose label is neither 0 nor 1."""
-    if row["label"] not in (0, 1):
-        raise ValueError(f"key 'label' must be 0 or 1, not {row['label']!r}")
 
 
 def check_head(row):

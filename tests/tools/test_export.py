@@ -200,6 +200,10 @@ def test_fingerprints_tell_exports_apart(exported, save, tmp_path):
     again = shutil.copytree(exported, tmp_path / "copy")
     a, b, c = (Embedder(path).fingerprint() for path in (exported, other, again))
     assert a == c != b
+    for name, value in (("max_len", 8), ("dtype", "bfloat16"), ("prompts", {"sts": "Say"})):
+        embedder = Embedder(exported)
+        setattr(embedder, name, value)
+        assert embedder.fingerprint() != a
 
 
 def test_a_search_index_stays_inside_the_export(exported, tmp_path):
