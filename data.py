@@ -310,11 +310,11 @@ def unread(folder):
 
     def is_read(path):
         *above, name = path.relative_to(folder).parts
-        if any((path.parent / f"corpus.jsonl{gz}").is_file() for gz in ("", ".gz")):
-            return True
-        kind = above[0] if above else name.partition(".")[0].partition("-")[0]
-        return len(above) < 2 and kind in PARSERS or above[:1] == ["held_out"] \
-            or not above and name.removesuffix(".gz") in scored
+        if not above:
+            kind = name.partition(".")[0].partition("-")[0]
+            return kind in PARSERS or name.removesuffix(".gz") in scored
+        is_collection = any(path.parent.glob("corpus.jsonl*"))
+        return is_collection or above[0] == "held_out" or len(above) == 1 and above[0] in PARSERS
 
     return sorted(path for path in Path(folder).rglob("*")         # a .json is somebody's report
                   if is_json(path) and ".json" not in path.suffixes and not is_read(path))
