@@ -36,7 +36,8 @@ from engine.metrics import (average_precision, hit_at_k, mean_average_precision,
                             mrr_at_k, ndcg_at_k, recall_at_k, spearman)
 from engine.mining import top
 from engine.encoders import (CachedEncoder, LexicalBaseline, MTEBModel,  # noqa: F401
-                                SentenceTransformerBaseline, evaluate_mteb, join_names, prompt_of)
+                                SentenceTransformerBaseline, SharedEncoder, evaluate_mteb,
+                                join_names, prompt_of)
 from engine.report import table
 from mask import CAUSAL
 
@@ -283,16 +284,18 @@ def evaluate_stage(state):
 
     state: engine.run.State. Stages 1 and 2 are measured by their loss on held-out text, too.
     """
-    cfg, results = state.cfg, {}
+    cfg, encoder, results = state.cfg, state.embedder, {}
+    if state.world.size > 1 and cfg.parallel != "fsdp":    # there a forward pass needs all ranks
+        encoder = SharedEncoder(encoder, state.world)
     if "validation" in state.counters and (loss := validation_loss(state)) is not None:
         name = f"lm/{Path(cfg.data).name}/dev/loss"
         results = {f"{name}_before": state.counters["validation_before"], name: loss}
     for folder in collections(cfg):
-        results |= evaluate(state.embedder, "retrieval", folder,
+        results |= evaluate(encoder, "retrieval", folder,
                             dims=cfg.dims if cfg.stage == "embed_sup" else ())
     for task, path in labelled_files(cfg).items() if cfg.stage.startswith("embed") else ():
         with contextlib.suppress(ImportError):     # scikit-learn is optional: see `read_ahead`
-            results |= evaluate(state.embedder, task, path)
+            results |= evaluate(encoder, task, path)
     return results
 
 

@@ -12,6 +12,8 @@ import re
 import numpy as np
 import torch
 
+from engine.distributed import together
+
 MTEB_TYPES = {                     # mteb's types of task, and which of ours has their prompt
     "Retrieval": "retrieval", "InstructionRetrieval": "retrieval",
     "Reranking": "retrieval", "InstructionReranking": "retrieval", "BitextMining": "bitext",
@@ -75,6 +77,23 @@ class CachedEncoder:
             raise ValueError(f"dims must be in 1..{vectors.shape[1]}, got {self.dim}")
         vectors = vectors[:, :self.dim]
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+class SharedEncoder:
+    """Encode on all ranks together, every W-th text on each; all must call with the same texts."""
+
+    def __init__(self, encoder, world):
+        self.encoder, self.world, self.prompts = encoder, world, encoder.prompts
+
+    def encode(self, texts, prompt=None):
+        """Return unit vectors (N, D) float32 on every rank."""
+        rank, size = self.world.rank, self.world.size
+        parts = together(self.world,
+                         lambda: self.encoder.encode(texts[rank::size], prompt=prompt))
+        vectors = np.empty((len(texts), self.encoder.dim), dtype=np.float32)
+        for first, part in enumerate(parts):
+            vectors[first::size] = part
+        return vectors
 
 
 class LexicalBaseline:

@@ -365,7 +365,8 @@ def test_what_a_stage_is_scored_on(tmp_path, monkeypatch, stage, asked):
     seen, cfg = [], TrainConfig(stage=stage, data=str(tmp_path), dims=(4,))
     monkeypatch.setattr(evaluation, "evaluate", lambda encoder, name, path, dims=():
                         seen.append((name, dims)) or {})
-    evaluation.evaluate_stage(SimpleNamespace(cfg=cfg, counters={}, embedder=None))
+    evaluation.evaluate_stage(SimpleNamespace(cfg=cfg, counters={}, embedder=None,
+                                              world=ALONE))
     assert seen == asked
 
 
