@@ -5,6 +5,7 @@ The two processes run once for the whole file and leave what they found on disk.
 
 import os
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from engine import distributed
 from engine.distributed import World
+from engine.encoders import SharedEncoder, prompt_of
 from engine.microbatch import two_pass
 from losses import cosent_loss, gather_with_grad, matryoshka
 from mask import FULL, MaskSpec
@@ -299,3 +301,21 @@ def fails_on(world):
 
 def test_an_error_of_one_rank_says_everywhere_where_it_was_raised():
     on_ranks(2, fails_on)
+
+
+def encodes_on(world):
+    seen = []
+
+    def encode(texts, prompt):
+        seen.extend(texts)
+        return np.array([[float(text), len(prompt)] for text in texts]).reshape(-1, 2)
+    encoder = SharedEncoder(SimpleNamespace(encode=encode, prompts={"sts": "p"}, dim=2), world)
+    for n in (7, 3, 1):                                    # of one text two ranks have none
+        vectors = encoder.encode([str(i) for i in range(n)], prompt="ask")
+        assert vectors.tolist() == [[i, 3] for i in range(n)] and vectors.dtype == np.float32
+    assert len(seen) == sum(len(range(world.rank, n, 3)) for n in (7, 3, 1))
+    assert prompt_of(encoder, "sts") == "p"
+
+
+def test_ranks_share_what_is_encoded():
+    on_ranks(3, encodes_on)
