@@ -90,7 +90,7 @@ class TrainConfig:
     # --- losses
     temperature: float = 0.05      # of InfoNCE and CoSENT; UNSPECIFIED
     dims: tuple[int, ...] = ()     # MRL dims of embed_sup, besides the full width
-    task_weights: dict[str, float] = dataclasses.field(     # as clr:3,sts:1; Table 11's rows
+    task_weights: dict[str, float] = dataclasses.field(     # shares of rows, as clr:3; Table 11
         default_factory=lambda: {"retrieval": 3.0, "clr": 3.0, "classification": 2.8, "sts": 1.8})
     # --- soft mask (embed_weak; "causal" holds for embed_sup, too)
     schedule: Literal["linear", "accelerating", "decelerating", "hard", "causal"] = "linear"
