@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dhnm import should_replace
 from engine.batch import Batch
-from engine.collection import HELD_OUT
+from engine.collection import HELD_OUT, check_score
 from engine.distributed import ALONE
 from engine.index import JsonlFiles, text_id
 from engine.jsonl import is_json
@@ -104,8 +104,8 @@ def parse_pair(row):
         prompt = row.get("instruction") if prompt is None else prompt
     if not pos:
         raise ValueError("key 'pos' is an empty list")
-    if not row.get("neg"):
-        for key in (key for key in row if key.startswith(("neg", "hard_neg")) and row[key]):
+    for key, value in row.items():
+        if key.startswith(("neg", "hard_neg")) and value and not row.get("neg"):
             raise ValueError(f"key {key!r} is not read: hard negatives have the key 'neg'")
     if not isinstance(prompt, (str, type(None))):
         raise ValueError(f"the prompt must be a string, not {type(prompt).__name__}")
@@ -121,12 +121,9 @@ def parse_sts(row):
 
     Only the order of scores counts. A batch mixes all files, so all need one scale; a run warns.
     """
-    score = row.get("score")
-    if type(score) not in (int, float) or not abs(score) < 3e38:
-        raise ValueError(f"key 'score' must be a finite number (float32), not {str(score)[:40]}; "
-                         f"the keys are {sorted(row)[:8]}")
+    check_score(row)
     return {"sentence1": _text(row, "sentence1"), "sentence2": _text(row, "sentence2"),
-            "score": float(score)}
+            "score": float(row["score"])}
 
 
 MINED = ("retrieval", "clr", "classification")     # kinds with hard negatives
@@ -298,7 +295,7 @@ def sources(cfg, kind):
             raise ValueError(f"{path}: only JSONL and JSONL.gz are read")
         if path.with_name(f"{path.name}.gz") in files:
             raise ValueError(f"{path} lies beside its own .gz: keep one of them")
-        if path.name.removesuffix(".gz").rpartition(".")[0].rpartition("-")[2] in HELD_OUT:
+        if path.name.partition(".")[0].rpartition("-")[2] in HELD_OUT:
             raise ValueError(f"{path} would be trained on: rename it, or move it elsewhere")
     return tuple(sorted(str(path) for path in files
                         if is_json(path) and not path.name.endswith(".report.json")))

@@ -203,9 +203,11 @@ def choose_split(rows, split, path, with_train=False):
 
 
 def check_score(row):
-    """Raise ValueError for a score that is not finite, or no float32."""
-    if not abs(row["score"]) < 3e38:
-        raise ValueError(f"key 'score' must be a finite number, not {str(row['score'])[:40]}")
+    """Raise ValueError for a row whose score is missing, no number or no finite float32."""
+    score = row.get("score")
+    if type(score) not in (int, float) or not abs(score) < 3e38:
+        raise ValueError(f"key 'score' must be a finite number (float32), not {str(score)[:40]}; "
+                         f"the keys are {sorted(row)[:8]}")
 
 
 def check_label(row):

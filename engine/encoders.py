@@ -1,4 +1,4 @@
-"""What eval.py scores: an encoder with a memory, BM25, stock models; ours in mteb's harness.
+"""What eval.py scores: encoders with a memory or on all ranks, BM25, stock models; ours in mteb.
 
     mteb.evaluate(MTEBModel(Embedder("out/embed_sup")), mteb.get_tasks(tasks=["STS17"]))
 

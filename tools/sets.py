@@ -21,11 +21,10 @@ rows of split "train", or of none, are trained on, and no file named dev, valida
 folder named dev, test, *_dev or *_test never is: its collection is copied to OUT, where the
 evaluation looks. Of bitext, parallel sentences and paraphrases without a split a share is held out
 and written to OUT/held_out in the same format: by passage, by document of `docs`, and by id or
-first sentence. A set with files of
-several forms holds nothing out: one may repeat the sentences of another. Where a question has a
-passage in another language, questions with ids LANG/NAME (or NAME/LANG) of one NAME are
-translations. Professional translations stand in for machine ones in CLR: the query's language
-differs from the passage's.
+first sentence. A set with files of several forms holds nothing out: one may repeat the sentences of
+another. Where a question has a passage in another language, questions with ids LANG/NAME (or
+NAME/LANG) of one NAME are translations. Professional translations stand in for machine ones in CLR:
+the query's language differs from the passage's.
 """
 import argparse
 import random

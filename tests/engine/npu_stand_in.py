@@ -75,8 +75,8 @@ def compute(operation, *args, **kwargs):
     out = operation(*held(args), **(ours | {"device": "cpu"} if device is not None else ours))
     if not to_card:
         return out
-    return return_and_correct_aliasing(operation, args, kwargs, on_card(out)) if is_any \
-        else on_card(out)
+    out = on_card(out)
+    return return_and_correct_aliasing(operation, args, kwargs, out) if is_any else out
 
 
 def empty_strided(size, stride, dtype=None, **_):
