@@ -10,7 +10,8 @@ One example a line, JSONL or JSONL.gz, UTF-8, in the formats that users already 
 
 PAPER Sec. 3.1, App. A, Table 11. The rows of a step depend only on the seed and the step number
 (engine/order.py), their hard negatives on DHNM's pools. So resuming needs no reader state.
-UNSPECIFIED: the templates, of `format_query` and `format_sft`.
+UNSPECIFIED: the templates, of `format_query` and `format_sft`. A `prompt` is the instruction before
+a query, as in sentence-transformers; in `sft_batch` alone it is instruction and input.
 """
 from collections import Counter
 from functools import partial
@@ -155,10 +156,10 @@ def sft_batch(examples, rows, tokenizer, max_len):
     half of the room at least, and its blank line. UNSPECIFIED: that the prompt is not predicted.
     """
     ids, targets, lengths, truncated = [], [], [], 0
-    prompts = tokenizer.encode_batch([format_sft(e[0], e[1]) for e in examples])
+    instructions, queries, outputs = zip(*examples)
+    prompts = tokenizer.encode_batch(list(map(format_sft, instructions, queries)))
     blank = tokenizer.encode("\n\n")                       # ends a prompt: one token or two
-    outputs = tokenizer.encode_batch([e[2] for e in examples])
-    for prompt, output in zip(prompts, outputs):
+    for prompt, output in zip(prompts, tokenizer.encode_batch(outputs)):
         truncated += len(prompt) + len(output) > max_len
         room = max(max_len // 2, max_len - len(output), 1)
         if len(prompt) > room:
@@ -256,25 +257,29 @@ class Task:
 
         An absent one is an empty text: all ranks have as many texts, and as many passes.
         """
-        triples = self.examples_of(indices, epoch)
-        queries = [format_query(query, prompt) for prompt, query, _ in triples]
-        texts = queries + [positive for *_, positive in triples]
-        ids = None                                             # of hard negatives
+        cfg, b = self.cfg, len(indices)
+        prompts, queries, positives = zip(*self.examples_of(indices, epoch))
+        texts = [*map(format_query, queries, prompts), *positives]
+        negative_ids = None
         if self.pool:
             negatives = self.pool.negatives(indices)                        # (B, N), -1: absent
             hard = [self.passages.text(p) if p >= 0 else "" for p in negatives.flatten().tolist()]
-            ids = torch.tensor([text_id(text) for text in hard]).view_as(negatives)
-            texts, ids = texts + hard, ids.masked_fill(negatives < 0, -1)
-        cfg = self.cfg
-        limits = [cfg.query_len] * len(queries) + [cfg.passage_len] * (len(texts) - len(queries))
-        skip = [prompt_length(self.tokenizer, prompt) for prompt, *_ in triples]
+            negative_ids = text_ids(hard).view_as(negatives).masked_fill(negatives < 0, -1)
+            texts += hard
         known = [self.passages.positive_ids(int(i)) if self.passages else
                  [text_id(pos) for pos in self.rows[int(i)]["pos"]] for i in indices]
-        return Batch.of(self.kind, texts, limits, self.tokenizer, indices, negative_ids=ids,
-                        skip=skip + [0] * (len(texts) - len(skip)),
-                        query_ids=torch.tensor([text_id(query) for _, query, _ in triples]),
-                        positive_ids=torch.tensor([text_id(pos) for *_, pos in triples]),
+        others = len(texts) - b                                # of the texts that are no query
+        return Batch.of(self.kind, texts, [cfg.query_len] * b + [cfg.passage_len] * others,
+                        self.tokenizer, indices,
+                        skip=[prompt_length(self.tokenizer, p) for p in prompts] + [0] * others,
+                        query_ids=text_ids(queries), positive_ids=text_ids(positives),
+                        negative_ids=negative_ids,
                         known_ids=pad_sequence([torch.tensor(ids) for ids in known], True, -1))
+
+
+def text_ids(texts):
+    """Return the ids of some texts, (len(texts),) int64; equal texts have equal ids."""
+    return torch.tensor([text_id(text) for text in texts], dtype=torch.int64)
 
 
 # ---------------------------------------------------------------- the mixture of a stage
@@ -282,8 +287,8 @@ class Task:
 def sources(cfg, kind):
     """Return the files of a kind: those that are named, else those in the folder `cfg.data`.
 
-    Raises ValueError for a file there that is packed otherwise than as .gz, twice there, or named
-    as a split that is held out.
+    Raises ValueError for a file there that is not packed as .gz, that lies there twice, or that is
+    named as a held-out split.
     """
     if getattr(cfg, kind) or not cfg.uses_folder:
         return getattr(cfg, kind)
@@ -301,22 +306,6 @@ def sources(cfg, kind):
                         if is_json(path) and not path.name.endswith(".report.json")))
 
 
-def unread(folder):
-    """Return the JSONL files in a folder that nobody reads: their names may be misspelled."""
-    scored = ("text_dev.jsonl", "sts_test.jsonl", "labels_test.jsonl")
-
-    def is_read(path):
-        *above, name = path.relative_to(folder).parts
-        if not above:
-            kind = name.partition(".")[0].partition("-")[0]
-            return kind in PARSERS or name.removesuffix(".gz") in scored
-        is_collection = any(path.parent.glob("corpus.jsonl*"))
-        return is_collection or above[0] == "held_out" or len(above) == 1 and above[0] in PARSERS
-
-    return sorted(path for path in Path(folder).rglob("*")         # a .json is somebody's report
-                  if is_json(path) and ".json" not in path.suffixes and not is_read(path))
-
-
 def task_files(cfg):
     """Return [(kind, files)], one for each task of a stage; ValueError if it has no data.
 
@@ -327,7 +316,8 @@ def task_files(cfg):
         kinds = [kind for kind in PARSERS if cfg.task_weights.get(kind, 0) > 0]
     else:
         kinds = ["text"] if cfg.stage == "pretrain" else ["pairs"]
-    tasks = [(kind, sources(cfg, kind)) for kind in kinds if sources(cfg, kind)]
+    files = {kind: sources(cfg, kind) for kind in kinds}
+    tasks = [(kind, paths) for kind, paths in files.items() if paths]
     if not tasks and cfg.uses_folder:
         raise ValueError(f"{cfg.stage} needs data: {cfg.data} has no "
                          f"{' or '.join(f'{kind}.jsonl' for kind in kinds)}")

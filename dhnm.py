@@ -1,6 +1,6 @@
 """Dynamic hard negative mining: negatives that have become easy are replaced (PAPER Sec. 3.4).
 
-Every query has a pool of candidates, best first, and uses N of them as its hard negatives. The
+Every query has a pool of candidates, hardest first, and uses N of them as its hard negatives. The
 contrastive loss computes the cosine S of a query and each of its negatives anyway (Eq. 5). S_0 is
 the cosine at a negative's first use. The next candidate of the pool takes its place if (Eq. 6)
 
@@ -12,9 +12,9 @@ replacement waits for its query's next visit. A single pass over the data visits
 DHNM needs several epochs to do anything. Eq. (6) takes the next candidate, the prose samples one:
 here it is the next.
 
-UNSPECIFIED: S_0 of a negative that was swapped in (here its first score since then) and what an
-exhausted pool does (here the hardest candidate seen so far comes back with a new S_0, and the query
-is counted).
+UNSPECIFIED: S_0 of a negative that was swapped in. Here it is its first score since then.
+UNSPECIFIED: what an exhausted pool does. Here the hardest candidate seen so far comes back with a
+new S_0, and the query is counted.
 DEVIATES: Eq. (6) prints no absolute values; the prose has them, at 0.4 and at 0.7. So a cosine of
 -0.9 counts as hard. But -0.5 is easy at once: 1.2 S < S_0 is true of every negative first score.
 """
@@ -37,7 +37,7 @@ def should_replace(initial, current):
 class HardNegativePool:
     """The candidates of Q queries, which of them are in use, and the scores seen so far.
 
-    candidates: for each query a list of ids, best first, of any length; or all as one integer
+    candidates: for each query a list of ids, hardest first, of any length. Or all as one integer
     tensor (Q, P), where -1 is an empty place at the end.
     policy: "v2", Conan-Embedding-v2's, is Eq. (6); "fixed" keeps the first N, for comparison.
 
@@ -115,8 +115,8 @@ class HardNegativePool:
             self.next[q] += 1
         else:
             self.exhausted[q] = True
-            used, now = self.slots[q], self.slots[q, slot]
-            others = used[(used >= 0) & (used != now)]
+            columns, now = self.slots[q], self.slots[q, slot]
+            others = columns[(columns >= 0) & (columns != now)]
             column = int(self.last[q].index_fill(0, others, -torch.inf).argmax())
             if self.last[q, column] <= self.last[q, now]:
                 return False                                                # none is harder

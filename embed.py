@@ -102,14 +102,14 @@ class Embedder:
 
     def encode(self, texts, batch_size=32, prompt=None, truncate_dim=None, normalize=True,
                show_progress_bar=False):
-        """Return (N, D) float32, one row for each text, in their order; a single str gives (D,).
+        """Return (N, D) float32 of length 1, one row for each text; a single str gives (D,).
 
-        prompt: the bare instruction of queries ("Find"); passages carry none. truncate_dim: the
-        first dims only, normalised again. A text ends with the end-of-text token, and one longer
-        than the model was trained for is cut before it. batch_size: texts in a pass, more if they
-        are short and fewer if they are very long; an embedding does not depend on its batch. Raises
-        TypeError for what is no string, ValueError for an instruction that leaves no room, or for
-        a dim or batch size out of range.
+        prompt: the bare instruction of queries ("Find"); passages carry none. truncate_dim: how
+        many first dims to keep. normalize: False leaves the vectors' lengths as they are.
+        batch_size: texts in a pass, more if they are short, fewer if very long. An embedding does
+        not depend on its batch. A text ends with the end-of-text token. One longer than the model
+        was trained for is cut before it. Raises TypeError for what is no string. Raises ValueError
+        for an instruction that leaves no room, and for a dim or batch size out of range.
         """
         if isinstance(texts, str):
             return self.encode([texts], batch_size, prompt, truncate_dim, normalize)[0]
@@ -172,7 +172,8 @@ def _batches(ids, batch_size):
 def search(embedder, rows, vectors, query, k=10, prompt=None):
     """Return the k best [(score, row)] for a query, best first.
 
-    prompt: the query's instruction; None takes the one that retrieval was trained with.
+    vectors: (N, D) of the N rows, of length 1. prompt: the query's instruction; None takes the one
+    that retrieval was trained with.
     """
     prompt = embedder.prompts.get("retrieval") if prompt is None else prompt
     scores = vectors @ embedder.encode(query, prompt=prompt)                # (N,)

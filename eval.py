@@ -1,6 +1,6 @@
 """Score an embedder: metrics, the tasks that it is trained for, MKQA's protocol, mteb.
 
-    python eval.py --checkpoint=out/embed_sup                     # the embedded documentation
+    python eval.py --checkpoint=out/embed_sup                     # the built-in documentation
     python eval.py --checkpoint=out/embed_sup --retrieval=DIR,DIR --sts=FILE --dims=64,128
     python eval.py --bm25 --retrieval=DIR                         # the baseline, by the same code
     python eval.py --sentence_transformer=NAME_OR_DIR --sts=FILE
@@ -27,12 +27,12 @@ from configurator import load_config, run_command
 from embed import Embedder
 from engine import memory
 from engine.bm25 import BM25, split_words
-from engine.collection import (HELD_OUT, choose_split, collections, document_text, labelled_files,
-                               languages_in, load_collection, read_groups, set_name,
+from engine.collection import (HELD_OUT, collections, document_text, labelled_files,
+                               languages_in, read_groups, scored_collection, set_name,
                                validation_rows)
 from engine.distributed import accelerator
 from engine.jsonl import check_name, read_object, write_object
-from engine.metrics import (average_precision, hit_at_k, mean_average_precision,  # noqa: F401
+from engine.metrics import (average_precision, hit_at_k, mean_average_precision,
                             mrr_at_k, ndcg_at_k, recall_at_k, spearman)
 from engine.mining import top
 from engine.encoders import (CachedEncoder, LexicalBaseline, MTEBModel,  # noqa: F401
@@ -43,12 +43,12 @@ from mask import CAUSAL
 
 DOCS = "out/installed_docs/test"   # the default collection, built by toy/
 TOP_K = 1000                       # ranks that a search returns, as in mteb
-SCORES_AT_ONCE = 2 ** 26           # of a search: 256 MB
+SCORES_AT_ONCE = 2 ** 26           # of a search: 256 MB, of which there are three for a while
 
 
 # ---------------------------------------------------------------- search
 
-def search(encoder, queries, documents, k, kind):
+def rank_documents(encoder, queries, documents, k, kind):
     """Return the k best documents of each query by cosine: indices (Q, min(k, N)), best first.
 
     kind: "retrieval" or "bitext", which choose the prompts. Equal scores go by lower index. BM25
@@ -89,7 +89,7 @@ def retrieval(encoder, collection):
     if not queries:
         raise ValueError("no query of the collection has a judged document in it")
     corpus = sorted(collection.corpus, key=lambda row: row["id"], reverse=True)
-    ranking = search(encoder, [row["text"] for row in queries],
+    ranking = rank_documents(encoder, [row["text"] for row in queries],
                      [document_text(row) for row in corpus], TOP_K, "retrieval")
     gains, judged = [], []
     for row, ranks in zip(queries, ranking):
@@ -111,12 +111,18 @@ def retrieval_by_language(encoder, collection, subset="all"):
     for q in languages_in(collection.queries):
         for p in languages_in(collection.corpus):
             part = part_of(collection, q, p)
-            if any(part.qrels.get(row["id"]) for row in part.queries):
+            if has_answers(part):
                 cells[f"{q}-{p}"] = retrieval(encoder, part)
     scores = {subset: retrieval(encoder, collection)}
     if len(cells) > 1:
         scores |= cells | {"mean": mean_of(cells.values())}
     return scores
+
+
+def has_answers(collection):
+    """Whether a query has a relevant document: without one, no ranking is better than another."""
+    return any(gain > 0 for row in collection.queries
+               for gain in collection.qrels.get(row["id"], {}).values())
 
 
 def part_of(collection, query_language, passage_language):
@@ -137,8 +143,8 @@ def part_of(collection, query_language, passage_language):
 def mkqa(encoder, collection):
     """Score queries of each language against the English passages (PAPER Tables 3 and 13).
 
-    Where queries have `answers`, a passage is relevant if it has the words of one in a row, as in
-    MKQA's protocol; else if the qrels say so. Passages without any `lang` are English. "mean" is
+    Where queries have `answers`, a passage is relevant if it has the words of one in a row. That is
+    MKQA's protocol. Otherwise the qrels decide. Passages without any `lang` are English. "mean" is
     over the languages other than English: the paper's 25, with three of Chinese.
     """
     if not languages_in(collection.corpus):
@@ -149,7 +155,7 @@ def mkqa(encoder, collection):
         part = part_of(collection, language, "en")
         if part.corpus and any(row.get("answers") for row in part.queries):
             results[language] = answer_retrieval(encoder, part)
-        elif any(part.qrels.get(row["id"]) for row in part.queries):
+        elif has_answers(part):
             scores = retrieval(encoder, part)
             results[language] = {m: scores[m] for m in ("recall@20", "recall@100", "ndcg@10")}
     foreign = [scores for language, scores in results.items() if language != "en"]
@@ -167,7 +173,7 @@ def answer_retrieval(encoder, collection):
     """
     queries = [row for row in collection.queries if row.get("answers")]
     documents = [document_text(row) for row in collection.corpus]
-    ranking = search(encoder, [row["text"] for row in queries], documents, 100, "retrieval")
+    ranking = rank_documents(encoder, [row["text"] for row in queries], documents, 100, "retrieval")
     words = functools.cache(lambda i: f" {' '.join(split_words(documents[i]))} ")
     gains = []
     for row, ranks in zip(queries, ranking):
@@ -186,7 +192,7 @@ def bitext_mining(encoder, rows):
     Positions count, as in MTEB: an equal sentence elsewhere in the group is a mistake.
     """
     left, right = ([row[side] for row in rows] for side in ("query", "pos"))
-    hits, hits_back = (search(encoder, *sides, 1, "bitext")[:, 0] == np.arange(len(rows))
+    hits, hits_back = (rank_documents(encoder, *sides, 1, "bitext")[:, 0] == np.arange(len(rows))
                        for sides in ((left, right), (right, left)))
     return {"accuracy": float(hits.mean()), "accuracy_reverse": float(hits_back.mean())}
 
@@ -250,11 +256,8 @@ def evaluate(encoder, task, path, split=None, dims=(), ignore_identical_ids=None
     if task in ROW_TASKS:
         groups = read_groups(task, path, split)
     else:
-        collection = load_collection(path, split, ignore_identical_ids)
-        queries, subset = (collection.queries, collection.split) if collection.split else \
-            choose_split(collection.queries, split, path)
+        collection, subset = scored_collection(path, split, ignore_identical_ids)
         subset = Path(path).name if Path(path).name in HELD_OUT else subset
-        collection = dataclasses.replace(collection, queries=queries)
     results = {}
     for dim in (None, *dims):
         cut, part = ("", encoder) if dim is None else (f":{dim}", encoder.first(dim))

@@ -49,12 +49,12 @@ def gather_with_grad(x):
 
 # ---------------------------------------------------------------- InfoNCE, Eq. (1)
 
-def info_nce(query, positive, negatives=None, wrong=None, *, temperature):
+def info_nce(query, positive, negatives=None, excluded=None, *, temperature):
     """Return (loss, negative_scores): InfoNCE over all positives and hard negatives of the batch.
 
     PAPER Eq. 1: x_i -> query, y_i+ -> positive, y_j -> every candidate, on every rank.
     query, positive: (B, D), negatives: (B, N, D) or None, of any norm and float dtype.
-    wrong: (B, M) bool or None, the candidates that leave a query's sum (see false_negatives).
+    excluded: (B, M) bool or None, candidates that leave a query's sum (see false_negatives).
     negative_scores: (B, N) detached cosines of each query with its own hard negatives, for DHNM.
     Raises ValueError for a temperature that is not positive, or embeddings that do not fit.
     """
@@ -69,8 +69,8 @@ def info_nce(query, positive, negatives=None, wrong=None, *, temperature):
         q, p, h = (F.normalize(x.float(), dim=-1) for x in (query, positive, negatives))
         candidates = torch.cat([gather_with_grad(p), gather_with_grad(h.flatten(0, 1))])    # (M, D)
         logits = q @ candidates.T / temperature                             # (B, M)
-        if wrong is not None:
-            logits = logits.masked_fill(wrong, -torch.inf)
+        if excluded is not None:
+            logits = logits.masked_fill(excluded, -torch.inf)
         loss = F.cross_entropy(logits, own_positives(b, q.device))
         return loss, torch.einsum("bd,bnd->bn", q, h).detach()              # PAPER Eq. 5: S
 
@@ -82,11 +82,11 @@ def own_positives(b, device):
 
 
 def false_negatives(query_ids, positive_ids, negative_ids=None, known_ids=None):
-    """Return (B, M) bool: empty places, and what answers the row's query but its own positive.
+    """Return (B, M) bool, True where a candidate is no negative of the row's query.
 
     query_ids, positive_ids: (B,), negative_ids: (B, N), known_ids: (B, P), int64; equal ids are
-    equal texts, and -1 marks an empty place. A candidate is no negative of a query if it is in its
-    known_ids, or equals the positive of an equal query, its own among them.
+    equal texts. Empty places (-1) are excluded, and so is every right answer. That is a text in the
+    query's known_ids, or the positive of a query with the same id. Its own positive stays.
     """
     queries, positives = gather_with_grad(query_ids), gather_with_grad(positive_ids)    # (W * B,)
     hard = positive_ids[:0] if negative_ids is None else negative_ids.flatten()
@@ -94,12 +94,12 @@ def false_negatives(query_ids, positive_ids, negative_ids=None, known_ids=None):
     is_equal = queries == query_ids[:, None]                                # (B, W * B)
     is_answer = candidates == positives[:, None]                            # (W * B, M)
     # a query that equals the row's has this candidate as its positive
-    wrong = (is_equal.float() @ is_answer.float() > 0) | (candidates == -1)             # (B, M)
+    excluded = (is_equal.float() @ is_answer.float() > 0) | (candidates == -1)             # (B, M)
     if known_ids is not None:
         for known in known_ids.T:                                           # (B,)
-            wrong |= candidates == known[:, None]
-    own = own_positives(len(query_ids), wrong.device)
-    return wrong.scatter(1, own[:, None], False)
+            excluded |= candidates == known[:, None]
+    own = own_positives(len(query_ids), excluded.device)
+    return excluded.scatter(1, own[:, None], False)
 
 
 # ---------------------------------------------------------------- CoSENT, Eq. (2)

@@ -120,9 +120,9 @@ def effective_rank(weights):
 def rank_law(seq_len, alpha, axis="row"):
     """Return the rank that Eq. (4) must have: N - k for rows, N - k + 1 for columns.
 
-    k = floor(alpha * N) rows (columns) are all ones and count once. In the row reading the last
-    row is all ones by itself, in the column reading the first column is: hence the difference,
-    and why the prose's "first i columns -> N - i" is off by one. Ends: N at k = 0, 1 at k = N.
+    k = floor(alpha * N) rows (columns) are all ones and count once. The last row is all ones by
+    itself, and it is not one of the k. The first column is, and it is one of them: so columns have
+    one rank more. The prose's "first i columns -> N - i" is off by one. N at k = 0, 1 at k = N.
     """
     MaskSpec(alpha, axis)                              # checks both
     k = math.floor(alpha * seq_len + 1e-9)             # 0.29 * 100 is 28.999999999999996

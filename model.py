@@ -77,7 +77,10 @@ def rms_norm(x, weight, eps):
 
 
 def rope(x, cos, sin):
-    """Rotate each head by its token's angles: x (S, H, E), cos and sin (S, 1, E) float32."""
+    """Rotate each head by its token's angles: x (S, H, E), cos and sin (S, 1, E) float32.
+
+    Dim i is paired with dim i + E / 2, as in Llama.
+    """
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
@@ -266,9 +269,9 @@ class Conan(nn.Module):
 
 @functools.cache
 def rope_angles(length, head_dim, base, device="cpu"):
-    """Return cos and sin, each (T, E) float32, of the angles t / base^(2i / E) of dim pair i."""
+    """Return cos and sin, each (length, E) float32: of pair i the angle t / base^(2i / E)."""
     frequency = base ** -(torch.arange(0, head_dim, 2).double() / head_dim)          # (E/2,)
-    angle = torch.arange(length).double()[:, None] * frequency                       # (T, E/2)
+    angle = torch.arange(length).double()[:, None] * frequency                       # (length, E/2)
     return [torch.cat([f, f], dim=1).float().to(device) for f in (angle.cos(), angle.sin())]
 
 
@@ -277,13 +280,9 @@ def pool(hidden, lengths, skip=None):
 
     A text's last token always counts, whatever its `skip`.
     """
-    lengths = torch.tensor(lengths)
-    skip = torch.zeros_like(lengths) if skip is None else torch.tensor(skip)
-    skip = torch.minimum(skip, lengths - 1)                                          # (B,)
-    text = torch.repeat_interleave(torch.arange(len(lengths)), lengths)              # (S,)
-    position = torch.cat([torch.arange(n) for n in lengths.tolist()])                # (S,)
-    is_counted = position >= skip[text]                                              # (S,)
-    share = is_counted / (lengths - skip)[text]                                      # (S,)
-    text, share = text.to(hidden.device), share.to(hidden.device)
+    skip = [min(s, n - 1) for s, n in zip(skip or [0] * len(lengths), lengths)]      # B counts
+    share = torch.cat([(torch.arange(n) >= s) / (n - s) for s, n in zip(skip, lengths)])  # (S,)
+    text = torch.repeat_interleave(torch.tensor(lengths))      # (S,) which text a token is of
+    share, text = share.to(hidden.device), text.to(hidden.device)
     total = torch.zeros(len(lengths), hidden.shape[1], device=hidden.device)         # (B, D)
     return total.index_add(0, text, hidden.float() * share[:, None])

@@ -63,7 +63,7 @@ def main():
                         help="folder of train.py (%(default)s)")
     parser.add_argument("--prompt", default="Return the", help="the text to continue (%(default)s)")
     parser.add_argument("--instruction", help="ask as stage 2 does: instruction, then the prompt")
-    parser.add_argument("--n_tokens", type=int, default=120,
+    parser.add_argument("--n_tokens", type=int, default=80,
                         help="tokens to write at most (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.7,
                         help="0: the most likely token (%(default)s)")

@@ -84,23 +84,18 @@ class Tokenizer:
         return self.encoding.n_vocab
 
     @classmethod
-    def train(cls, texts, vocab_size, *, backend="python"):
+    def train(cls, texts, vocab_size):
         """Learn a vocabulary of `vocab_size` ids: 256 bytes, merges, two special tokens.
 
         The texts are read once, as a stream; memory grows with the number of distinct words. With
         too few repeated pairs the tokenizer is smaller, and a warning says so. Raises ValueError
-        for a vocabulary below 258 ids or an unknown backend, TypeError for one str. backend
-        "rustbpe", a package of that name, learns the same merges about 4 times faster; with little
-        text it also takes pairs that occur once.
+        for a vocabulary below 258 ids, TypeError for one str.
         """
         if vocab_size < 258:
             raise ValueError(f"vocab_size={vocab_size}: 256 bytes + 2 special tokens need 258")
         if isinstance(texts, str):
             raise TypeError("texts is one str, expected an iterable of str")
-        if backend not in ("python", "rustbpe"):
-            raise ValueError(f"backend {backend!r} is unknown; choose python or rustbpe")
-        tokens = _merge_with_rustbpe(texts, vocab_size - 258) if backend == "rustbpe" else \
-            _merge_words(_count_words(texts), vocab_size - 258)
+        tokens = _merge_words(_count_words(texts), vocab_size - 258)
         if len(tokens) < vocab_size - 2:
             warnings.warn(f"vocab_size={vocab_size} is more than the {len(tokens) + 2} entries "
                           "learned: no pair of tokens occurs twice any more; use more text or a "
@@ -270,12 +265,3 @@ def _merge_word(word, pair, new):
         out.append(new)
     word[:] = out              # in place: fresh lists made the garbage collector half of the time
     return changes
-
-
-def _merge_with_rustbpe(texts, n_merges):
-    """Do `_count_words` and `_merge_words` in Rust, on all cores."""
-    import rustbpe
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(_pieces(texts), 256 + n_merges, pattern=PATTERN)
-    ranked = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
-    return [bytes(token) for token, _ in ranked]

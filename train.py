@@ -36,7 +36,7 @@ import data
 from configurator import from_command_line
 from embed import Embedder
 from engine import budget, checkpoint, distributed, kernels, memory, report, run
-from engine.collection import read_ahead
+from engine.collection import read_ahead, unread
 from engine.jsonl import write_object
 from engine.microbatch import backward, two_pass
 from engine.order import key_of, task_of_step
@@ -76,7 +76,7 @@ class TrainConfig:
     evaluate: tuple[str, ...] = ()         # collections scored at the end; empty: DATA's own
     skip_bad_lines: bool = False   # count bad lines instead of stopping at them
     query_len: int = 48            # tokens of a query or STS sentence; longer ones are cut
-    passage_len: int = 64          # of a window (stage 1), example (2), passage, any text in use
+    passage_len: int = 64          # of a passage; of a window in stage 1, an example in stage 2
     # --- model (ConanConfig)
     vocab_size: int = 8192
     n_layer: int = 4
@@ -172,9 +172,9 @@ def embedding_loss(x, batch, temperature, dims):
     b = len(batch.query_ids)
     query, positive, hard = x.split([b, b, len(x) - 2 * b])
     negatives = hard.view(b, -1, x.shape[1])                                # (B, N, D)
-    wrong = false_negatives(batch.query_ids, batch.positive_ids, batch.negative_ids,
-                            batch.known_ids)                                # (B, M)
-    nce = partial(info_nce, wrong=wrong, temperature=temperature)
+    excluded = false_negatives(batch.query_ids, batch.positive_ids, batch.negative_ids,
+                               batch.known_ids)                             # (B, M)
+    nce = partial(info_nce, excluded=excluded, temperature=temperature)
     return matryoshka(nce, (query, positive, negatives), dims)              # Eq. 1
 
 
@@ -198,11 +198,11 @@ def step_loss(model, batch, cfg, step):
 
 
 def lm_loss(model, batch, chunks, mask, no_sync):
-    """Backpropagate the mean next-token loss of all ranks' tokens; return this rank's share.
+    """Backpropagate the mean next-token loss of all ranks' tokens; return this rank's part.
 
-    The mean of the shares is that loss. A chunk's loss is a mean over its own tokens, so it enters
-    by its part of them all. DDP then averages over ranks: so the part is of the ranks' mean count,
-    not of this rank's.
+    That loss is the mean of the parts, as DDP averages gradients over ranks. So a part is the sum
+    over this rank's tokens, divided by the ranks' mean count. A chunk's loss is a mean over its own
+    tokens: it is multiplied by their share of that count.
     """
     counts = gather_with_grad((batch.targets != -100).sum()[None])          # (W,), of each rank
     total, mean_count = 0.0, max(float(counts.sum()) / len(counts), 1)
@@ -240,13 +240,13 @@ def build_optimizer(model, cfg):
 # ---------------------------------------------------------------- starting
 
 def prepare_data(configs):
-    """Build the embedded corpus if a run of some stages needs it; other data must exist already."""
+    """Build the built-in corpus if a run of some stages needs it; other data must exist already."""
     cfg = configs[-1]                              # stages share what they read
     if cfg.uses_folder and Path(cfg.data).name == "installed_docs":
         toy.ensure(cfg.data)
     elif cfg.uses_folder and not Path(cfg.data).is_dir():
         raise ValueError(f"data: there is no folder {cfg.data}; `python -m tools.sets` makes one")
-    for path in data.unread(cfg.data) if cfg.uses_folder else ():
+    for path in unread(cfg.data, data.PARSERS) if cfg.uses_folder else ():
         print(f"warning: {path} is not read: no file of data has this name")
     read_ahead(configs)
 
@@ -291,16 +291,16 @@ def train_tokenizer(cfg):
     return tokenizer_of(rows, cfg.vocab_size, cfg.out, cfg.seed)
 
 
-def start(cfg, world, where, before):
-    """Return the `State` of a stage as its checkpoint `where` left it, else at its first step.
+def start(cfg, world, own, before):
+    """Return the `State` of a stage: resumed from its own checkpoint, else at its first step.
 
-    The first step starts from `before`, the checkpoint of the stage before, or from random weights.
-    Weights, tokenizer and instructions come from the checkpoint.
+    own, before: the checkpoints of this stage and of the one before it, or None. Weights, tokenizer
+    and instructions come from the first that is there; without any, weights are random.
     """
-    source = where or before                       # this stage resumes, or the one before ends
+    source = own or before
     weights, prompts = None, dict(data.PROMPTS)
     hashes = data.hashes(cfg, world)
-    run.check_origin(hashes, before, where)
+    run.check_origin(hashes, before, own)
     if source:
         meta = run.read_meta(source)
         run.check_shape(cfg, meta["model"], source)
@@ -310,7 +310,7 @@ def start(cfg, world, where, before):
         tokenizer = world.on_main(lambda: train_tokenizer(cfg))
     # float32, the larger word, if one rank has no fast bfloat16
     dtype = max(world.gather_objects(distributed.choose_dtype(cfg.dtype, world.device)))
-    if where and cfg.dtype == "auto":
+    if own and cfg.dtype == "auto":
         dtype = meta.get("dtype", dtype)           # a run keeps its own on another machine
     state = run.State(cfg, world, tokenizer, dtype, hashes, run.weights_hash(before))
     build_model(state, weights)
@@ -323,8 +323,8 @@ def start(cfg, world, where, before):
                                                   cfg.parallel)
     if not cfg.resume:
         world.on_main(lambda: run.set_aside(cfg))      # now that this run can start
-    if where:
-        run.restore(state, checkpoint.load(where, "trainer.pt"))
+    if own:
+        run.restore(state, checkpoint.load(own, "trainer.pt"))
     elif cfg.stage == "embed_sup":
         miner = copy.copy(state.embedder)
         miner.model = distributed.whole_model(state.model, world)
@@ -340,15 +340,15 @@ def start(cfg, world, where, before):
 # ---------------------------------------------------------------- the loop
 
 def train(cfg, world, before=None):
-    """Train one stage to its end and score it; return its checkpoint. before: the last stage's."""
+    """Train one stage to its end and score it; return its checkpoint. before: see `start`."""
     with contextlib.ExitStack() as lock:
-        where = world.on_main(lambda: run.claim(cfg, lock))
-        state = start(cfg, world, where, before)
+        own = world.on_main(lambda: run.claim(cfg, lock))
+        state = start(cfg, world, own, before)
         if state.step < cfg.steps:
             world.on_main(lambda: run.scores_aside(cfg))
-            where = run_steps(state)
+            own = run_steps(state)
         score(state)
-    return where
+    return own
 
 
 def take_step(state, task, batch, step, stop):
@@ -433,14 +433,13 @@ def train_chain(configs, world):
     for stage in configs:                  # a mistake shows now, not after the stages before it
         hashes[stage.stage] = data.hashes(stage, world)
         world.on_main(lambda: run.finished(stage))
-    done, trained = None, False
+    last, trained = None, False            # the last stage's checkpoint; whether any was trained
     for stage in configs:
         if data.hashes(stage, world) != hashes[stage.stage]:
             raise ValueError(f"the data of {stage.stage} has changed since the start")
-        before, done = done, run.reusable(stage, world, hashes[stage.stage], done)
-        if not done:
-            done, trained = train(stage, world, before), True
-            gc.collect()                           # else a card may hold two stages at a time
+        ready = run.reusable(stage, world, hashes[stage.stage], last)
+        last, trained = ready or train(stage, world, last), trained or not ready
+        gc.collect()                               # else a card may hold two stages at a time
     if world.is_main:
         bm25 = {"BM25": lexical_scores(cfg)} if cfg.uses_folder else {}
         report.summarise(cfg, STAGES, bm25, (time.perf_counter() - began) / 60, trained)

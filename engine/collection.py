@@ -8,11 +8,11 @@ import glob
 import importlib.util
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from engine.jsonl import lines_of, read_jsonl
+from engine.jsonl import is_json, lines_of, read_jsonl
 
 HELD_OUT = ("test", "dev", "validation")           # the split that is scored, the first one there
 # A file or folder of such a name is called after the folder it is in: my_set/data.jsonl.gz.
@@ -20,6 +20,7 @@ PLAIN_NAMES = ("data", "rows", "pairs", "bitext", "sentences", "titles", "train"
 SENTENCES = {"sentence1": str, "sentence2": str}
 VALIDATION_TEXTS = 200             # held-out examples that an LM stage is measured on
 TEST_FILES = {"sts": "sts_test.jsonl", "classification": "labels_test.jsonl"}   # of a run's data
+VALIDATION_FILE = "text_dev.jsonl"
 COLUMNS = {                        # what a task's rows must have
     "bitext": {"query": str, "pos": (str, list)},
     "aligned": {"id": (str, int), "lang": str, "text": str},       # the other form of bitext
@@ -202,6 +203,15 @@ def choose_split(rows, split, path, with_train=False):
     return [row for row in rows if row.get("split") in wanted], chosen
 
 
+def scored_collection(directory, split=None, ignore_identical_ids=None):
+    """Return (the collection with the queries of the split that is scored, the split's name)."""
+    collection = load_collection(directory, split, ignore_identical_ids)
+    if collection.split:
+        return collection, collection.split
+    queries, name = choose_split(collection.queries, split, directory)
+    return replace(collection, queries=queries), name
+
+
 def check_score(row):
     """Raise ValueError for a row whose score is missing, no number or no finite float32."""
     score = row.get("score")
@@ -308,13 +318,32 @@ def labelled_files(cfg):
             for path in (Path(cfg.data) / f"{name}.gz", Path(cfg.data) / name) if path.is_file()}
 
 
+def unread(folder, kinds):
+    """Return the JSONL files in a folder that nobody reads: their names may be misspelled.
+
+    kinds: the kinds of training data, as in data.PARSERS.
+    """
+    scored = (VALIDATION_FILE, *TEST_FILES.values())
+
+    def is_read(path):
+        *above, name = path.relative_to(folder).parts
+        if not above:
+            kind = name.partition(".")[0].partition("-")[0]
+            return kind in kinds or name.removesuffix(".gz") in scored
+        is_collection = any(path.parent.glob("corpus.jsonl*"))
+        return is_collection or above[0] == "held_out" or len(above) == 1 and above[0] in kinds
+
+    return sorted(path for path in Path(folder).rglob("*")         # a .json is somebody's report
+                  if is_json(path) and ".json" not in path.suffixes and not is_read(path))
+
+
 def validation_rows(cfg, instruction=""):
     """Return DATA's held-out documents or pairs as examples of data.sft_batch, [] if it has none.
 
     Raises ValueError for a file without any.
     """
     folder = Path(cfg.data)
-    file = {"pretrain": "text_dev.jsonl", "sft": "dev/corpus.jsonl"}.get(cfg.stage)
+    file = {"pretrain": VALIDATION_FILE, "sft": "dev/corpus.jsonl"}.get(cfg.stage)
     if file is None or not cfg.uses_folder:
         return []
     path = next((p for p in (folder / file, folder / f"{file}.gz") if p.is_file()), None)
@@ -339,10 +368,8 @@ def read_ahead(configs):
     """Read all that some stages are scored on: a mistake shows before them, not at their end."""
     cfg = configs[-1]                              # stages share what they are scored on
     for folder in collections(cfg):
-        collection = load_collection(folder)
-        queries = collection.queries if collection.split else \
-            choose_split(collection.queries, None, folder)[0]
-        if not any(collection.qrels.get(row["id"]) for row in queries):
+        collection, _ = scored_collection(folder)
+        if not any(collection.qrels.get(row["id"]) for row in collection.queries):
             raise ValueError(f"{folder}: no query has a judged document")
     for task, path in labelled_files(cfg).items():
         read_groups(task, path)

@@ -61,7 +61,11 @@ def print_tasks(cfg, tasks):
 
     PAPER Sec. 3.4: a replacement acts at its query's next visit. With one visit there is none.
     """
-    total = sum(weight for _, weight in tasks)
+    total, kinds = sum(weight for _, weight in tasks), [task.kind for task, _ in tasks]
+    if cfg.stage == "embed_sup":
+        for kind, share in cfg.task_weights.items():
+            if share > 0 and kind not in kinds:
+                print(f"{kind}: no data, left out", flush=True)
     for task, weight in tasks:
         steps = cfg.steps * weight / total
         name = Path(task.rows.files[0].path).name if cfg.stage == "embed_weak" else task.kind
@@ -148,7 +152,7 @@ def print_table(name, scores, dims):
         metrics = SHOWN
     print(f"\n{name:<40}" + "".join(f"{m:>13}" for m in metrics))
     for label, results in scores.items():
-        for dim in ["", *(f":{d}" for d in dims if label == "embed_sup")]:
+        for dim in ["", *(f":{d}" for d in dims)]:         # of stage 4 alone
             values = [results.get(f"{name}/{m}{dim}") for m in metrics]
             if None not in values:
                 shown = f"{label}, first {dim[1:]} dims" if dim else label

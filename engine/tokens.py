@@ -4,7 +4,6 @@ Shard s holds the documents s * 65,536 and following, each with the end-of-text 
 stream is the shards one after the other, so how it was cut changes no window. A shard that is there
 and whole is not built again: a broken build continues after it.
 """
-import importlib.util
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from tokenizer import Tokenizer
 DOCUMENTS = 65_536                 # of a shard
 OPEN = 256                         # shards that a rank maps at a time, each an open file
 TOKENIZER_TEXTS = 400_000          # documents that the tokenizer learns from
-PYTHON_BPE_TEXTS = 100_000         # of more, rustbpe learns the same and faster, if installed
 
 
 def tokenizer_of(rows, vocab_size, folder, seed):
@@ -35,8 +33,7 @@ def tokenizer_of(rows, vocab_size, folder, seed):
         sample = (rows[int(i)] for i in np.sort(chosen))
         texts = (row if isinstance(row, str) else f"{row['query']}\n{row['pos'][0]}"
                  for row in sample)
-        is_large = len(chosen) > PYTHON_BPE_TEXTS and importlib.util.find_spec("rustbpe")
-        tokenizer = Tokenizer.train(texts, vocab_size, backend="rustbpe" if is_large else "python")
+        tokenizer = Tokenizer.train(texts, vocab_size)
         with atomic(path, "wb") as file:
             file.write(tokenizer.to_bytes())
     return Tokenizer.load(path)

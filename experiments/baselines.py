@@ -1,6 +1,6 @@
 """Score what the method has to beat, and a trained model beside it; one code scores all.
 
-    python -m experiments.baselines                           # the embedded corpus
+    python -m experiments.baselines                           # the built-in corpus
     python -m experiments.baselines --data=out/real/sets --root=FOLDER --out=results/real.json \\
         --checkpoint=out/real/embed_sup,out/seed1/embed_sup --sentence_transformer=NAME
 

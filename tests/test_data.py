@@ -9,7 +9,7 @@ import torch
 import data
 from dhnm import HardNegativePool
 from embed import Embedder
-from engine import mining
+from engine import collection, mining
 from engine.collection import load_collection
 from engine.distributed import ALONE, World
 from mask import FULL
@@ -495,7 +495,7 @@ def test_files_that_nobody_reads_are_named(tmp_path):
                  "labels_test.jsonl", "manifest.json", "clr.jsonl.report.json", "retreival.jsonl",
                  "text_2.jsonl.gz", "README.md", "sts_test-2.jsonl", "text_dev.ndjson"):
         (tmp_path / name).touch()
-    assert [path.name for path in data.unread(tmp_path)] == [
+    assert [path.name for path in collection.unread(tmp_path, data.PARSERS)] == [
         "retreival.jsonl", "sts_test-2.jsonl", "text_2.jsonl.gz", "text_dev.ndjson"]
 
 

@@ -156,12 +156,12 @@ def test_search_in_chunks_is_a_stable_sort(monkeypatch):
     for pairs_at_once in (1, 70, 10**6):
         monkeypatch.setattr(evaluation, "SCORES_AT_ONCE", pairs_at_once)
         for k in (1, 5, 30, 99):
-            found = evaluation.search(encoder, names[:7], names[7:], k, "retrieval")
+            found = evaluation.rank_documents(encoder, names[:7], names[7:], k, "retrieval")
             assert found.tolist() == expected[:, :k].tolist()
 
 
 def test_bm25_finds_only_what_shares_a_word():
-    found = evaluation.search(
+    found = evaluation.rank_documents(
         LexicalBaseline(), ["cat", "bird"], ["a dog", "a cat"], 2, "retrieval")
     assert found.tolist() == [[1, -1], [-1, -1]]
     with pytest.raises(ValueError, match="BM25 has no vectors"):
@@ -256,6 +256,13 @@ def test_english_queries_are_scored_against_passages_of_other_languages():
     qrels = {"q0": {"d2": 1.0}, "q2": {"d0": 1.0, "d2": 0.0}}
     results = evaluation.retrieval_by_language(PLANE, dataclasses.replace(COLLECTION, qrels=qrels))
     assert results["en-fr"]["mrr@10"] == 1 and results["en-en"]["mrr@10"] == 1 / 2
+
+
+def test_a_pair_of_languages_without_a_relevant_document_is_not_scored():
+    collection = dataclasses.replace(COLLECTION, qrels={"q0": {"d0": 1.0}, "q2": {"d2": 0.0}})
+    assert evaluation.retrieval_by_language(PLANE, collection).keys() == {"all"}    # en-en, no mean
+    with pytest.raises(ValueError, match="queries in other languages"):
+        evaluation.mkqa(PLANE, dataclasses.replace(COLLECTION, qrels={"q1": {"d0": 0.0}}))
 
 
 def test_mkqa_means_over_the_languages_besides_english():
@@ -475,14 +482,14 @@ def test_the_held_out_split_is_chosen(tmp_path):
         {"sentence1": "a", "sentence2": "b", "score": i, "split": split}
         for split in ("train", "dev") for i in range(3)
     ]
-    assert evaluation.choose_split(rows, None, "f") == (rows[3:], "dev")
-    assert evaluation.choose_split(rows, "train", "f") == (rows[:3], "train")
-    assert evaluation.choose_split(rows[:3], None, "f") == (rows[:3], "all")
+    assert collection.choose_split(rows, None, "f") == (rows[3:], "dev")
+    assert collection.choose_split(rows, "train", "f") == (rows[:3], "train")
+    assert collection.choose_split(rows[:3], None, "f") == (rows[:3], "all")
     bare = [{"sentence1": "a", "sentence2": "b", "score": 1}]
-    assert evaluation.choose_split(bare, None, "f") == (bare, "all")
+    assert collection.choose_split(bare, None, "f") == (bare, "all")
     with pytest.raises(ValueError, match="f: no rows of split 'dev', as none has a split"):
-        evaluation.choose_split(bare, "dev", "f")
-    assert evaluation.choose_split(rows, None, "f", with_train=True) == (rows, "dev")
+        collection.choose_split(bare, "dev", "f")
+    assert collection.choose_split(rows, None, "f", with_train=True) == (rows, "dev")
     path = write_lines(tmp_path / "my_sts.jsonl", rows)
     assert evaluate(Vectors(), "sts", path).keys() == {"sts/my_sts/dev/spearman"}
     with pytest.raises(ValueError, match=r"my_sts.jsonl: no rows of split \['test'\], only"):
@@ -820,7 +827,7 @@ def test_which_qrels_of_several_are_read(tmp_path):
 
 def test_the_test_split_is_scored_where_there_are_both():
     rows = [{"split": split} for split in ("dev", "validation", "test")]
-    assert [evaluation.choose_split(rows[:n], None, "f")[1] for n in (3, 2)] == ["test", "dev"]
+    assert [collection.choose_split(rows[:n], None, "f")[1] for n in (3, 2)] == ["test", "dev"]
 
 
 def test_without_english_the_first_language_is_the_pivot():

@@ -220,11 +220,6 @@ def test_a_run_killed_and_resumed_equals_the_undisturbed_one(rows, whole, tmp_pa
     assert_same_run(tmp_path, whole, "embed_sup")
 
 
-def test_micro_batches_change_nothing_but_the_memory(rows, whole, tmp_path):
-    last_stage(distributed.start("cpu"), rows, whole, tmp_path, "--micro_batch_size=5")
-    assert_close_run(tmp_path, whole)
-
-
 def in_both_modes(world, rows, whole, out):
     for mode in ("ddp", "zero1"):
         last_stage(world, rows, whole, out / mode, f"--parallel={mode}")

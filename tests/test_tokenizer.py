@@ -242,8 +242,6 @@ def test_a_file_without_one_of_the_bytes_is_damaged(tokenizer, tmp_path):
 def test_errors():
     with pytest.raises(ValueError, match="vocab_size=257"):
         Tokenizer.train(["a"], 257)
-    with pytest.raises(ValueError, match="backend 'rusty' is unknown"):
-        Tokenizer.train(["a"], 300, backend="rusty")
     with pytest.raises(TypeError, match="texts is one str"):
         Tokenizer.train("abc", 300)
 
@@ -263,14 +261,3 @@ def test_long_words_are_cut_in_training_only(monkeypatch):
     counts = module._count_words(["abcdefghij,       ab 12345 xyzt"])
     words = ["abcd", "efgh", "ij", ",", " " * 7, "ab", " ", "123", "45", " xyz", "t"]
     assert counts == Counter(words)
-
-
-@pytest.mark.extras
-def test_rustbpe_learns_the_same_merges():
-    pytest.importorskip("rustbpe")
-    rng = random.Random(3)
-    words = [word for text in SAMPLES.values() for word in words_of(text)]
-    texts = ["".join(rng.choices(words, k=50)) for _ in range(100)] + ["x" * 5000, "\ud800"]
-    ours, theirs = (Tokenizer.train(texts, 800, backend=b) for b in ("python", "rustbpe"))
-    assert ours.vocab_size == 800
-    assert ours.tokens() == theirs.tokens()

@@ -1,4 +1,4 @@
-"""Build the data folder of a run without data of its own: the embedded corpus and its languages.
+"""Build the data folder of a run without data of its own: the built-in corpus and its languages.
 
     python -m toy.build --out=out/installed_docs     # train.py does it on the first run
 
@@ -88,7 +88,7 @@ def ensure(folder):
         return manifest()
     if "versions" not in manifest() and any(
             not path.name.startswith((".lock", "manifest.json.")) for path in folder.glob("*")):
-        raise ValueError(f"{folder} holds something else than the embedded corpus; delete it, "
+        raise ValueError(f"{folder} holds something else than the built-in corpus; delete it, "
                          "or name another folder")
     with only_writer(folder):
         if manifest().get("versions") != made_of:              # another process may have built it
@@ -103,7 +103,7 @@ def ensure(folder):
 def main():
     """Build the folder on the command line; see the module docstring."""
     parser = argparse.ArgumentParser(prog="python -m toy.build",
-                                     description="build the embedded corpus in 26 languages")
+                                     description="build the built-in corpus in 26 languages")
     parser.add_argument("--out", default="out/installed_docs", help="folder to write")
     counts = ensure(parser.parse_args().out)
     print(", ".join(f"{key} {value}" for key, value in counts.items() if key != "versions"))

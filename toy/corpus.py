@@ -1,4 +1,4 @@
-"""The embedded corpus: the documentation that is installed with this project's own dependencies.
+"""The built-in corpus: the documentation that is installed with this project's own dependencies.
 
 Real text that nobody wrote for this purpose, on every machine that can run the project, without a
 download: the docstrings of the standard library, torch, numpy, sympy, networkx, jinja2 ... and the

@@ -2,7 +2,7 @@
 
     LexiconTranslator()("the determinant of a matrix", "es")         # "determinante matriz"
 
-lexicon.tsv holds the content words of the embedded corpus's summary lines, one row a word: the 600
+lexicon.tsv holds the content words of the built-in corpus's summary lines, one row a word: the 600
 most frequent, and of the next ones those that most packages use. This is the oldest way of cross-
 lingual retrieval, a dictionary and no grammar, and it is no translation: function words are
 dropped, inflections folded, words that are not in the table stay as technical terms do, one sense

@@ -17,7 +17,7 @@ WORLD = SimpleNamespace(is_main=True, size=1, mean=lambda numbers: numbers,
 
 def config(folder, **keys):
     return SimpleNamespace(**{**dict(run_dir=folder, steps=4, stage="embed_sup", log_every=1,
-                                     n_negatives=3, dhnm="v2"), **keys})
+                                     n_negatives=3, dhnm="v2", task_weights={}), **keys})
 
 
 def run(folder, steps, start=0, **keys):
@@ -99,9 +99,13 @@ def test_a_stage_that_visits_no_query_twice_says_that_dhnm_cannot_act(tmp_path, 
            f"{share * 16 / 80:.1f} visits a row{': too few for DHNM' * warns}\n" in shown
     assert f"sts: 2,000 rows, about {steps / 4:.0f} steps of 32" in shown
     assert shown.count("DHNM") == warns            # sts has no hard negatives
+    cfg.task_weights = {"retrieval": 1.0, "clr": 3.0, "classification": 0.0, "sts": 1.0}
     report.print_tasks(cfg, [(task("clr", 80, 16, SimpleNamespace(depth=3)), 1.0)])
+    shown = capsys.readouterr().out
     assert ("warning: clr: DHNM cannot act, since no query has more than the 3 candidates" in
-            capsys.readouterr().out) == (dhnm == "v2")
+            shown) == (dhnm == "v2")
+    assert {line for line in shown.splitlines() if line.endswith("no data, left out")} == {
+        f"{kind}: no data, left out" for kind in ("retrieval", "sts")}
 
 
 def test_the_weak_stages_tasks_have_the_names_of_their_files(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The embedded corpus: docstrings read without imports, split into summary and body, kept apart."""
+"""The built-in corpus: docstrings read without imports, split into summary and body, kept apart."""
 import shutil
 
 import pytest
@@ -217,7 +217,7 @@ def test_files_are_built_anew_for_other_code_packages_or_tables(tmp_path, monkey
 @pytest.mark.parametrize("name, content", [("text.jsonl", "mine"), ("manifest.json", "{}")])
 def test_a_folder_of_the_users_own_is_left_alone(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match="holds something else than the embedded corpus"):
+    with pytest.raises(ValueError, match="holds something else than the built-in corpus"):
         build.ensure(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
