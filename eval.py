@@ -285,21 +285,24 @@ def lexical_scores(cfg):
 def evaluate_stage(state):
     """Return the flat scores of a stage: its own measure, retrieval, STS, classes.
 
-    state: engine.run.State. Stages 1 and 2 are measured by their loss on held-out text, too.
+    state: engine.run.State. Stages 1 and 2 are measured by their loss on held-out text, too. All
+    ranks must call, and embed; only the main one ranks documents, and has all scores.
     """
-    cfg, encoder, results = state.cfg, state.embedder, {}
-    if state.world.size > 1 and cfg.parallel != "fsdp":    # there a forward pass needs all ranks
-        encoder = SharedEncoder(encoder, state.world)
+    cfg, results = state.cfg, {}
     if "validation" in state.counters and (loss := validation_loss(state)) is not None:
         name = f"lm/{Path(cfg.data).name}/dev/loss"
         results = {f"{name}_before": state.counters["validation_before"], name: loss}
-    for folder in collections(cfg):
-        results |= evaluate(encoder, "retrieval", folder,
-                            dims=cfg.dims if cfg.stage == "embed_sup" else ())
-    for task, path in labelled_files(cfg).items() if cfg.stage.startswith("embed") else ():
-        with contextlib.suppress(ImportError):     # scikit-learn is optional: see `read_ahead`
-            results |= evaluate(encoder, task, path)
-    return results
+
+    def work(encoder):
+        scores = {}
+        for folder in collections(cfg):
+            scores |= evaluate(encoder, "retrieval", folder,
+                              dims=cfg.dims if cfg.stage == "embed_sup" else ())
+        for task, path in labelled_files(cfg).items() if cfg.stage.startswith("embed") else ():
+            with contextlib.suppress(ImportError):     # scikit-learn is optional: see `read_ahead`
+                scores |= evaluate(encoder, task, path)
+        return scores
+    return results | SharedEncoder(state.whole_embedder(), state.world).serve(work)
 
 
 @torch.no_grad()

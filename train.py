@@ -16,7 +16,6 @@ A stage starts from the checkpoint of the stage before it, which is trained firs
 A stopped stage resumes exactly where it stopped, a killed one at its last checkpoint.
 """
 import contextlib
-import copy
 import dataclasses
 import gc
 import math
@@ -304,7 +303,9 @@ def start(cfg, world, own, before):
     if source:
         meta = run.read_meta(source)
         run.check_shape(cfg, meta["model"], source)
-        weights, prompts = checkpoint.load(source, "model.pt"), meta["prompts"]
+        if world.is_main or cfg.parallel != "fsdp":    # which takes the main rank's
+            weights = checkpoint.load(source, "model.pt")
+        prompts = meta["prompts"]
         tokenizer = Tokenizer.load(source / "tokenizer.tiktoken")
     else:
         tokenizer = world.on_main(lambda: train_tokenizer(cfg))
@@ -326,10 +327,7 @@ def start(cfg, world, own, before):
     if own:
         run.restore(state, checkpoint.load(own, "trainer.pt"))
     elif cfg.stage == "embed_sup":
-        miner = copy.copy(state.embedder)
-        miner.model = distributed.whole_model(state.model, world)
-        data.fill_pools([task for task, _ in state.tasks], miner)
-        del miner                                  # under fsdp a whole copy of the model
+        data.fill_pools([task for task, _ in state.tasks], state.whole_embedder())
         if any(task.pool for task, _ in state.tasks):
             run.save(state, 0)                     # mining may have taken longer than many steps
     elif (loss := validation_loss(state)) is not None:
@@ -373,8 +371,7 @@ def take_step(state, task, batch, step, stop):
         if task.pool:              # PAPER Sec. 3.4: negatives of these queries' next visit
             task.pool.update(batch.rows, cosines)
             stats = task.pool.stats()
-    # DDP's gradients are views of its buckets: if they went, both would be held
-    state.wrapped.zero_grad(set_to_none=not hasattr(state.wrapped, "no_sync"))
+    distributed.zero_grad(state.wrapped, step == state.step and not cfg.micro_batch_size)
     return {"loss": float(loss), **stats}, agreed | {"grad_norm": float(norm)}
 
 
@@ -440,8 +437,8 @@ def train_chain(configs, world):
         ready = run.reusable(stage, world, hashes[stage.stage], last)
         last, trained = ready or train(stage, world, last), trained or not ready
         gc.collect()                               # else a card may hold two stages at a time
+    bm25 = {"BM25": world.on_main(lambda: lexical_scores(cfg))} if cfg.uses_folder else {}
     if world.is_main:
-        bm25 = {"BM25": lexical_scores(cfg)} if cfg.uses_folder else {}
         report.summarise(cfg, STAGES, bm25, (time.perf_counter() - began) / 60, trained)
 
 

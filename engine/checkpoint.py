@@ -12,19 +12,22 @@ compares with the manifest first (torch loads a flipped bit silently) and unpick
 `read_model` also takes a folder that tools/export.py wrote.
 """
 import contextlib
+import functools
 import json
 import os
 import pickle
 import re
 import shutil
+import time
 import warnings
 from pathlib import Path
 
 import torch
 
-from engine.jsonl import sha256_of
+from engine.jsonl import sha256_of, stamp
 
 MANIFEST = "manifest.json"
+READ = ("config.json", "model.pt", "tokenizer.tiktoken")       # all but what resumes a run
 EXPORTED = "nanoconan.json"        # marks a folder that tools/export.py wrote
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # no separator: none leads outside
 STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -98,16 +101,16 @@ def save(run_dir, step, files):
     return final
 
 
-def latest(run_dir):
+def latest(run_dir, names=None):
     """Return the newest checkpoint of `run_dir` that verifies, or None if there is none at all.
 
-    A damaged one is named in a warning and passed over. Raises ValueError if all are damaged:
-    better than a run that silently starts over.
+    names: see `verify`. A damaged one is named in a warning and passed over. Raises ValueError if
+    all are damaged: better than a run that silently starts over.
     """
     reasons = []
     for path in _checkpoints(run_dir):
         try:
-            verify(path)
+            verify(path, names)
             return path
         except CorruptCheckpoint as error:
             warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
@@ -117,13 +120,14 @@ def latest(run_dir):
     return None
 
 
-def verify(path):
-    """Compare every file of the checkpoint `path` with its manifest.
+def verify(path, names=None):
+    """Compare every file of the checkpoint `path` with its manifest; names: those files alone.
 
     Raises: CorruptCheckpoint naming the file and what is wrong with it.
     """
     for name, entry in entries(path).items():
-        _check(Path(path) / name, entry)
+        if names is None or name in names:
+            _check(Path(path) / name, entry)
 
 
 def load(path, name):
@@ -232,10 +236,25 @@ def _check(path, entry):
     try:
         if (size := path.stat().st_size) != entry["size"]:
             raise CorruptCheckpoint(f"{path}: {size} bytes, {entry['size']} {source}")
-        if sha256_of(path) != entry["sha256"]:
+        if _sha256_once(path) != entry["sha256"]:
             raise CorruptCheckpoint(f"{path}: SHA-256 differs from the one {source}")
     except OSError as error:
         raise CorruptCheckpoint(f"{path}: {error.strerror}; it should be there {source}") from error
+
+
+def _sha256_once(path):
+    """Return the SHA-256 of a file; a file that this process has hashed before is not read again.
+
+    A start asks several times, and a full-size checkpoint has 18 GB. Another size or time of
+    change tells another content, but not within the same seconds: a young file is always read.
+    """
+    age = time.time() - path.stat().st_mtime
+    return _sha256_at(path.resolve(), *stamp(path)) if age > 10 else sha256_of(path)
+
+
+@functools.lru_cache(64)
+def _sha256_at(path, *_):
+    return sha256_of(path)
 
 
 def _sync_dir(path):
@@ -261,7 +280,7 @@ def read_model(path):
     if (where / EXPORTED).is_file():
         return where, *_read_exported(where)
     if not ((where / MANIFEST).is_file() and (where / "config.json").is_file()):
-        where = latest(path)
+        where = latest(path, READ)
     if where is None:
         inside = sorted({str(p.parents[1]) for p in Path(path).glob(f"*/step_*/{MANIFEST}")})
         hint = f" ({', '.join(inside)})" if inside else ""

@@ -21,7 +21,9 @@ from engine import kernels, memory
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
               "A100": 312e12, "910B": 376e12}      # dense bfloat16; the first name that fits
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl", "cpu": "gloo"}
-# One rank may train a tokenizer or unpack a file meanwhile. All backends wait as long, also NCCL.
+# One rank may train a tokenizer or unpack a file while the others wait for its word, over gloo.
+# To meet, and for a card's collectives, torch's 30 minutes are right: nobody tells a node that
+# another one has died.
 PATIENCE = timedelta(hours=12)
 
 
@@ -106,6 +108,12 @@ class World:
         dist.gather_object(value, values)
         return values
 
+    def from_main(self, value):
+        """Return the main rank's `value` on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
     def on_main(self, work):
         """Call `work` on the main rank alone; return its result, or raise its error, on all."""
         return together(self, work if self.is_main else lambda: None)[0]
@@ -160,7 +168,8 @@ def start(device="auto"):
         torch.set_num_threads(max(1, cores // neighbours))
     if size > 1 and not dist.is_initialized():
         from torch.distributed.nn import functional  # noqa: F401  before the group: see `stop`
-        dist.init_process_group(BACKENDS[kind], timeout=PATIENCE, **_fresh_store(rank, size))
+        dist.init_process_group(BACKENDS[kind], **_fresh_store(rank, size))
+        dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(PATIENCE)
     return World(rank, size, torch.device(kind, local) if module else torch.device("cpu"))
 
 
@@ -174,7 +183,6 @@ def _fresh_store(rank, size):
     if attempt == "0":
         return {}
     store, rank, size = next(dist.rendezvous("env://", rank, size))
-    store.set_timeout(PATIENCE)
     return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank,
             "world_size": size}
 
@@ -224,6 +232,15 @@ def fill(model, world, weights):
     model.to_empty(device=world.device)
     set_model_state_dict(model, weights if world.is_main else {}, options=StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True))
+
+
+def zero_grad(model, forms_buckets):
+    """Clear the gradients of a model as its ranks train it.
+
+    DDP's are views of its buckets: if they went, both would be held, so they are set to zero. But
+    before its second step DDP forms new buckets (forms_buckets). Then the views of the old ones go.
+    """
+    model.zero_grad(set_to_none=forms_buckets or not hasattr(model, "no_sync"))
 
 
 @torch.no_grad()

@@ -12,8 +12,6 @@ import re
 import numpy as np
 import torch
 
-from engine.distributed import together
-
 MTEB_TYPES = {                     # mteb's types of task, and which of ours has their prompt
     "Retrieval": "retrieval", "InstructionRetrieval": "retrieval",
     "Reranking": "retrieval", "InstructionReranking": "retrieval", "BitextMining": "bitext",
@@ -70,30 +68,61 @@ class CachedEncoder:
             if bad.size:
                 raise ValueError(f"the embedding of {new[bad[0]][:80]!r} is not finite")
             table.update(zip(new, vectors))
-        vectors = np.stack([table[text] for text in texts])
-        if self.dim is None:
-            return vectors
-        if not 0 < self.dim <= vectors.shape[1]:
-            raise ValueError(f"dims must be in 1..{vectors.shape[1]}, got {self.dim}")
-        vectors = vectors[:, :self.dim]
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        width = len(table[texts[0]])
+        if self.dim is not None and not 0 < self.dim <= width:
+            raise ValueError(f"dims must be in 1..{width}, got {self.dim}")
+        vectors = np.stack([table[text][:self.dim] for text in texts])      # the one copy
+        for part in np.split(vectors, range(1024, len(vectors), 1024)) if self.dim else ():
+            part /= np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
+        return vectors
 
 
 class SharedEncoder:
-    """Encode on all ranks together, every W-th text on each; all must call with the same texts."""
+    """Encode on all ranks, every W-th text on each; the main rank asks, the others `serve`."""
 
     def __init__(self, encoder, world):
         self.encoder, self.world, self.prompts = encoder, world, encoder.prompts
 
+    def serve(self, work):
+        """Return work(encoder) on the main rank; the others embed what it asks for, and return {}.
+
+        All ranks must call. An error is raised on all of them.
+        """
+        if self.world.size == 1:
+            return work(self.encoder)
+        if not self.world.is_main:
+            while isinstance(request := self.world.from_main(None), tuple):
+                self._share(*request)
+            if request:
+                raise request
+            return {}
+        try:
+            results = work(self)
+        except Exception as error:
+            self.world.from_main(error)
+            raise
+        self.world.from_main(None)                     # the end
+        return results
+
     def encode(self, texts, prompt=None):
-        """Return unit vectors (N, D) float32 on every rank."""
-        rank, size = self.world.rank, self.world.size
-        parts = together(self.world,
-                         lambda: self.encoder.encode(texts[rank::size], prompt=prompt))
+        """Return unit vectors (N, D) float32; for the main rank, within `serve`."""
+        self.world.from_main((texts, prompt))
+        parts = self._share(texts, prompt)
+        for part in parts:
+            if isinstance(part, Exception):
+                raise part
         vectors = np.empty((len(texts), self.encoder.dim), dtype=np.float32)
         for first, part in enumerate(parts):
-            vectors[first::size] = part
+            vectors[first::self.world.size] = part
         return vectors
+
+    def _share(self, texts, prompt):
+        """Embed this rank's texts; return all ranks' vectors, or errors, on the main rank."""
+        try:
+            part = self.encoder.encode(texts[self.world.rank::self.world.size], prompt=prompt)
+        except Exception as error:
+            part = error
+        return self.world.gather_to_main(part)
 
 
 class LexicalBaseline:

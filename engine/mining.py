@@ -193,6 +193,7 @@ def shared(path, shape, dtype, step, work, world=ALONE):
         there = [p.stat().st_size if p.is_file() else None for p in (path, notes)]
         if there != [size, n_parts]:
             path.parent.mkdir(parents=True, exist_ok=True)
+            notes.unlink(missing_ok=True)              # else a death here leaves zeros as done
             with open(path, "wb") as file:
                 file.truncate(size)
             with atomic(notes, "wb") as file:

@@ -17,12 +17,19 @@ SHOWN = ("ndcg@10", "recall@1", "recall@10")       # of retrieval; the files hav
 LANGUAGE_PAIR = re.compile(r"[a-z]{2,3}([-_]\w+)?-[a-z]{2,3}([-_]\w+)?")      # zh-Hant-en
 
 
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+
+
 class StopSignal:
-    """Remember that SIGTERM or SIGINT came; the loop looks at it between two steps."""
+    """Remember that SIGTERM, SIGINT or SIGHUP came; the loop looks at it between two steps.
+
+    SIGHUP: a terminal was closed; torchrun hands it on. What nohup ignores stays ignored.
+    """
 
     def __init__(self):
         self.number = 0
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {s: signal.signal(s, self._note) for s in STOPS
+                       if signal.getsignal(s) != signal.SIG_IGN}
 
     def _note(self, number, frame):
         if number == self.number == signal.SIGINT:     # a second Ctrl-C does not wait; SIGTERM may

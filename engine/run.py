@@ -4,6 +4,7 @@ Settings are classified here and nowhere else. A stage's checkpoint holds all th
 needs, and all that `Embedder` needs: weights, tokenizer, settings, instructions, and the SHA-256 of
 every data file. A run whose settings or data have changed is refused by name.
 """
+import copy
 import dataclasses
 import functools
 import json
@@ -65,6 +66,12 @@ class State:
     step: int = 0
     counters: dict = field(default_factory=lambda: {
         "tokens": 0, "truncated": 0, "skipped": 0, "in_a_row": 0})
+
+    def whole_embedder(self):
+        """Return the embedder with all weights: under fsdp a copy. All ranks must call."""
+        embedder = copy.copy(self.embedder)
+        embedder.model = distributed.whole_model(self.model, self.world)
+        return embedder
 
 
 def check_values(cfg, tasks):
@@ -142,7 +149,7 @@ def finished(cfg):
 
     Raises ValueError if it was trained with other settings.
     """
-    where = checkpoint.latest(cfg.run_dir) if cfg.resume else None
+    where = checkpoint.latest(cfg.run_dir, checkpoint.READ) if cfg.resume else None
     if where is None:
         return None
     meta = read_meta(where)
@@ -303,7 +310,8 @@ def save(state, step):
     seconds = time.perf_counter() - began
     if world.is_main and seconds > SLOW_SAVE:
         tqdm.write(f"warning: saving {path} took {seconds:.0f} s; after SIGTERM torchrun waits 30 s"
-                   " for a step and a save, then kills: what came after the last one would be lost")
+                   " for a step and a save, then kills: what came after the last one would be lost."
+                   f" torch 2.13's has --shutdown-timeout={10 * round(seconds)}")
     return path
 
 

@@ -5,9 +5,12 @@
     python -m experiments.ablation table12 --seeds=0,2,4     # one lane of two: an LM seed each
     python -m experiments.ablation table12 --seeds=1,3       # the other
     python -m experiments.ablation table12 --cells=linear,hard       # some rows of it
+    python -m experiments.ablation table4 --seeds=0 --lm_steps=20 --weak_steps=10 --sup_steps=10 \\
+        --tune=false --work=out/try --results=out/try        # a few steps of all, for a look
 
 All cells of a language-model seed start from one stage-2 checkpoint. Learning rates are tuned once,
-on dev, for the cell with nothing on and the cell with all on. Test is read by the tables alone.
+on dev, for the cell with nothing on and the cell with all on, and kept in WORK/rates.json. Test is
+read by the tables alone. `curve` times its steps: its second lane starts after the first seed.
 Every command is resumable, adds each seed to results/NAME.json, and prints its table.
 Beside nDCG@10 stand measures that can see a mask (experiments/probes.py).
 
@@ -15,6 +18,7 @@ A data folder needs dev/, test/, clr_dev/ and clr_test/.
 DEVIATES: stage 3 of the tables has no cross-lingual pairs: stage 4 alone has them. See `clr`.
 """
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,6 +63,7 @@ PAPER_6 = {(16, 0): 72.18, (16, 1): 72.12, (32, 0): 72.08, (32, 1): 72.23, (64, 
 PAPER_12 = {"linear": (61.73, 70.41, 70.99), "accelerating": (61.50, 70.51, 70.81),
             "decelerating": (61.43, 70.01, 70.37)}
 RANKS = (16, 32, 64, 0)            # of Table 6's adapters; 0: all weights
+RECIPE = ("config", "data", "lm_seeds")    # settings that all rows of a table share
 STAGE_4 = f"Stage 4 is retrieval and CLR alone: {ROWS} questions, no STS, classes or MRL."
 PARTS = 6                          # of stage 4, which Sec. 3.4 looks at one by one
 EQUAL_TIME = 3e6                   # LM tokens, and more, whose time a stage 3 without LM gets too
@@ -74,6 +79,7 @@ class AblationConfig:
     data: str = "out/installed_docs"       # in the layout of train.py's `data`
     work: str = "out/ablation"     # where the cells are trained
     results: str = "results"       # where NAME.json goes
+    lm_steps: int = 0              # of stage 1; 0: the config's
     weak_steps: int = 300          # of stage 3; 0: the config's
     sup_steps: int = 150           # of stage 4; 0: the config's
     lm_tokens: tuple[float, ...] = (0, 0.3e6, 1e6, 3e6)    # of the curve, and the config's own
@@ -94,6 +100,7 @@ def make_table(lab, name, cells, *, stage=WEAK, measure=None, **more):
     table = {**more, "seeds": [], "cells": {}, "language_models": {},
              "settings": {label: dataclasses.asdict(cell) for label, cell in cells.items()},
              "steps": {s: cfg.steps for s, cfg in lab.base.items()},
+             "recipe": {key: getattr(lab.cfg, key) for key in RECIPE},
              "learning_rates": lab.tuned, "versions": [versions()]}
     path = Path(lab.cfg.results) / f"{name}.json"
     stages = (WEAK, SUP) if stage == SUP else (WEAK,)  # whose learning rates count
@@ -107,14 +114,26 @@ def make_table(lab, name, cells, *, stage=WEAK, measure=None, **more):
                 if lm.name not in table["language_models"]:
                     table["language_models"][lm.name] = language_model(lab, lm)
         add_earlier(table, path, stages)               # again: another lane may have written
-        seeds = ",".join(map(str, table["seeds"]))
         write_result(lab.cfg.results, name, table | {
-            "command": " ".join([f"python -m experiments.ablation {name} --seeds={seeds}", *(
-                f"--{key}=FILE" for key in ("pawsx", "sts") if getattr(lab.cfg, key))]),
+            "command": command_of(lab.cfg, table, name),
             "differences": {key: sides for key, sides in more.get("differences", {}).items()
                             if all(sides) and {*sides[0], *sides[1]} <= table["cells"].keys()}})
     print("\n".join(cells_lines(read_object(path))))
     return path
+
+
+def command_of(cfg, table, name):
+    """Return the command of a table: whatever is not the default, but this machine's folders."""
+    flags = {"seeds": tuple(table["seeds"])}
+    if table["cells"].keys() != table["settings"].keys():
+        flags["cells"] = tuple(table["cells"])
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if value != field.default and field.name not in ("seeds", "cells", "work", "results"):
+            flags[field.name] = "FILE" if field.name in ("pawsx", "sts") else value
+    return f"python -m experiments.ablation {name} " + shlex.join(
+        f"--{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for key, value in flags.items())
 
 
 def add_earlier(table, path, stages):
@@ -126,6 +145,9 @@ def add_earlier(table, path, stages):
                  for file in (before, table)]
         if before["steps"] != table["steps"] or rates[0] != rates[1]:
             raise ValueError(f"{path} has other steps or learning rates; choose another --results")
+        own = before.get("recipe") or {key: getattr(AblationConfig, key) for key in RECIPE}
+        if own != table["recipe"]:                     # files of before it was noted: the default
+            raise ValueError(f"{path} is of {own}, not {table['recipe']}; choose another --results")
     for label, rows in before["cells"].items():
         own = dataclasses.asdict(Cell()) | before["settings"][label]   # a field may be new
         if own != table["settings"].get(label):

@@ -167,7 +167,7 @@ class Lab:
     def __init__(self, cfg):
         self.cfg, self.work = cfg, Path(cfg.work).resolve()
         files = build_data(self.work / "data", Path(cfg.data).resolve())
-        steps = {WEAK: cfg.weak_steps, SUP: cfg.sup_steps}
+        steps = {PRETRAIN: cfg.lm_steps, WEAK: cfg.weak_steps, SUP: cfg.sup_steps}
         changes = {SUP: {"task_weights": {"retrieval": 1.0, "clr": 1.0}, "pool_size": 50,
                          "dims": ()}}
         self.base = {}

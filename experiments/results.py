@@ -12,6 +12,7 @@ cells again.
 """
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -235,7 +236,7 @@ def results_page(tables, folder):
              "also where some share a language model, or the order of their rows (see the log).",
              "Where nothing differs, one difference in twenty is bold all the same.", ""]
     for name, table in tables.items():
-        if name == "rehearsal":                    # docs/scale.md has it
+        if name in ("rehearsal", "exercises"):     # docs/scale.md and docs/exercises.md have them
             continue
         lines += [f"## {table.get('title', name.replace('_', ' ').capitalize())}", ""]
         lines += [*lines_of(table), ""]
@@ -265,7 +266,9 @@ def stale(root=ROOT):
 
 
 def main():
-    """Write all pages."""
+    """Write all pages; with any argument, `--help` say, write none and say what this is."""
+    if len(sys.argv) > 1:
+        sys.exit(print(__doc__))
     for path, text in stale().items():
         with atomic(path) as file:
             file.write(text)

@@ -90,6 +90,7 @@ def test_what_a_row_lacks_is_said(kind, row, reason):
 
 def test_equal_ids_are_equal_texts_composed_or_not():
     assert data.text_id("caf\u00e9") == data.text_id("cafe\u0301") != data.text_id("cafe")
+    assert data.text_id("x\u00b2") != data.text_id("x2")   # as the tokenizer tells them apart
     assert 0 <= data.text_id("\ud800") < 2 ** 63           # a lone surrogate, too
 
 
@@ -121,6 +122,8 @@ def test_sft_predicts_the_output_and_nothing_of_the_prompt(tokenizer):
     assert cut.lengths == [8] and cut.truncated == 1
     assert (cut.targets != -100).sum() == 5                # the output has half of the room
     assert cut.ids[3] == batch.ids[(batch.targets == -100).sum()]      # after the blank line
+    both = data.sft_batch([("jumps", "the quick", "brown fox " * 9)], [0], tokenizer, 8)
+    assert (both.targets != -100).sum() == 5               # nor more than half, where both are long
 
 
 def test_a_cut_prompt_keeps_a_blank_line_of_two_tokens():

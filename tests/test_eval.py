@@ -372,8 +372,8 @@ def test_what_a_stage_is_scored_on(tmp_path, monkeypatch, stage, asked):
     seen, cfg = [], TrainConfig(stage=stage, data=str(tmp_path), dims=(4,))
     monkeypatch.setattr(evaluation, "evaluate", lambda encoder, name, path, dims=():
                         seen.append((name, dims)) or {})
-    evaluation.evaluate_stage(SimpleNamespace(cfg=cfg, counters={}, embedder=None,
-                                              world=ALONE))
+    evaluation.evaluate_stage(SimpleNamespace(
+        cfg=cfg, counters={}, whole_embedder=lambda: SimpleNamespace(prompts={}), world=ALONE))
     assert seen == asked
 
 
@@ -707,8 +707,8 @@ def test_validation_loss_is_a_mean_over_tokens(tmp_path, tokenizer, micro_batch_
     texts = ["the quick brown fox" * (1 + i // 20) for i in range(60)]
     write_lines(tmp_path / "text_dev.jsonl", [{"text": text} for text in texts])
     model = tiny_model(std=0.3, vocab_size=tokenizer.vocab_size)
-    state = validated(model, tokenizer, stage="pretrain", data=str(tmp_path),
-                      micro_batch_size=micro_batch_size)
+    state = validated(model, tokenizer, stage="pretrain", data=str(tmp_path), query_len=8,
+                      passage_len=9, micro_batch_size=micro_batch_size)     # the longest are cut
     loss, sizes, part = causal_loss(state, [(None, "", text) for text in texts]), [], model.forward
     model.forward = lambda ids, lengths, *rest: sizes.append(
         len(lengths) + 99 * torch.is_grad_enabled()) or part(ids, lengths, *rest)
@@ -766,6 +766,7 @@ def test_a_collection_without_a_judged_query_shows_before_a_run(tmp_path):
 @pytest.mark.parametrize("lang, rows", [
     ("de", ("a train en", "b train en", "a test en", "a test de")),     # no row to fit
     ("en", ("a train en", "a train en", "a test en")),                  # one label
+    ("de", ("a train en", "b train en", "a test en", "a train de", "b train de")),  # none to score
     ("de", ("a train en", "b train en", "a test de"))])                 # both
 def test_labels_that_cannot_be_fitted_show_before_a_run(tmp_path, lang, rows):
     write_lines(tmp_path / "labels_test.jsonl", [
@@ -783,11 +784,13 @@ def test_a_run_is_scored_on_what_is_named_or_on_its_folders_test_splits(tmp_path
     assert evaluation.collections(cfg) == [folder / "b/clr_test", folder / "test"]
     named = dataclasses.replace(cfg, evaluate=("x/dev", "y/dev"))
     assert evaluation.collections(named) == [Path("x/dev"), Path("y/dev")]
+    both = dataclasses.replace(cfg, evaluate=("x/dev", "x/test"))      # two splits of one set
+    assert evaluation.collections(both) == [Path("x/dev"), Path("x/test")]
     files = dataclasses.replace(cfg, retrieval=("rows.jsonl",))
     assert evaluation.collections(files) == []
 
 
-def test_a_folder_may_be_asked_for_the_split_that_it_is_named_after(tmp_path):
+def test_a_folder_may_be_asked_for_the_split_that_it_is_named_after(tmp_path, monkeypatch):
     folder = tmp_path / "x/test"
     write_lines(folder / "corpus.jsonl", [{"id": "d", "text": "a"}])
     write_lines(folder / "queries.jsonl", [{"id": "q", "text": "a"}])
@@ -795,6 +798,8 @@ def test_a_folder_may_be_asked_for_the_split_that_it_is_named_after(tmp_path):
     scores = evaluate(LexicalBaseline(), "retrieval", folder)
     assert scores["retrieval/x/test/ndcg@10"] == 1
     assert evaluate(LexicalBaseline(), "retrieval", folder, split="test") == scores
+    monkeypatch.chdir(folder.parent)               # a name of one part is in a folder, too
+    assert evaluate(LexicalBaseline(), "retrieval", "test") == scores
     with pytest.raises(ValueError, match="no query of split 'dev' has a judged document"):
         evaluate(LexicalBaseline(), "retrieval", folder, split="dev")
 
@@ -830,7 +835,10 @@ def test_the_test_split_is_scored_where_there_are_both():
     assert [collection.choose_split(rows[:n], None, "f")[1] for n in (3, 2)] == ["test", "dev"]
 
 
-def test_without_english_the_first_language_is_the_pivot():
+def test_english_is_the_pivot_and_without_it_the_first_language():
+    rows = [{"id": 1, "lang": lang, "text": lang} for lang in ("de", "en")]
+    assert collection.align(rows, "f") == [
+        {"query": "de", "pos": "en", "lang_q": "de", "lang_p": "en"}]
     rows = [{"id": 1, "lang": lang, "text": lang} for lang in ("fr", "de")]
     assert collection.align(rows, "f") == [
         {"query": "fr", "pos": "de", "lang_q": "fr", "lang_p": "de"}]

@@ -42,7 +42,7 @@ def test_the_losses_of_100_steps(rows, tmp_path, record, request, stage):
         record[stage] = [round(x, 6) for x in losses.tolist()]
         return
     wanted = torch.tensor(json.loads(REFERENCE.read_text())[stage], dtype=torch.float64)
-    assert wanted.max() - wanted.min() > 0.1                   # it learned, or was asked much
+    assert wanted[-9:].mean() < 0.7 * wanted[:9].mean()        # it learns
     assert apart(losses, wanted) < TOLERANCE, [
         (step, *pair) for step, pair in enumerate(zip(losses.tolist(), wanted.tolist()), 1)
         if abs(pair[0] - pair[1]) > TOLERANCE][:3]

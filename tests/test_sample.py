@@ -24,8 +24,9 @@ def model(tokenizer):
 
     def hidden(ids, lengths, mask):
         model.calls.append((len(ids), mask))
+        model.read.append(ids.tolist())
         return real(ids, lengths, mask).roll(1, dims=1)        # points at the next token
-    model.calls, model.hidden = [], hidden
+    model.calls, model.read, model.hidden = [], [], hidden
     return model
 
 
@@ -45,15 +46,18 @@ def test_it_ends_at_the_end_of_text_and_reads_no_more_than_fits(model, tokenizer
     last = tokenizer.decode([tokenizer.eos_id - 1])            # the next one is end-of-text
     assert tokenizer.encode(last) == [tokenizer.eos_id - 1]
     assert generate(model, tokenizer, last, temperature=0) == ""
+    model.read.clear()
+    generate(model, tokenizer, "", n_tokens=1, temperature=0)  # as after another document
+    assert model.read == [[tokenizer.eos_id]]
     assert generate(model, tokenizer, "c" * 90 + "a" * 10, n_tokens=3, temperature=0) == "bcd"
     assert model.calls[-1][0] == model.config.block_size == 64
 
 
 def test_chance_is_seeded(tokenizer):
     model = tiny_model(std=0.3, vocab_size=tokenizer.vocab_size)
-    texts = [generate(model, tokenizer, "the", temperature=1.0, seed=seed) for seed in (0, 0, 1)]
+    texts = [generate(model, tokenizer, "the", 20, 1.0, seed) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
-    assert len({generate(model, tokenizer, "the", temperature=t) for t in (0, 0.5, 1)}) == 3
+    assert len({generate(model, tokenizer, "the", 20, t) for t in (0, 0.5, 1)}) == 3
     assert generate(model, tokenizer, "", n_tokens=4)      # begins by itself
 
 

@@ -22,4 +22,4 @@ weight_decay = 0.001
 beta2 = 0.999
 temperature = 0.05                 # UNSPECIFIED
 dims = (256, 512, 1024, 1536, 2048, 3072, 3584)
-save_every = 20_000                # a step is short, and a save writes 18 GB
+save_every = 2_000                 # a step is short, and a save writes 18 GB

@@ -18,4 +18,4 @@ weight_decay = 0.001
 beta2 = 0.999
 temperature = 0.05                 # UNSPECIFIED
 schedule = "linear"                # Eq. 3; App. C has two more
-save_every = 20_000                # a step is short, and a save writes 18 GB
+save_every = 2_000                 # a step is short, and a save writes 18 GB

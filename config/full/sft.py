@@ -14,4 +14,4 @@ learning_rate = 2e-5
 warmup = 0.02
 weight_decay = 0.001
 beta2 = 0.999
-save_every = 20_000                # a step is short, and a save writes 18 GB
+save_every = 2_000                 # a step is short, and a save writes 18 GB

@@ -210,10 +210,12 @@ def test_ranks_take_their_card_and_meet_by_hccl(npu, monkeypatch, device):
         monkeypatch.setenv(name, str(value))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     met = []
-    monkeypatch.setattr(dist, "init_process_group",
-                        lambda backend, timeout: met.append((backend, timeout)))
+    monkeypatch.setattr(dist, "init_process_group", met.append)
+    backend = types.SimpleNamespace(_set_default_timeout=met.append)     # of gloo alone
+    monkeypatch.setattr(dist, "group", types.SimpleNamespace(WORLD=types.SimpleNamespace(
+        _get_backend={torch.device("cpu"): backend}.__getitem__)))
     world = distributed.start(device)
-    assert met == [("cpu:gloo,npu:hccl", distributed.PATIENCE)] and npu.asked == [("device", 3)]
+    assert met == ["cpu:gloo,npu:hccl", distributed.PATIENCE] and npu.asked == [("device", 3)]
     assert (world.rank, world.size, world.device) == (11, 16, torch.device("npu", 3))
     assert torch.get_num_threads() == len(os.sched_getaffinity(0))
 

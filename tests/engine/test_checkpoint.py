@@ -87,6 +87,7 @@ def test_newest_is_by_number_beyond_six_digits(tmp_path):
     for step in (999_999, 1_000_000):
         save(tmp_path, step, {"model.pt": {"step": step}})
     assert latest(tmp_path).name == "step_1000000"
+    assert names(tmp_path) == ["step_1000000", "step_999999"]          # the one before is kept
 
 
 def test_the_newest_two_are_kept(tmp_path):
@@ -298,6 +299,22 @@ def test_truncation_growth_and_deletion_are_found_and_named(tmp_path, record):
         (path / name).write_bytes(data)
     record["truncated, grown and deleted files found"] = damages
     assert damages > 100 and latest(tmp_path) == path
+
+
+def test_a_start_reads_what_has_not_changed_once(tmp_path, monkeypatch):
+    path, read = save(tmp_path, 1, state(1)), []
+    real = checkpoint.sha256_of
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda file: read.append(file.name) or real(file))
+    for file in path.iterdir():
+        os.utime(file, (1e9, 1e9))
+    assert latest(tmp_path, checkpoint.READ) == path and "trainer.pt" not in read
+    for _ in range(2):
+        assert latest(tmp_path) == path and load(path, "model.pt")["step"] == 1
+    assert sorted(read) == sorted(checkpoint.entries(path))
+    (path / "trainer.pt").write_bytes((path / "trainer.pt").read_bytes()[:-1] + b"x")
+    assert latest(tmp_path, checkpoint.READ) == path
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="trainer.pt: SHA-256"):
+        latest(tmp_path)
 
 
 def test_all_damaged_is_an_error_that_names_all(tmp_path):

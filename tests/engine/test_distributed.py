@@ -4,6 +4,8 @@ The two processes run once for the whole file and leave what they found on disk.
 """
 
 import os
+import time
+from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from engine import distributed
@@ -309,13 +312,37 @@ def encodes_on(world):
     def encode(texts, prompt):
         seen.extend(texts)
         return np.array([[float(text), len(prompt)] for text in texts]).reshape(-1, 2)
+    def work(encoder):
+        for n in (7, 3, 1):                                # of one text two ranks have none
+            vectors = encoder.encode([str(i) for i in range(n)], prompt="ask")
+            assert vectors.tolist() == [[i, 3] for i in range(n)] and vectors.dtype == np.float32
+        assert prompt_of(encoder, "sts") == "p"
+        return {"score": 1.0}
     encoder = SharedEncoder(SimpleNamespace(encode=encode, prompts={"sts": "p"}, dim=2), world)
-    for n in (7, 3, 1):                                    # of one text two ranks have none
-        vectors = encoder.encode([str(i) for i in range(n)], prompt="ask")
-        assert vectors.tolist() == [[i, 3] for i in range(n)] and vectors.dtype == np.float32
+    assert encoder.serve(work) == ({"score": 1.0} if world.is_main else {})
     assert len(seen) == sum(len(range(world.rank, n, 3)) for n in (7, 3, 1))
-    assert prompt_of(encoder, "sts") == "p"
+    with pytest.raises(ValueError, match="could not convert string to float: 'b'"):    # of rank 1
+        encoder.serve(lambda encoder: encoder.encode(["1", "b", "2"], prompt="ask"))
+    with pytest.raises(OSError, match="no such set"):
+        encoder.serve(no_such_set)
+    assert encoder.serve(lambda encoder: {"a": 1}) == ({"a": 1} if world.is_main else {})
+
+
+def no_such_set(encoder):
+    raise OSError("no such set")
 
 
 def test_ranks_share_what_is_encoded():
     on_ranks(3, encodes_on)
+
+
+def waits_on(world):
+    assert world.on_main(lambda: time.sleep(4) or "done") == "done"
+
+
+def test_ranks_meet_soon_or_fail_and_wait_long_for_the_main_one(monkeypatch):
+    monkeypatch.setattr(dist.distributed_c10d, "default_pg_timeout", timedelta(seconds=2))
+    on_ranks(2, waits_on)
+    monkeypatch.setattr(distributed, "PATIENCE", timedelta(seconds=2))
+    with pytest.raises(mp.ProcessRaisedException, match="Timed out|closed by peer"):
+        on_ranks(2, waits_on)

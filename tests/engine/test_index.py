@@ -180,7 +180,9 @@ def test_the_hash_of_a_large_file_is_that_of_its_ranges(tmp_path, monkeypatch):
     assert hashes[0] == hashes[1] != other and hashes[0] != small
 
 
-def test_ids_of_the_texts_stand_in_the_index(tmp_path):
+@pytest.mark.parametrize("size", [300, index.RANGE])               # many parts, and one
+def test_ids_of_the_texts_stand_in_the_index(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(index, "RANGE", size)
     rows = JsonlFiles([write_lines(tmp_path / "a.jsonl", PAIRS)], parse_pair, tmp_path, ids=True)
     file, texts = rows.files[0], [text for row in PAIRS for text in row["pos"] + row["neg"]]
     assert file.ids.tolist() == [index.text_id(text) for text in texts]

@@ -282,12 +282,13 @@ def wait_for_steps(process, path, steps):
     raise AssertionError(f"no {steps} steps in {path}; exit code {process.poll()}")
 
 
-def test_sigterm_under_torchrun_saves_at_a_common_step(rows, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])    # SIGHUP: a closed terminal
+def test_a_signal_under_torchrun_saves_at_a_common_step(rows, tmp_path, number):
     more = "--steps=100000", "--save_every=100000"
     process = start(rows, "pretrain", tmp_path, *more, ranks=2)
     wait_for_steps(process, tmp_path / "pretrain/log.jsonl", 4)
     began = time.monotonic()
-    process.send_signal(signal.SIGTERM)            # torchrun hands it to its workers
+    process.send_signal(number)                    # torchrun hands it to its workers
     shown = wait(process, 60)
     assert time.monotonic() - began < 30 and process.returncode != 0
     assert "the same command resumes" in shown
@@ -344,5 +345,8 @@ def test_a_run_started_afresh_does_not_resume_the_old_one(tmp_path):
     assert checkpoint.latest(tmp_path).name == "step_000001"
     assert (tmp_path / "step_000006.aside/a.txt").read_text() == "old 6"       # nothing is lost
     checkpoint.set_aside(tmp_path)
+    checkpoint.save(tmp_path, 1, {"a.txt": "newer"})       # afresh again, to the same step
+    checkpoint.set_aside(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "step_000001.aside", "step_000005.aside", "step_000006.aside"]
+    assert (tmp_path / "step_000001.aside/a.txt").read_text() == "newer"

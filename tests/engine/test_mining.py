@@ -104,6 +104,21 @@ def test_rows_that_bring_cosines_lose_repeats_and_what_answers_their_query(tmp_p
     assert cosines.tolist() == [[0.75, 0.5, 0], [0.25, 0, 0]]
 
 
+@pytest.mark.extras
+def test_of_what_faiss_does_not_find_nothing_is_made_up(tmp_path):
+    """Its -1 is no passage; a query's own one is left out, and one that needs none gets none."""
+    pytest.importorskip("faiss")
+    passages = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
+    search = mining.Approximate(passages, tmp_path / "index")
+    search.index.nprobe = 1                                # of 14 cells
+    numbers, cosines = search.nearest(passages[:2], [[0], [1]], 200, [True, False])
+    n = int((numbers[0] >= 0).sum())
+    assert 0 < n < 100 and 0 not in numbers[0] and len(set(numbers[0, :n].tolist())) == n
+    assert np.allclose(cosines[0, :n], passages[numbers[0, :n]] @ passages[0], atol=1e-5)
+    assert (np.diff(cosines[0, :n]) <= 0).all() and np.isneginf(cosines[0, n:]).all()
+    assert (numbers[1] == -1).all()
+
+
 # ---------------------------------------------------------------- files that ranks fill together
 
 def test_a_broken_fill_continues_and_does_nothing_twice(tmp_path):

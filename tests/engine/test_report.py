@@ -1,5 +1,6 @@
 """Signals, the log of a resumed run, what is said of a stage's tasks, tables of scores."""
 import json
+import shlex
 import signal
 from types import SimpleNamespace
 
@@ -168,6 +169,23 @@ def test_the_summary_has_no_stage_after_the_one_that_was_asked_for(tmp_path, tra
     assert summary["minutes"] == (1.0 if trained else 7.0)
 
 
+def test_the_search_that_is_shown_can_be_pasted(tmp_path, capsys):
+    """With this run's model, and the collection that was named; the width is no cut."""
+    out, own = tmp_path / "my run", tmp_path / "my docs"
+    for path in (own, tmp_path / "data/search", out / "embed_sup"):
+        path.mkdir(parents=True)
+        (path / "corpus.jsonl").touch()
+    (out / "embed_sup/eval.json").write_text(json.dumps({
+        f"retrieval/my docs/all/{m}{dim}": 0.5 for m in report.SHOWN for dim in ("", ":4", ":8")}))
+    cfg = SimpleNamespace(out=str(out), run_dir=out / "embed_sup", stage="embed_sup", dims=(4, 8),
+                          n_embd=8, evaluate=(str(own),), data=str(tmp_path / "data"))
+    report.summarise(cfg, STAGES, {}, 1.0, True)
+    shown = capsys.readouterr().out
+    assert shlex.split(shown.split("search: ")[1])[:4] == [
+        "python", "embed.py", f"--checkpoint={cfg.run_dir}", f"--corpus={own}"]
+    assert "first 4 dims" in shown and "first 8 dims" not in shown
+
+
 @pytest.mark.parametrize("name", ["embed_weak/eval.json", "summary.json"])
 def test_a_damaged_file_of_scores_is_named(tmp_path, name):
     path = tmp_path / name
@@ -182,12 +200,14 @@ def test_a_damaged_file_of_scores_is_named(tmp_path, name):
 def test_rates_are_those_of_the_steps_since_the_last_line(tmp_path, monkeypatch):
     now = iter(range(0, 99, 4))                            # four seconds from look to look
     monkeypatch.setattr(report.time, "perf_counter", lambda: float(next(now)))
-    world = SimpleNamespace(**{**vars(WORLD), "size": 2})
+    world = SimpleNamespace(**{**vars(WORLD), "size": 2, "mean": lambda _: {"loss": 0.75}})
     log = Log(config(tmp_path, log_every=2), world, 0)
     for step in range(4):
-        batch = SimpleNamespace(ids=[0] * 8, lengths=[8], task="sft", targets=None)
-        log.step(step, batch, {"loss": 1.0}, 0.5, {})
+        batch = SimpleNamespace(ids=[0] * 4 * (1 + step), lengths=[8], task="sft", targets=None)
+        log.step(step, batch, {"loss": 1.0}, 0.25 * (1 + step), {})
+    rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]     # a kill loses none
     log.close(0)
-    rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
-    # 2 steps of 8 tokens on 2 ranks, and a second of reading, in 4 seconds
-    assert [(row["tokens_per_second"], row["data_share"]) for row in rows] == [(8, 0.25)] * 2
+    # (4 + 8) tokens on 2 ranks, and 0.75 seconds of reading, in 4 seconds; then (12 + 16), 1.75
+    assert [(row["tokens_per_second"], row["data_share"]) for row in rows] == [
+        (6, 0.1875), (14, 0.4375)]
+    assert [row["loss"] for row in rows] == [0.75] * 2     # of all ranks

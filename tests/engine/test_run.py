@@ -235,7 +235,7 @@ def test_the_log_of_a_run_that_took_no_step_is_not_set_aside(tmp_path, step, kep
     cfg = tiny_config(out=str(tmp_path))
     if step is not None:
         saved(cfg.run_dir, step, cfg)
-    cfg.run_dir.mkdir(parents=True, exist_ok=True)
+    (cfg.run_dir / "step_000006.aside").mkdir(parents=True)        # of the older one
     (cfg.run_dir / "log.jsonl").write_text("new")
     (cfg.run_dir / "log.jsonl.aside").write_text("old")
     runs.set_aside(cfg)

@@ -83,6 +83,13 @@ def test_cells_differ_in_the_named_settings_and_in_no_other(cfg):
     assert weights == [{"retrieval": 1.0}, {"retrieval": 1.0, "clr": 1.0}]
 
 
+def test_each_stage_can_be_shortened_for_a_look(cfg):
+    lab = Lab(dataclasses.replace(cfg, lm_steps=3, weak_steps=2, sup_steps=6))
+    assert {stage: base.steps for stage, base in lab.base.items()} == {
+        PRETRAIN: 3, SFT: 2, WEAK: 2, SUP: 6}
+    assert lab.lm_folder(0, Cell()).name == "lm0-3"
+
+
 def test_cells_share_language_models_and_stage_3(cfg):
     lab = Lab(cfg)
     grid = [table4_cell(*key) for key in TABLE_4.values()]
@@ -141,7 +148,11 @@ def test_table_4_from_the_command_line_is_trained_once(cfg, monkeypatch, tmp_pat
     monkeypatch.setattr(train, "train", None)          # another training would raise TypeError
     assert command(cfg, "table4") == table
     assert command(cfg, "table4", "--cells=SM,nothing") == table       # the other rows stay
+    assert table["command"] == ("python -m experiments.ablation table4 --seeds=1 "
+                                f"--config={cfg.config} --data={cfg.data} --weak_steps=0 "
+                                "--sup_steps=0 --tune=False")
     part = command(cfg, "table4", "--cells=SM,nothing", f"--results={tmp_path / 'part'}")
+    assert " --cells=nothing,SM " in part["command"]
     assert list(part["cells"]) == ["nothing", "SM"] and not part["differences"]
     with pytest.raises(ValueError, match="table4 has no row 'odd'; its rows are nothing, SM"):
         command(cfg, "table4", "--cells=odd")
@@ -173,6 +184,10 @@ def test_seeds_are_added_to_a_table_and_other_settings_refused(cfg, tmp_path, mo
     assert table((1,), ("a",))["settings"]["b"]["weak_clr"] == ""
     with pytest.raises(ValueError, match="t.json: c had other settings; choose another --results"):
         table((1,), clr=True)
+    for change in ({"config": "config/real"}, {"data": "mine"}, {"lm_seeds": 3}):
+        with pytest.raises(ValueError, match="t.json is of {'config': .*}, not {.*choose another"):
+            lab.cfg = dataclasses.replace(cfg, cells=("a",), **change)
+            ablation.make_table(lab, "t", {"a": Cell()}, measure=None)
     lab.tuned["rates"][WEAK] = 0.5
     with pytest.raises(ValueError, match="t.json has other steps or learning rates"):
         table((1,))

@@ -141,6 +141,14 @@ def test_ideas_are_three_rows_of_table_4():
     assert "| CLR |  | **+1.00 ± 0.00** |  |" in lines and len(lines) == 6
 
 
+def test_a_question_for_help_writes_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(results, "stale", None)        # a page that is written raises TypeError
+    monkeypatch.setattr("sys.argv", ["results.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        results.main()
+    assert ended.value.code is None and "from results/, and fill" in capsys.readouterr().out
+
+
 def test_this_projects_pages_say_what_its_results_say():
     """Run `python -m experiments.results` if this fails."""
     if not results.read_results(results.ROOT / "results"):

@@ -347,14 +347,18 @@ def test_ids_are_equal_in_repetitive_text(letters):
 
 
 def test_ids_are_equal_for_every_character(exported, tokenizer):
-    """All of Unicode: both programs put a character into the same class."""
+    """All of Unicode: both programs put a character into the same class.
+
+    The planes 4 to 13, 15 and 16 have none but unassigned and private ones: one in 256 of these.
+    """
     library = pytest.importorskip("tokenizers")
     theirs = library.Tokenizer.from_file(str(exported / "tokenizer.json"))
-    every = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
-    for start in range(0, len(every), 64):
+    every = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000
+             and (i >> 16 in (0, 1, 2, 3, 14) or i % 256 == 0)]
+    for start in range(0, len(every), 512):
         for form in ("{0}", "a{0}b1 {0}", "({0} न{0})"):
-            text = "|".join(form.format(char) for char in every[start:start + 64])
-            assert theirs.encode(text).ids[:-1] == tokenizer.encode(text), hex(start)
+            text = "|".join(form.format(char) for char in every[start:start + 512])
+            assert theirs.encode(text).ids[:-1] == tokenizer.encode(text), hex(ord(every[start]))
 
 
 def test_ids_are_equal_in_transformers(hub_offline, exported, tokenizer):

@@ -60,13 +60,13 @@ def test_texts_of_every_format():
 
 def test_exact_duplicates_see_through_case_width_and_punctuation():
     rows = [*texts("Hello, world!", "hello WORLD", "Ｈello world", "hello  worlds"),
-            {"query": "hello", "pos": ["world"]}, *texts("++", "--", "++")]
+            {"query": "hello", "pos": ["world"]}, *texts("++", "--", "++", "...")]
     kept, counts = run(exact_duplicates, rows)
     other = [*texts("C++ guide", "C# guide", "C guide", "x = 1", "x = -1", "3 + 4"),
              *({"text": "so so", "label": label} for label in "ab"),
              *({"instruction": word, "input": "x", "output": "y"} for word in ("Put", "Say"))]
     assert run(exact_duplicates, other)[0] == other
-    assert kept == [rows[0], rows[3], rows[4], rows[5], rows[6]]
+    assert kept == [rows[0], rows[3], rows[4], rows[5], rows[6], rows[8]]
     assert counts == {"exact duplicate": 3}
 
 
@@ -155,7 +155,7 @@ def test_of_mteb_only_what_is_evaluated_on_counts(monkeypatch):
     row = {name: [{"id": "1", "text": f"{name} text here"}] for name in (
         "train", "test", "dev", "query", "document", "answers")}
     tasks = [task({"train": row["train"], "test": row["test"], "dev": row["dev"]}, ["test"]),
-             task({"en": {"dev": row["dev"], "train": row["train"]}}, ["dev"]),
+             task({"en": {"dev": row["dev"], "train": row["train"], "test": row["test"]}}, ["dev"]),
              task({"default": {"test": {"queries": row["query"], "corpus": row["document"],
                                         "relevant_docs": {"q": {"d": 1}}, "top_ranked": None}}},
                   ["test"])]

@@ -117,7 +117,8 @@ def test_a_part_that_is_gone_leaves_the_old_file_as_it_is(tmp_path):
 
 def test_lexical_candidates_take_their_share_of_the_places(rows, run, tmp_path):
     near = mined(run, rows / "pairs.jsonl", tmp_path / "near.jsonl")
-    both = mined(run, rows / "pairs.jsonl", tmp_path / "both.jsonl", "--lexical=2")
+    both = mined(run, rows / "pairs.jsonl", tmp_path / "both.jsonl", "--lexical=2",
+                 "--n_negatives=2")                        # as many: the others are searched for
     changed, passages = 0, list(dict.fromkeys(text for row in near for text in row["pos"]))
     bm25 = BM25(passages)
     for one, other in zip(near, both):
@@ -134,13 +135,27 @@ def test_lexical_candidates_take_their_share_of_the_places(rows, run, tmp_path):
         mined(run, rows / "pairs.jsonl", tmp_path / "x.jsonl", "--lexical=6")
 
 
+def test_a_passage_that_shares_no_word_is_no_lexical_candidate():
+    class Few(list):
+        text = list.__getitem__
+
+        def positives(self, q):
+            return np.array([0])
+
+        def negatives(self, q):
+            return np.array([], dtype=np.int64)
+    passages = Few(["a cat", "a dog", "the cat"])
+    assert mine.with_lexical([{"query": "cat"}], passages, 2)(0) == [2]
+
+
 @pytest.mark.extras
 def test_faiss_finds_most_of_the_nearest(rows, run, tmp_path, capsys):
     pytest.importorskip("faiss")
     source = write_lines(tmp_path / "rows.jsonl", [
         {"query": f"sort a list {i}", "pos": f"This function sorts list number {i}"}
         for i in range(1200)])
-    mined(run, source, tmp_path / "near.jsonl", "--search=faiss")
+    out = mined(run, source, tmp_path / "near.jsonl", "--search=faiss")
+    assert {len(row["neg"]) for row in out} == {6}         # though its positive is among the best
     share = float(capsys.readouterr().out.split("exact search: ")[1].split()[0])
     assert 0.5 < share <= 1
 

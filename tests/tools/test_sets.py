@@ -29,7 +29,8 @@ def root(tmp_path):
              {"id": "de/1", "text": f"Wer von {name}?", "lang": "de"},
              *([{"id": "en/2", "text": "Held out?", "lang": "en", "split": "dev"}]
                if name == "qa" else [])],
-            [{"id": "p1", "title": "T", "text": "A first. A second. A third.", "lang": "en"}],
+            [{"id": "p1", "title": "T", "text": "A first. A second. A third.", "lang": "en"},
+             {"id": "p2", "text": "Held out, too.", "split": "dev" if name == "qa" else None}],
             [("en/1", "p1"), ("de/1", "p1"), *([("en/2", "p1")] if name == "qa" else [])])
     write(root / "bi" / "pairs.jsonl", [
         {"query": f"Satz {i}", "pos": f"Sentence {i}", "lang_q": "de", "lang_p": "en"}
@@ -51,7 +52,7 @@ def root(tmp_path):
     write(root / "plain" / "data.jsonl", [{"text": "One. Two. Three. Four.", "lang": "en"}])
     write(root / "asked" / "data.jsonl", [
         {"query": "Why?", "pos": "Because.", "neg": ["No."], "prompt": "Answer"},
-        {"query": "How?", "pos": ["So.", "Thus."]}])
+        {"query": "How?", "pos": ["So.", "Thus."]}, {"query": "Who?", "pos": "I.", "prompt": ""}])
     return root
 
 
@@ -78,6 +79,7 @@ def test_question_and_passage_by_their_own_prompt_and_negatives(built):
     own = {"query": "Why?", "pos": ["Because."], "neg": ["No."], "prompt": "Answer"}
     for kind in ("retrieval", "pairs/others"):
         assert own in built[kind] and {"query": "How?", "pos": ["So.", "Thus."]} in built[kind]
+        assert {"query": "Who?", "pos": ["I."], "prompt": ""} in built[kind]
 
 
 @pytest.mark.parametrize("pos", ["Sentence", ["Sentence"]])
@@ -130,7 +132,7 @@ def test_question_and_passage_of_one_language_is_retrieval_of_two_is_clr(built):
 def test_nothing_of_a_dev_set_or_a_held_out_split_is_trained_on(built):
     trained = json.dumps({kind: rows for kind, rows in built.items()
                           if not kind.startswith(("held_out", "qa_dev"))})
-    for held in ("qa_dev", "Held out?", '"about c 2"'):
+    for held in ("qa_dev", "Held out?", "Held out, too.", '"about c 2"'):
         assert held not in trained
     assert sum(row["score"] == 2.5 for row in built["sts/sim"]) == len(built["sts/sim"])
 
@@ -141,7 +143,8 @@ def test_held_out_bitext_and_documents_do_not_meet_the_training_rows(built):
                for row in rows for text in (row["query"], *row["pos"])}
     assert held and not held & trained
     news = {row["text"] for row in built["held_out/news/sentences"]}
-    assert len(news) % (8 * 3) == 0 and news           # whole documents, all languages
+    documents = [row["id"] // 8 for row in built["held_out/news/sentences"]]
+    assert {documents.count(document) for document in documents} == {8 * 3}   # whole, all languages
     assert not any(text in passage for text in news for passage in trained)
 
 
@@ -245,7 +248,8 @@ def test_of_a_collection_with_splits_the_training_questions_are_taken(tmp_path):
 
 
 def test_a_kind_without_rows_has_no_file(tmp_path):
-    write(tmp_path / "root" / "plain" / "data.jsonl", [{"text": "One text.", "lang": "en"}])
+    text = "Of this sentence and the next. Either says all the other does."       # no crop of two
+    write(tmp_path / "root" / "plain" / "data.jsonl", [{"text": text, "lang": "en"}])
     made = sets.build(tmp_path / "root", tmp_path / "sets")
     assert set(made) == {"text"}
     assert [path.name for path in (tmp_path / "sets").glob("*.jsonl")] == ["text.jsonl"]
@@ -372,7 +376,7 @@ def test_what_a_row_may_lack_costs_no_row(tmp_path):
                                        for i, split in enumerate(("train", None, "test"))])
     write(root / "same" / "a.jsonl", [{"sentence1": f"one {i}", "sentence2": f"two {i}", "label": 1,
                                        "split": None} for i in range(40)])
-    collection(root / "qa", [{"id": "1", "text": "judged?"},
+    collection(root / "qa", [{"id": "1", "text": "judged?", "split": None},
                              {"id": "2", "text": "answered?", "answers": ["yes"]}],
                [{"id": "p", "text": "passage"}], [("1", "p")])
     write(root / "news" / "docs.jsonl", [{"id": 0, "doc": "d"}])
@@ -433,12 +437,29 @@ def test_a_crop_is_no_part_of_its_passage(tmp_path):
     assert all(row["query"].endswith((".5.", *(f"v{i}." for i in range(9)))) for row in rows)
 
 
+def test_a_long_text_gives_a_crop_of_each_part(tmp_path):
+    write(tmp_path / "root" / "plain" / "x.jsonl", [
+        {"text": "This is the first. That is the second. " * 60, "lang": "en"}])       # 2,340
+    assert len(sets.build(tmp_path / "root", tmp_path / "sets")["pairs/others"]) == 2
+
+
 def test_only_what_means_the_same_is_a_pair(tmp_path):
     write(tmp_path / "root" / "same" / "x.jsonl", [
         {"sentence1": f"one {i}", "sentence2": f"two {i}", "label": i % 2} for i in range(40)])
-    rows = sets.build(tmp_path / "root", tmp_path / "sets")["pairs/others"]
+    files = sets.build(tmp_path / "root", tmp_path / "sets")
+    rows = files["pairs/others"]
+    assert not any("two" in row["text"] for row in files["text"])      # one language: no document
     assert rows and all(int(row["query"].split()[1]) % 2 for row in rows)
     assert {row["query"].split()[0] for row in rows} == {"one", "two"}     # both directions
+
+
+def test_a_held_out_paraphrase_is_held_out_in_every_language(tmp_path):
+    write(tmp_path / "root" / "same" / "x.jsonl", [
+        {"id": i, "lang": lang, "sentence1": f"{lang} {i}", "sentence2": "b", "label": 1}
+        for i in range(40) for lang in ("de", "en")])
+    files = sets.build(tmp_path / "root", tmp_path / "sets")
+    held = {row["id"] for row in read_jsonl(tmp_path / "sets/held_out/same/x.jsonl")}
+    assert held and {int(row["text"].split()[1]) for row in files["text"]} == {*range(40)} - held
 
 
 def test_scored_pairs_cross_languages(built):
