@@ -126,6 +126,11 @@ def length_gate(low, high):
         None if low <= len(text) / max(1, len(source)) <= high else "length")
 
 
+def line_gate(source, text, lang):
+    """Drop translations of more lines than the source: a remark stands behind them."""
+    return "lines" if text.strip().count("\n") > source.strip().count("\n") else None
+
+
 def copy_gate(source, text, lang):
     """Drop translations without a single word that the source does not have."""
     return "copy" if set(split_words(text)) <= set(split_words(source)) else None

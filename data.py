@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dhnm import should_replace
 from engine.batch import Batch
-from engine.collection import HELD_OUT, check_score
+from engine.collection import FOR_EVALUATION, check_score
 from engine.distributed import ALONE
 from engine.index import JsonlFiles, text_id
 from engine.jsonl import is_json
@@ -300,7 +300,7 @@ def sources(cfg, kind):
             raise ValueError(f"{path}: only JSONL and JSONL.gz are read")
         if path.with_name(f"{path.name}.gz") in files:
             raise ValueError(f"{path} lies beside its own .gz: keep one of them")
-        if path.name.partition(".")[0].rpartition("-")[2] in HELD_OUT:
+        if FOR_EVALUATION.search(path.name.lower().removesuffix(".gz").rpartition(".")[0]):
             raise ValueError(f"{path} would be trained on: rename it, or move it elsewhere")
     return tuple(sorted(str(path) for path in files
                         if is_json(path) and not path.name.endswith(".report.json")))

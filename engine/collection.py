@@ -7,6 +7,7 @@ and line. eval.py scores them.
 import glob
 import importlib.util
 import math
+import re
 import warnings
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,6 +16,8 @@ from pathlib import Path
 from engine.jsonl import is_json, lines_of, read_jsonl
 
 HELD_OUT = ("test", "dev", "validation")           # the split that is scored, the first one there
+FOR_EVALUATION = re.compile(       # in names, without suffix: nothing is trained on
+    rf"(^|[._-])({'|'.join(HELD_OUT)})$", re.IGNORECASE)
 # A file or folder of such a name is called after the folder it is in: my_set/data.jsonl.gz.
 PLAIN_NAMES = ("data", "rows", "pairs", "bitext", "sentences", "titles", "train", *HELD_OUT)
 SENTENCES = {"sentence1": str, "sentence2": str}

@@ -164,13 +164,13 @@ def parse_line(line, required=None):
 
 # ---------------------------------------------------------------- whole files
 
-def lines_of(path):
+def lines_of(path, may_be_pipe=False):
     """Yield (number, line as bytes) of a plain or .gz file, without blank lines at its end.
 
     Raises FileNotFoundError by name, and ValueError "path:line: reason" where a .gz file is damaged
     or cut.
     """
-    if not Path(path).is_file():
+    if not Path(path).is_file() and not (may_be_pipe and Path(path).is_fifo()):
         raise FileNotFoundError(f"{path}: no such file")
     number, blank = 0, []
     try:
@@ -223,7 +223,7 @@ def read_texts(path):
     if is_json(path):
         return [row["text"] for row in read_jsonl(path, {"text": str})]
     texts = []
-    for number, line in lines_of(path):
+    for number, line in lines_of(path, may_be_pipe=True):      # it is read once
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:

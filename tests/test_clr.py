@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from clr import (LANGUAGES, TABLE_7, Gates, allot, build_clr, copy_gate, length_gate,
+from clr import (LANGUAGES, TABLE_7, Gates, allot, build_clr, copy_gate, length_gate, line_gate,
                  script_gate, script_share)
 
 ROWS = [{"id": f"d{i}", "query": f"question {i}", "pos": [f"answer {i}"], "neg": ["x", "y"],
@@ -114,6 +114,11 @@ def test_beirs_id_is_an_id():
     ("en", "12 !", 0)])
 def test_script_share(lang, text, share):
     assert script_share(text, lang) == pytest.approx(share)
+
+
+def test_a_remark_behind_a_translation():
+    assert [line_gate(source, "Liste sortieren\n\nNote: a query", "de")
+            for source in ("Sort a list\n", "Sort\na\nlist")] == ["lines", None]
 
 
 def test_length_and_copies():

@@ -62,6 +62,7 @@ def write(tmp_path):
     ("--betas=0.9,1", (0.9, 1.0)),
     ("--stages=sft,embed_sup", ("sft", "embed_sup")),
     ("--stages=('sft', 'x')", ("sft", "x")),
+    ("--stages=(a),(b)", ("(a)", "(b)")), ("--stages=[a (1), (b)]", ("a (1)", "(b)")),
     ("--scales=1,0.5", (1.0, 0.5)),
     ("--weights=retrieval:3,sts:1", {"retrieval": 3.0, "sts": 1.0}), ("--weights=", {}),
     ("--kind=accelerating", "accelerating"), ("--bits=16", 16),

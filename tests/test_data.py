@@ -423,7 +423,9 @@ def test_hidden_files_are_not_read_and_a_file_beside_its_packed_self_is_named(tm
         data.sources(cfg, "pairs")
 
 
-@pytest.mark.parametrize("name", ["pairs-test.jsonl", "pairs/dev.jsonl.gz", "pairs/a-dev.ndjson"])
+@pytest.mark.parametrize("name", [
+    "pairs-test.jsonl", "pairs/dev.jsonl.gz", "pairs/a-dev.ndjson", "pairs.test.jsonl",
+    "pairs-nq_test.jsonl", "pairs/nq.validation.jsonl.gz", "pairs/Test.json"])
 def test_a_file_named_as_a_held_out_split_is_refused(tmp_path, name):
     (tmp_path / "pairs").mkdir()
     (tmp_path / name).write_bytes(b"x")

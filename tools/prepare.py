@@ -172,6 +172,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--list" in argv:
         return show_sets()
+    if len(names := [arg for arg in argv if not arg.startswith("-")]) > 1:
+        raise ValueError(f"one set at a time, not {' '.join(names)}")
     prepare(load_config(PrepareConfig, [arg if arg.startswith("-") else f"--name={arg}"
                                         for arg in argv]))
 

@@ -17,8 +17,8 @@ Every folder below FOLDER is a set. Its files (.jsonl, .ndjson, also .gz) tell w
     rows with text                          running text; a title is not read
 
 Questions, passages, documents and paraphrases have a `lang`; without one they are English. Only
-rows of split "train", or of none, are trained on, and no file named dev, validation or test. A
-folder named dev, test, *_dev or *_test never is: its collection is copied to OUT, where the
+rows of split "train", or of none, are trained on, and no file or folder named dev, validation or
+test, or *_test, *-test and so on. A collection in such a folder is copied to OUT, where the
 evaluation looks. Of bitext, parallel sentences and paraphrases without a split a share is held out
 and written to OUT/held_out in the same format: by passage, by document of `docs`, and by id or
 first sentence. A set with files of several forms holds nothing out: one may repeat the sentences of
@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 from configurator import run_command
 from data import parse_pair
-from engine.collection import HELD_OUT, check_label, document_text, load_collection
+from engine.collection import (FOR_EVALUATION, check_label, check_score, document_text,
+                               load_collection)
 from engine.index import text_id
 from engine.jsonl import read_jsonl, write_jsonl
 
@@ -48,7 +49,6 @@ LETTERS = 8                        # of a sentence that is cut from its passage,
 SUPERVISED = 500                   # rows of a set in stage 4: few enough to come back under DHNM
 SMALLEST = 512                     # pairs of a file; smaller ones share one
 LABELS_AS_NEGATIVES = 15           # other labels of a classification row
-FOR_EVALUATION = re.compile(r"(^|[_-])(dev|test)$")    # in names of sets: nothing is trained on
 TYPES = {"id": (str, int), "label": (str, int), "score": (int, float),    # all others: str
          **dict.fromkeys(("pos", "title", "keywords"), object)}           # checked elsewhere
 SUFFIX = re.compile(r"\.(jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
@@ -65,6 +65,15 @@ def check_head(row):
     for text in (row.get("summary") or "", *(words if isinstance(words, list) else [words])):
         if not isinstance(text, str):
             raise ValueError(f"summary and keywords must be text, not {text!r}")
+
+
+def check_row(row, form_check=None):
+    """Raise ValueError for an id or a label of another type, and as the form's own check does."""
+    for key in ("id", "label"):
+        if not isinstance(row.get(key), (str, int, type(None))):
+            raise ValueError(f"key {key!r} must be str or int, not {type(row[key]).__name__}")
+    if form_check:
+        form_check(row)
 
 
 def language(row):
@@ -143,6 +152,12 @@ class Builder:
         return for_training(rows) if any(row.get("split") for row in rows) else \
             self.hold_out(rows, key)
 
+    def check_new(self, texts, row):
+        """Raise ValueError if a language has this row's id already: which text is whose?"""
+        if "id" in row and language(row) in texts.get(row["id"], ()):
+            raise ValueError(f"{self.name}/{self.file}: id {row['id']!r} comes twice in "
+                             f"{language(row)!r}; equal ids are translations")
+
     def join_small(self):
         """Put files of too few pairs together: bitext into English by set, then all the rest."""
         for joint in (lambda kind: re.sub("(-bitext-en)-.*", r"\1", kind),
@@ -206,6 +221,7 @@ class Builder:
         choose = self.hold_out if documents else self.to_train_on
         rows = for_training(choose(rows, lambda row: documents.get(row["id"], row["id"])))
         for row in rows:
+            self.check_new(texts, row)
             texts[row["id"]][row["lang"]] = row["text"]
             self.text(row["text"])
         for key, by_language in texts.items():
@@ -231,7 +247,7 @@ class Builder:
 
     def sts(self, rows):
         """Take scored pairs; equal ids in two languages give bitext and cross-lingual pairs."""
-        same = defaultdict(list)
+        same, seen = defaultdict(list), defaultdict(set)
         for row in for_training(rows):
             if not (row["sentence1"].strip() and row["sentence2"].strip()):
                 continue
@@ -239,6 +255,9 @@ class Builder:
                 {k: row[k] for k in ("sentence1", "sentence2", "score")})
             self.text(row["sentence1"])
             same[row.get("id", id(row))].append(row)
+            if row.get("lang"):
+                self.check_new(seen, row)
+                seen[row.get("id")].add(row["lang"])
         for group in same.values():
             for row in group:
                 others = [other for other in group if other.get("lang") != row.get("lang")]
@@ -253,7 +272,13 @@ class Builder:
 
     def paraphrases(self, rows):
         """Take {sentence1, sentence2, label}: 1 is a pair, 0 is left out."""
-        for row in self.to_train_on(rows, lambda row: row.get("id", row["sentence1"])):
+        train = self.to_train_on(rows, lambda row: row.get("id", row["sentence1"]))
+        chosen = set(map(id, train))
+        held_out = {row[key] for row in rows if id(row) not in chosen
+                    for key in ("sentence1", "sentence2")}
+        for row in train:
+            if {row["sentence1"], row["sentence2"]} & held_out:
+                continue                           # a pair may share one sentence with another
             self.text(row["sentence1"])
             if row["label"] == 1:
                 self.bitext(row["sentence1"], row["sentence2"], language(row), language(row))
@@ -284,6 +309,7 @@ class Builder:
             self.text(document_text({"title": head, "text": row["text"]}))
             self.crop(row["text"], language(row))
             if head:
+                self.check_new(by_language, row)
                 by_language[row.get("id", row["text"])][language(row)] = (head, row["text"])
         for languages in by_language.values():
             for lang, (head, text) in languages.items():
@@ -305,7 +331,7 @@ class Builder:
 
     FORMS = ((bitext_rows, {"query", "pos", "lang_q", "lang_p"}, parse_pair),
              (questions, {"query", "pos"}, parse_pair),
-             (sts, {"sentence1", "sentence2", "score"}),
+             (sts, {"sentence1", "sentence2", "score"}, check_score),
              (paraphrases, {"sentence1", "sentence2", "label"}, check_label),
              (documents, {"text", "title", "id"}, check_head),
              (documents, {"text", "keywords"}, check_head),
@@ -331,7 +357,7 @@ class Builder:
                 form, needed, *check = forms[path]
                 required = {key: TYPES.get(key, str) for key in sorted(needed)}
                 form(self, [{key: value for key, value in row.items() if value is not None}
-                            for row in read_jsonl(path, required, *check)])
+                            for row in read_jsonl(path, required, lambda r: check_row(r, *check))])
         except KeyError as error:
             raise ValueError(f"{files.get(self.file, folder)}: a row has no key {error}") from None
         for kind, start in before.items():
@@ -357,7 +383,7 @@ def files_of(folder):
     files = {}
     for path in sorted(folder.iterdir()):
         name = SUFFIX.sub("", path.name)
-        if path.is_file() and name != path.name and name.lower() not in HELD_OUT:
+        if path.is_file() and name != path.name and not FOR_EVALUATION.search(name):
             if name in files:
                 raise ValueError(f"{path}: there is another file {name} with another suffix")
             files[name] = path

@@ -92,7 +92,11 @@ class EndpointTranslator:
         jobs, pool = iter(jobs), ThreadPoolExecutor(self.in_flight)
         try:
             while part := list(islice(jobs, 64 * self.in_flight)):
-                yield from pool.map(ask, part)
+                answers, done = pool.map(ask, dict.fromkeys(part)), {}     # equal ones once
+                for job in part:
+                    if job not in done:
+                        done[job] = next(answers)
+                    yield done[job]
         finally:       # also on Ctrl-C: requests under way are paid for, so their answers are kept
             self.stop.set()
             pool.shutdown(cancel_futures=True)
@@ -107,7 +111,8 @@ class EndpointTranslator:
             try:
                 answer = self._ask(text, lang)
                 break
-            except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+            except (OSError, HTTPException, ValueError, LookupError, TypeError,
+                    RecursionError) as error:
                 if getattr(error, "code", None) in (401, 403, 404):    # no other text fares better
                     raise ConnectionError(f"{self.url}: {error}: {error.read(300)!r}") from None
                 refused = isinstance(getattr(error, "reason", None), ConnectionRefusedError)
@@ -117,7 +122,7 @@ class EndpointTranslator:
             delay = self.BACKOFF * 2 ** attempt * random.uniform(0.5, 1.5)
             if getattr(reason, "code", None) == 429:       # too many requests: it says how long
                 wait = reason.headers.get("Retry-After", "")
-                delay = max(delay, min(int(wait), 300) if wait.isdigit() else self.PAUSE)
+                delay = max(delay, min(int(wait), 300) if wait.isdecimal() else self.PAUSE)
             if attempt + 1 == self.TRIES or self.stop.wait(delay):
                 return self._fail(text, reason)
         with self.lock:
@@ -128,14 +133,17 @@ class EndpointTranslator:
         return answer
 
     def _ask(self, text, lang):
-        """Return the answer of one request; raise for a missing, empty or cut one."""
+        """Return the answer of one request, without what a model thought before it.
+
+        Raises for a missing, empty or cut one.
+        """
         prompt = PROMPT.format(language=LANGUAGES.get(lang, lang), text=text)
         body = {"model": self.model, "temperature": 0,
                 "messages": [{"role": "user", "content": prompt}]}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
         with urllib.request.urlopen(request, timeout=self.TIMEOUT) as response:
             choice = json.load(response)["choices"][0]
-        answer = str.strip(choice["message"]["content"])
+        answer = str.rpartition(choice["message"]["content"], "</think>")[2].strip()
         if not answer or choice.get("finish_reason") == "length":
             raise ValueError(f"the answer is empty or cut off: {answer[:80]!r}")
         return answer
@@ -195,7 +203,8 @@ def main(argv=None):
     """Translate the queries of some files; see the module docstring."""
     cfg, langs = load_config(TranslateConfig, argv), Counter()
     rows = [row for path in cfg.input for row in read_jsonl(path, {"query": str})]
-    gates = clr.Gates(clr.script_gate(MIN_SCRIPT), clr.length_gate(*LENGTH_RATIO), clr.copy_gate)
+    gates = clr.Gates(clr.script_gate(MIN_SCRIPT), clr.length_gate(*LENGTH_RATIO), clr.line_gate,
+                      clr.copy_gate)
     translator = make_translator(cfg)
     translated = clr.build_clr(rows, translator, cfg.shares, cfg.source_lang, gates=gates)
     with closing(translated), atomic(cfg.out, "wb") as file:

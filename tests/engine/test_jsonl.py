@@ -304,3 +304,13 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
                             calls.append(name) or real(*args))
     write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     assert calls == ["fsync", "replace"]
+
+
+def test_texts_may_come_from_a_pipe():
+    read, write = os.pipe()
+    os.write(write, b"one\ntwo\n")
+    os.close(write)
+    try:
+        assert read_texts(f"/dev/fd/{read}") == ["one", "two"]
+    finally:
+        os.close(read)

@@ -339,3 +339,8 @@ def test_a_language_is_asked_of_the_hub_and_named_in_the_file(tmp_path, monkeypa
     for lang, name in (("fi", "miracl-fi.jsonl"), (None, f"miracl-{SETS['miracl'].lang}.jsonl")):
         assert prepare.prepare(config(tmp_path, name="miracl", lang=lang)).name == name
     assert asked == ["fi", SETS["miracl"].lang] and SETS["miracl"].lang != "fi"
+
+
+def test_one_set_at_a_time():
+    with pytest.raises(ValueError, match="one set at a time, not nq squad"):
+        prepare.main(["nq", "squad", "--limit=1"])

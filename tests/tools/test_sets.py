@@ -455,13 +455,61 @@ def test_only_what_means_the_same_is_a_pair(tmp_path):
 
 def test_a_held_out_paraphrase_is_held_out_in_every_language(tmp_path):
     write(tmp_path / "root" / "same" / "x.jsonl", [
-        {"id": i, "lang": lang, "sentence1": f"{lang} {i}", "sentence2": "b", "label": 1}
+        {"id": i, "lang": lang, "sentence1": f"{lang} {i}", "sentence2": f"{lang} b{i}",
+         "label": 1}
         for i in range(40) for lang in ("de", "en")])
     files = sets.build(tmp_path / "root", tmp_path / "sets")
     held = {row["id"] for row in read_jsonl(tmp_path / "sets/held_out/same/x.jsonl")}
     assert held and {int(row["text"].split()[1]) for row in files["text"]} == {*range(40)} - held
 
 
+def test_no_sentence_of_a_held_out_paraphrase_is_trained_on(tmp_path):
+    """Pairs share sentences: sentence 2 of one is sentence 1 or 2 of another."""
+    write(tmp_path / "root" / "same" / "x.jsonl", [
+        {"sentence1": f"text {i}", "sentence2": f"text {i + step}", "label": 1}
+        for i in range(0, 200, 2) for step in (1, 3)])
+    files = sets.build(tmp_path / "root", tmp_path / "sets")
+    held = {row[key] for row in read_jsonl(tmp_path / "sets/held_out/same/x.jsonl")
+            for key in ("sentence1", "sentence2")}
+    read = {row["text"] for row in files["text"]}
+    read |= {text for row in files["pairs/others"] for text in (row["query"], *row["pos"])}
+    assert held and read and not held & read
+
+
 def test_scored_pairs_cross_languages(built):
     assert {("en a", "en b"), ("ja a", "ja b"), ("en a", "ja b"), ("ja a", "en b")} == {
         (row["sentence1"], row["sentence2"]) for row in built["sts/sim"]}
+
+
+@pytest.mark.parametrize("row", [
+    {"sentence1": "a", "sentence2": "b", "score": 1, "id": [1]},
+    {"text": "a", "keywords": "b", "id": {}}, {"id": 1, "lang": "de", "text": "a", "label": ["b"]}])
+def test_an_id_or_a_label_that_is_a_list_is_named(tmp_path, row):
+    write(tmp_path / "root" / "odd" / "x.jsonl", [row | {"id": 7, "label": 0}, row])
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: key '(id|label)' must be str or int, not"):
+        sets.build(tmp_path / "root", tmp_path / "out")
+
+
+def test_a_score_beyond_float32_is_named(tmp_path):
+    folder = tmp_path / "root" / "sim"
+    folder.mkdir(parents=True)
+    (folder / "x.jsonl").write_text('{"sentence1": "a", "sentence2": "b", "score": 1e999}\n')
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: key 'score' must be a finite number"):
+        sets.build(tmp_path / "root", tmp_path / "out")
+
+
+@pytest.mark.parametrize("row", [{"title": "France"}, {},
+                                 {"sentence1": "a", "sentence2": "b", "score": 1}])
+def test_an_id_that_comes_twice_in_a_language_is_named(tmp_path, row):
+    """Of the paragraphs of one page the last would stay; others would be false translations."""
+    write(tmp_path / "root" / "wiki" / "x.jsonl", [
+        {"id": "Q1", "lang": "en", "text": text, **row} for text in ("A country.", "A capital.")])
+    with pytest.raises(ValueError, match="wiki/x: id 'Q1' comes twice in 'en'"):
+        sets.build(tmp_path / "root", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["nq-test", "nq_dev", "Validation", "nq-validation"])
+def test_a_file_whose_name_ends_in_a_held_out_split_trains_nothing(tmp_path, name):
+    for file in ("nq-train", name):
+        write(tmp_path / "root" / "one" / f"{file}.jsonl", [{"text": f"of {file}"}])
+    assert sets.build(tmp_path / "root", tmp_path / "sets")["text"] == [{"text": "of nq-train"}]

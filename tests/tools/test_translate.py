@@ -146,6 +146,7 @@ def test_many_keeps_order_and_stays_in_flight():
     (200, b'{"choices": []}'), (200, b'{"choices": [{"message": {"content": null}}]}'),
     (200, b'{"choices": [{"message": {"content": "  "}}]}'), (200, b"[1]"), (200, b"\xff\xfe"),
     (200, b'{"choices": [{"message": {"content": "cut"}, "finish_reason": "length"}]}'),
+    (200, b"[" * 100_000), (200, b'{"choices": [{"message": {"content": "<think>so</think>"}}]}'),
     (200, b"cut off", 500), "hang up", "stall"])
 def test_trouble_passes(trouble):
     """Twice it goes wrong, the third time it works."""
@@ -271,6 +272,24 @@ def test_stopping_half_way_leaves_no_work_behind():
         asked = server.asked.total()
         time.sleep(0.15)
         assert server.asked.total() == asked < 50
+
+
+def test_equal_texts_in_flight_are_asked_once():
+    def slow(prompt, nth):
+        time.sleep(0.02)
+        return text_of(prompt).upper()
+
+    asked = [(f"text {i % 5}", lang) for i in range(100) for lang in ("de", "fr")]
+    with endpoint(slow, in_flight=8) as (server, translate):
+        assert list(translate.many(asked)) == [text.upper() for text, _ in asked]
+    assert server.asked.total() == 10
+
+
+@pytest.mark.parametrize("answer", [
+    "<think>\n\n</think>\n\ngut", "<think>German?</think>gut", "It is German.\n</think>\n gut"])
+def test_what_a_model_thinks_is_no_translation(answer):
+    with endpoint(lambda prompt, nth: answer) as (_, translate):
+        assert translate("good", "de") == "gut"
 
 
 # ---------------------------------------------------------------- command line
