@@ -167,6 +167,7 @@ def draw_figure1(cfg):
     sizes = sorted(runs)
     write_result(cfg.results, "figure1", {
         "title": "Figure 1: score against parameters",
+        "command": f"python -m experiments.figures --only=figure1 --out={','.join(cfg.out)}",
         "seeds": list(range(max(map(len, runs.values())))),
         "cells": {f"{size:,} parameters": runs[size] for size in sizes},
         "notes": ["All sizes take the same steps, at the rates of the default run."]})
