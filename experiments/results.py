@@ -21,10 +21,10 @@ from configurator import run_command
 from engine.jsonl import atomic, read_object
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ("default_run", "baselines", "small", "figure1", "real", "table4", "table4_first",
-         "table12", "table12_first", "table12_again", "curve", "sec32", "clr", "sec34",
-         "table6", "questions", "exercises", "random_replacements", "bench_cpu", "bench_cpu_intel",
-         "bench_gpu")
+ORDER = ("default_run", "baselines", "small", "figure1", "real", "real_ideas", "table4",
+         "table4_first", "table12", "table12_first", "table12_again", "curve", "sec32", "clr",
+         "sec34", "table6", "questions", "exercises", "random_replacements", "bench_cpu",
+         "bench_cpu_intel", "bench_gpu")
 ROUNDS = {"table12": ("table12_first", "table12_again"), "table4": ("table4_first",)}   # earlier
 MARK = re.compile(r"(<!-- results:(\w+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
 # t with P(|T| < t) = 0.95 for Student's distribution of 1 to 9 degrees of freedom
