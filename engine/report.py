@@ -29,7 +29,7 @@ class StopSignal:
     def __init__(self):
         self.number = 0
         self.before = {s: signal.signal(s, self._note) for s in STOPS
-                       if signal.getsignal(s) != signal.SIG_IGN}
+                       if s.name != "SIGHUP" or signal.getsignal(s) != signal.SIG_IGN}
 
     def _note(self, number, frame):
         if number == self.number == signal.SIGINT:     # a second Ctrl-C does not wait; SIGTERM may

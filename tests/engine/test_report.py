@@ -44,6 +44,17 @@ def test_only_a_second_ctrl_c_does_not_wait_for_the_save():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopSignal()
+    try:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.number
+    finally:
+        stop.restore()
+        assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
 def test_the_log_has_a_line_every_few_steps_and_one_for_the_last(tmp_path):
     lines = run(tmp_path, 4)
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 3.0), (2, 2.5), (3, 2.0),
