@@ -211,8 +211,6 @@ def _scalar(value, hint, is_text):
 def _items(text):
     """Split `64,128`, `(64, 128)` or `['a', 'b']`."""
     text = text.strip()
-    left, inner, right = text[:1], text[1:-1], text[-1:]
-    if left + right in ("()", "[]") and all(           # one pair around all, not `(a),(b)`
-            inner[:i].count(left) >= inner[:i].count(right) for i in range(len(text) - 1)):
-        text = inner.strip()
+    if text[:1] + text[-1:] in ("()", "[]") and text[0] not in text[1:]:       # not `(a),(b)`
+        text = text[1:-1].strip()
     return [item.strip().strip("'\"") for item in text.removesuffix(",").split(",")] if text else []

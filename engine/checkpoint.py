@@ -27,7 +27,7 @@ import torch
 from engine.jsonl import sha256_of, stamp
 
 MANIFEST = "manifest.json"
-READ = ("config.json", "model.pt", "tokenizer.tiktoken")       # all but what resumes a run
+MODEL_FILES = ("config.json", "model.pt", "tokenizer.tiktoken")       # all but what resumes a run
 EXPORTED = "nanoconan.json"        # marks a folder that tools/export.py wrote
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # no separator: none leads outside
 STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -280,7 +280,7 @@ def read_model(path):
     if (where / EXPORTED).is_file():
         return where, *_read_exported(where)
     if not ((where / MANIFEST).is_file() and (where / "config.json").is_file()):
-        where = latest(path, READ)
+        where = latest(path, MODEL_FILES)
     if where is None:
         inside = sorted({str(p.parents[1]) for p in Path(path).glob(f"*/step_*/{MANIFEST}")})
         hint = f" ({', '.join(inside)})" if inside else ""

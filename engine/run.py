@@ -149,7 +149,7 @@ def finished(cfg):
 
     Raises ValueError if it was trained with other settings.
     """
-    where = checkpoint.latest(cfg.run_dir, checkpoint.READ) if cfg.resume else None
+    where = checkpoint.latest(cfg.run_dir, checkpoint.MODEL_FILES) if cfg.resume else None
     if where is None:
         return None
     meta = read_meta(where)
@@ -311,7 +311,7 @@ def save(state, step):
     if world.is_main and seconds > SLOW_SAVE:
         tqdm.write(f"warning: saving {path} took {seconds:.0f} s; after SIGTERM torchrun waits 30 s"
                    " for a step and a save, then kills: what came after the last one would be lost."
-                   f" torch 2.13's has --shutdown-timeout={10 * round(seconds)}")
+                   f" From torch 2.13 on it takes --shutdown-timeout={10 * round(seconds)}")
     return path
 
 

@@ -307,12 +307,12 @@ def test_a_start_reads_what_has_not_changed_once(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "sha256_of", lambda file: read.append(file.name) or real(file))
     for file in path.iterdir():
         os.utime(file, (1e9, 1e9))
-    assert latest(tmp_path, checkpoint.READ) == path and "trainer.pt" not in read
+    assert latest(tmp_path, checkpoint.MODEL_FILES) == path and "trainer.pt" not in read
     for _ in range(2):
         assert latest(tmp_path) == path and load(path, "model.pt")["step"] == 1
     assert sorted(read) == sorted(checkpoint.entries(path))
     (path / "trainer.pt").write_bytes((path / "trainer.pt").read_bytes()[:-1] + b"x")
-    assert latest(tmp_path, checkpoint.READ) == path
+    assert latest(tmp_path, checkpoint.MODEL_FILES) == path
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="trainer.pt: SHA-256"):
         latest(tmp_path)
 
